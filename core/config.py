@@ -1,0 +1,218 @@
+"""The configuration: a YAML preset or file, then dotted overrides, checked as a whole before anything starts."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..data.config import DataConfig
+
+PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
+
+
+class ConfigError(ValueError):
+    """Every mistake found in a configuration, one line each."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    """The detector (Deformable DETR, section 4 and appendix A.4). The defaults are the published ones."""
+
+    backbone: str = Field("resnet50.tv_in1k", description="any timm model that supports features_only")
+    pretrained_backbone: bool = True
+    backbone_norm: Literal["frozen_batch", "group"] = Field(
+        "frozen_batch", description="frozen_batch needs pretrained weights; group trains from scratch"
+    )
+    hidden_dim: int = Field(256, gt=0)
+    heads: int = Field(8, gt=0)
+    levels: int = Field(4, ge=1)
+    points: int = Field(4, ge=1)
+    encoder_layers: int = Field(6, ge=1)
+    decoder_layers: int = Field(6, ge=1)
+    feedforward_dim: int = Field(1024, gt=0)
+    queries: int = Field(300, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    box_refine: bool = False
+    two_stage: bool = False
+    num_classes: int = Field(80, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelConfig":
+        if self.hidden_dim % self.heads:
+            raise ValueError(f"hidden_dim must be a multiple of heads, got {self.hidden_dim} and {self.heads}")
+        if self.hidden_dim % 32:
+            raise ValueError(f"hidden_dim must be a multiple of 32 (the norm's groups), got {self.hidden_dim}")
+        if self.levels == 2:
+            raise ValueError("levels must be 1 (C5 alone) or at least 3 (C3, C4, C5 and stride-2 levels), got 2")
+        if self.two_stage and not self.box_refine:
+            raise ValueError("two_stage needs box_refine=true (the published two-stage model builds on refinement)")
+        if self.pretrained_backbone and self.backbone_norm == "group":
+            raise ValueError("backbone_norm=group has no pretrained weights; set pretrained_backbone=false")
+        return self
+
+
+class OptimConfig(_Section):
+    """AdamW, parameter groups, losses and schedule (appendix A.4)."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    backbone_multiplier: float = Field(0.1, ge=0, description="rate of the backbone; 0 freezes it")
+    sampling_multiplier: float = Field(0.1, gt=0, description="rate of sampling offsets and reference points")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_norm: float = Field(0.1, ge=0, description="largest gradient norm; 0 does not clip")
+    drop_epochs: tuple[int, ...] = Field((40,), description="epochs after which the rate is divided by ten")
+    warmup_steps: int = Field(0, ge=0)
+    class_weight: float = Field(2.0, ge=0)
+    l1_weight: float = Field(5.0, ge=0)
+    giou_weight: float = Field(2.0, ge=0)
+    focal_alpha: float = Field(0.25, ge=0, le=1)
+    focal_gamma: float = Field(2.0, ge=0)
+
+
+class TrainConfig(_Section):
+    """One training run and how DeepSpeed executes it."""
+
+    output: str = Field("runs", description="folder in which the run's own folder is made")
+    epochs: int = Field(50, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
+    batch_size: int = Field(32, gt=0, description="images per optimizer step over all ranks")
+    accumulation: int = Field(1, gt=0, description="forward and backward passes per optimizer step")
+    seed: int = Field(42, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 shares this machine's cores among its ranks")
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed_extra: dict[str, Any] = Field(default_factory=dict, description="merged into the DeepSpeed JSON")
+    checkpoint_every_steps: int | None = Field(None, gt=0, description="besides the one at each epoch's end")
+    evaluate_every_epochs: int = Field(1, ge=0, description="0 never evaluates while training")
+    log_every_steps: int = Field(10, gt=0)
+
+
+class EvalConfig(_Section):
+    """Evaluation and prediction."""
+
+    batch_size: int = Field(4, gt=0, description="images of one exact size per forward pass")
+    top_k: int = Field(100, gt=0, description="detections kept per image, over all queries and classes")
+    score_threshold: float = Field(0.4, ge=0, le=1, description="least score that `ddetr predict` draws")
+
+
+class MonitorConfig(_Section):
+    """The Prometheus exporter of each rank."""
+
+    enabled: bool = True
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(9400, ge=0, le=65535, description="rank r on a host listens on port + r; 0 takes a free port")
+
+
+class Config(_Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        candidates = self.model.queries * self.model.num_classes
+        if self.eval.top_k > candidates:
+            raise ValueError(
+                f"eval.top_k must be at most model.queries * model.num_classes = {candidates}, got {self.eval.top_k}"
+            )
+        if self.train.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"train.batch_size must be a multiple of train.accumulation, "
+                f"got {self.train.batch_size} and {self.train.accumulation}"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a preset (by name) or a YAML file, apply `section.key=value` overrides, check everything.
+
+    Values of overrides are YAML: `model.queries=100`, `optim.drop_epochs=[30,40]`, `data.train=null`.
+    Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one.
+    """
+    values = _read(preset_or_path)
+    mistakes: list[str] = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or path.count(".") < 1:
+            mistakes.append(f"{override!r}: an override is written section.key=value")
+            continue
+        _assign(values, path.strip().split("."), yaml.safe_load(text) if text else "", mistakes)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_describe(item) for item in error.errors()]
+    if mistakes:
+        raise ConfigError(f"{len(mistakes)} mistake(s) in {preset_or_path}:\n" + "\n".join(f"  {m}" for m in mistakes))
+    return config
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(preset_or_path: str | Path) -> dict[str, Any]:
+    path = PRESETS / f"{preset_or_path}.yaml"
+    if not path.is_file():
+        path = Path(preset_or_path)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{preset_or_path}: no such preset or file.{hint} Presets: {', '.join(preset_names())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections ({', '.join(Config.model_fields)}), got {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any, mistakes: list[str]) -> None:
+    for depth, key in enumerate(path[:-1]):
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            mistakes.append(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is not a section")
+            return
+    values[path[-1]] = value
+
+
+def _describe(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _keys_beside(location), n=1)
+        elsewhere = [f"{s}.{location[-1]}" for s, f in Config.model_fields.items() if location[-1] in _fields(f)]
+        hints = [".".join([*location[:-1], near[0]])] if near else elsewhere[:1]
+        return f"{where}: no such key." + (f" Did you mean {hints[0]}?" if hints else "")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + ("" if item["type"] == "value_error" else f", got {item['input']!r}")
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    if len(location) == 1:
+        return list(Config.model_fields)
+    return list(_fields(Config.model_fields[location[0]]))
+
+
+def _fields(field: Any) -> dict[str, Any]:
+    annotation = field.annotation
+    if isinstance(annotation, types.GenericAlias) or typing.get_origin(annotation):
+        return {}
+    return annotation.model_fields

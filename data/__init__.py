@@ -1,0 +1,1 @@
+"""COCO data as indexed tar shards, and the streams that read them."""

@@ -1,0 +1,1 @@
+"""Prometheus metrics, their exporter, rules and dashboard."""
