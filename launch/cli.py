@@ -1,0 +1,370 @@
+"""The command line `ddetr`: every command, its arguments and its help. The work is done in the module each imports.
+
+Only typer and rich are imported here, so that `ddetr --help` is immediate and a misspelt option never waits for torch.
+"""
+
+import importlib.metadata
+import re
+import sys
+import traceback as traceback_module
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+OVERRIDES = "section.key=value"
+_ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
+
+app = typer.Typer(
+    name="ddetr",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Train, evaluate and run Deformable DETR object detectors, on one CPU or on many GPU nodes.",
+    epilog="`ddetr COMMAND --help` explains a command. Options may stand anywhere after the command.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Turn COCO-format data into shards; check it, make it, look at it.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint, or write it in another format.")
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar=OVERRIDES,
+        show_default=False,
+        help="Settings to change; values are YAML, e.g. `train.batch_size=16` `data.short_sides=[480,512]`.",
+    ),
+]
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run directory (its newest checkpoint), one `checkpoints/step_...` folder, a `model.safetensors`, "
+        "or a `.pth` in the published Deformable DETR layout.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Ray cluster to use: `HOST:PORT`, `ray://HOST:PORT` or `auto`. Without an address a local Ray starts.",
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ddetr {importlib.metadata.version('ddetr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the Python traceback of an error, not only its message.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del traceback, version  # main() reads the first before typer parses; the second is done by its callback
+
+
+@data_app.command("pack")
+def data_pack(
+    annotations: Annotated[Path, typer.Argument(metavar="COCO_JSON", help="COCO instance annotations.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of the images that it names.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their index.json.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and write.")] = 2,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of one shard, in MiB.")] = 64,
+    drop_degenerate: Annotated[
+        bool, typer.Option("--drop-degenerate", help="Leave out boxes without area instead of stopping at them.")
+    ] = False,
+) -> None:
+    """Pack COCO json and images into indexed tar shards, in parallel.
+
+    Run it again after an interruption and it goes on; finished shards are kept.
+
+    Example: `ddetr data pack instances_train2017.json train2017/ shards/train --workers 8`
+    """
+    from .data import pack
+
+    pack(annotations, images, output, workers, shard_megabytes, drop_degenerate)
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A COCO json, or a folder of shards.")],
+    images: Annotated[
+        Path | None, typer.Argument(metavar="IMAGES", help="With a COCO json: the folder of its images.")
+    ] = None,
+) -> None:
+    """Find bad boxes, missing or broken images, unknown categories and duplicates, and say which.
+
+    Exit status 1 when something is wrong.
+
+    Examples: `ddetr data check instances_val2017.json val2017/`, `ddetr data check shards/val`
+    """
+    from .data import check
+
+    if not check(path, images):
+        raise typer.Exit(1)
+
+
+@data_app.command("synth")
+def data_synth(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Gets annotations.json and images/.")],
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1000,
+    size: Annotated[int, typer.Option(min=32, help="Longer side of an image, in pixels.")] = 128,
+    classes: Annotated[int, typer.Option(min=1, help="Number of object classes.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same set.")] = 0,
+) -> None:
+    """Draw a procedural detection set in COCO format: textured backgrounds, overlapping, small and crowd objects.
+
+    Example: `ddetr data synth datasets/demo --images 2000 --size 128`
+    """
+    from .data import synth
+
+    synth(output, images, size, classes, seed)
+
+
+@data_app.command("show")
+def data_show(
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A folder written by `ddetr data pack`.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture to write.")],
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
+    preset: Annotated[str, typer.Option(metavar="PRESET_OR_FILE", help="Whose augmentation to apply.")] = "tiny",
+) -> None:
+    """Draw training samples with their boxes, after augmentation, as the detector sees them.
+
+    Example: `ddetr data show shards/train samples.png --preset r50 data.crop=false`
+    """
+    from ..core.config import load
+    from .data import show
+
+    show(shards, output, count, load(preset, overrides or ()))
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar=f"PRESET_OR_FILE {OVERRIDES}",
+            show_default=False,
+            help="A preset (tiny, r50, r50_refine, r50_two_stage) or a YAML file, then settings to change.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Continue this run from its newest complete checkpoint.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop before the first step.")
+    ] = False,
+) -> None:
+    """Train. Alone it is one process; started by torchrun, deepspeed or Slurm it is one rank of many.
+
+    Ctrl-C or SIGTERM saves a checkpoint and exits. Several ranks on one machine: `launch/local.sh`.
+
+    Examples:
+
+    `ddetr train tiny data.train=shards/train data.validation=shards/val`
+
+    `ddetr train r50 data.train=shards/train train.batch_size=16 optim.learning_rate=1e-4`
+
+    `ddetr train --resume runs/r50-0001`
+    """
+    from ..core.config import load
+
+    arguments = list(arguments or ())
+    preset = arguments.pop(0) if arguments and "=" not in arguments[0] else None
+    if resume is not None and preset is not None:
+        raise ValueError(f"--resume reads {resume}/config.yaml; leave out {preset} (overrides may stay)")
+    if resume is not None and not (resume / "config.yaml").is_file():
+        raise FileNotFoundError(f"{resume}: not a run directory, it holds no config.yaml")
+    source = resume / "config.yaml" if resume is not None else preset
+    if source is None:
+        raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
+    config = load(source, arguments)
+
+    from .train import run  # only now: a misspelt key need not wait for torch
+
+    run(config, resume=resume, dry_run=dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    path: CheckpointPath,
+    overrides: Overrides = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="SHARDS", help="Shards to evaluate on.  [default: the run's data.validation]")
+    ] = None,
+    ray: RayAddress = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go.  [default: the run's eval/ folder]")
+    ] = None,
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all", help="Evaluate every checkpoint of the run, not only the newest.")
+    ] = False,
+) -> None:
+    """Compute the twelve COCO numbers (AP, AR). The batch size and the number of workers do not change them.
+
+    Examples:
+
+    `ddetr eval runs/r50-0001`
+
+    `ddetr eval r50_deformable_detr.pth --data shards/val --ray 10.0.0.1:6379`
+    """
+    from .evaluate import evaluate as evaluate_checkpoint
+
+    evaluate_checkpoint(path, overrides or [], data, ray, output, all_checkpoints=all_checkpoints)
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointPath,
+    images: Annotated[list[str], typer.Argument(metavar=f"IMAGE... {OVERRIDES}", help="Image files or folders.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Gets the JSON and the drawn images.")] = Path(
+        "predictions"
+    ),
+) -> None:
+    """Detect objects in images: boxes as JSON (pixels, original category ids) and drawn.
+
+    Example: `ddetr predict runs/tiny-0001 photos/*.jpg --output found eval.score_threshold=0.5`
+    """
+    from .predict import predict as predict_images
+
+    files = [argument for argument in images if not _is_override(argument)]
+    overrides = [argument for argument in images if _is_override(argument)]
+    if not files:
+        raise ValueError("name at least one image")
+    predict_images(checkpoint, [Path(file) for file in files], output, overrides)
+
+
+@app.command()
+def explain(
+    checkpoint: CheckpointPath,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE")],
+    output: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("explanation.png"),
+    query: Annotated[
+        int | None, typer.Option(min=0, help="Object query to explain.  [default: the most confident one]")
+    ] = None,
+) -> None:
+    """Draw where one object query looked: its sampling points, coloured by attention weight, on the image.
+
+    Example: `ddetr explain runs/tiny-0001 photo.jpg --output why.png --query 7`
+    """
+    from .predict import explain as explain_query
+
+    explain_query(checkpoint, image, output, query)
+
+
+@app.command()
+def tune(
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="Preset, fixed overrides and search space.")],
+    ray: RayAddress = None,
+) -> None:
+    """Search hyperparameters with Ray Tune (ASHA stops weak trials early) and print a table of the trials.
+
+    Example: `ddetr tune sweep.yaml --ray 10.0.0.1:6379`
+    """
+    from .tune import tune as tune_sweep
+
+    tune_sweep(sweep, ray)
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(path: CheckpointPath) -> None:
+    """Print what a checkpoint holds: step, configuration, categories, and every tensor's name, shape and type."""
+    from .checkpoint import inspect
+
+    inspect(path)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    path: CheckpointPath,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+    format: Annotated[
+        Literal["safetensors", "published", "onnx"],
+        typer.Option(help="`published` is the layout of the paper's code; `onnx` needs the extra `ddetr[export]`."),
+    ] = "safetensors",
+) -> None:
+    """Write a checkpoint's weights in another format.
+
+    Example: `ddetr checkpoint export runs/r50-0001 r50.pth --format published`
+    """
+    from .checkpoint import export
+
+    export(path, output, format)
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
+    """Write RUN_DIR/report.html: one self-contained page with curves, AP, events and settings of a run."""
+    from .report import report as write_report
+
+    write_report(run_directory)
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, the op's binary, the GPU and DeepSpeed's compiled ops, and say how to fix what is wrong.
+
+    Exit status 1 when something essential is broken.
+    """
+    from .doctor import doctor as examine
+
+    if not examine():
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script: a user's mistake becomes one message and exit status 2."""
+    arguments = sys.argv[1:]
+    try:
+        app(normalised_arguments(arguments))
+    except (ValueError, OSError, ImportError) as error:
+        if "--traceback" in arguments:
+            traceback_module.print_exc()
+        print(f"ddetr: {_message(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def normalised_arguments(arguments: Sequence[str]) -> list[str]:
+    """Arguments as typer wants them: `--traceback` in front, and `--ray` always with a value.
+
+    The value of `--ray` is optional, which typer cannot express. What follows it is taken as the address only when it
+    looks like one (auto, local, HOST:PORT, ray://...); otherwise `local` is filled in.
+    """
+    result: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            result += arguments[position:]
+            break
+        if argument == "--traceback":
+            result.insert(0, argument)
+            continue
+        result.append(argument)
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument == "--ray" and not _ADDRESS.fullmatch(following):
+            result.append("local")
+    return result
+
+
+def _is_override(argument: str) -> bool:
+    """An override is `section.key=value`; an image file may hold an equals sign, but then it exists."""
+    return re.match(r"[a-z_]+\.[a-z_.]+=", argument) is not None and not Path(argument).exists()
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
