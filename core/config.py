@@ -145,7 +145,20 @@ def load(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Values of overrides are YAML: `model.queries=100`, `optim.drop_epochs=[30,40]`, `data.train=null`.
     Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one.
     """
-    values = _read(preset_or_path)
+    return _checked(_read(preset_or_path), overrides, str(preset_or_path))
+
+
+def changed(config: Config, overrides: Iterable[str], source: str) -> Config:
+    """`config` with overrides applied, checked as `load` does; `source` names it in the error."""
+    return _checked(config.model_dump(mode="json"), overrides, source)
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
     mistakes: list[str] = []
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -158,13 +171,8 @@ def load(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except ValidationError as error:
         mistakes += [_describe(item) for item in error.errors()]
     if mistakes:
-        raise ConfigError(f"{len(mistakes)} mistake(s) in {preset_or_path}:\n" + "\n".join(f"  {m}" for m in mistakes))
+        raise ConfigError(f"{len(mistakes)} mistake(s) in {source}:\n" + "\n".join(f"  {m}" for m in mistakes))
     return config
-
-
-def dump(config: Config) -> str:
-    """The whole configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _read(preset_or_path: str | Path) -> dict[str, Any]:
