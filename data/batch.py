@@ -4,7 +4,7 @@ Shapes: N images, H and W the largest height and width in the batch, T boxes of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -41,8 +41,12 @@ class Batch:
     original_sizes: Tensor  # (N, 2) int64, (height, width) in pixels
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; copies from pinned memory do not block."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """Images, mask, boxes and labels on `device`; the counts, ids and sizes stay where they are needed, on the host.
+
+        Copies from pinned memory do not block.
+        """
+        moved = ("images", "padding_mask", "boxes_cxcywh", "labels")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
     def pin_memory(self) -> "Batch":
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})

@@ -1,0 +1,57 @@
+"""The categories of a data set: labels 0..K-1 of the model against ids and names of the COCO json."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Label k in 0..K-1 stands for the category `ids[k]`, called `names[k]`.
+
+    Ids may be sparse and start anywhere (COCO's are 1..90 with gaps). Raises ValueError for a repeated id.
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    _labels: dict[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.names):
+            raise ValueError(f"categories: {len(self.ids)} ids but {len(self.names)} names")
+        labels = {category_id: label for label, category_id in enumerate(self.ids)}
+        if len(labels) != len(self.ids):
+            repeated = sorted({i for i in self.ids if self.ids.count(i) > 1})
+            raise ValueError(f"categories: every id must be unique, repeated: {repeated}")
+        object.__setattr__(self, "_labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, category_id: object) -> bool:
+        return category_id in self._labels
+
+    def label(self, category_id: int) -> int:
+        """The label of a category id. Raises ValueError for an id that is not in the set."""
+        if category_id not in self._labels:
+            raise ValueError(f"category id {category_id!r} is not among the known ones: {list(self.ids)}")
+        return self._labels[category_id]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """[{"id": 1, "name": "person"}, ...] in label order: kept in the shards' index and in checkpoints."""
+        return [{"id": i, "name": name} for i, name in zip(self.ids, self.names, strict=True)]
+
+    @classmethod
+    def from_json(cls, items: Sequence[Mapping[str, Any]]) -> "Categories":
+        """The inverse of `to_json`: the order of the list is the order of the labels."""
+        return cls(ids=tuple(item["id"] for item in items), names=tuple(item["name"] for item in items))
+
+    @classmethod
+    def from_coco(cls, items: Iterable[Mapping[str, Any]]) -> "Categories":
+        """The `categories` of a COCO json; labels follow the ids' numerical order, whatever the order of the list."""
+        items = list(items)
+        for item in items:
+            if not isinstance(item, Mapping) or not isinstance(item.get("id"), int):
+                raise ValueError(f'categories: each needs an integer "id", got {item!r}')
+        items.sort(key=lambda item: item["id"])
+        return cls.from_json([{"id": item["id"], "name": str(item.get("name", item["id"]))} for item in items])
