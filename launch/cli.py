@@ -368,3 +368,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":  # torchrun --module ddetr.launch.cli
+    main()

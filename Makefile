@@ -1,0 +1,99 @@
+# Every target sets up what it needs in $(VENV) first. `make` alone lists the targets.
+#
+#   VENV=DIR          the virtual environment (.venv)
+#   PYTHON=EXE        the interpreter it is made from (the first Python >= 3.11 found)
+#   TESTS='PATH ...'  which tests `test`, `test-all` and `test-gpu` run (tests)
+#   OFFLINE=1         a machine without a package registry: use the packages that PYTHON already has
+#   WHEELS=DIR        with OFFLINE=1: wheels to install beside them
+
+VENV ?= .venv
+TESTS ?= tests
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest
+export PYTHON OFFLINE
+
+SOURCES := $(wildcard core/*.py ops/*.py ops/csrc/* data/*.py launch/* launch/*/* monitoring/*.py monitoring/*/*)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all test-gpu bench bench-gpu lint wheel clean
+
+help:
+	@echo 'make demo       train, evaluate and look at a small detector on this machine (15 minutes on 2 cores)'
+	@echo 'make test       lint, then every test that needs neither a GPU nor much time'
+	@echo 'make test-all   the slow tests as well'
+	@echo 'make test-gpu   the tests that need a CUDA device'
+	@echo 'make bench      the benchmarks on the CPU; make bench-gpu on the GPU'
+	@echo 'make lint       ruff, pyright and shellcheck'
+	@echo 'make wheel      dist/ddetr-*.whl'
+	@echo 'make setup      only install, into $(VENV)'
+	@echo 'make clean      remove what was built (not $(VENV))'
+
+demo: setup
+	$(BIN)/python -m ddetr.launch.demo demo
+
+test: lint
+	$(PYTEST) -m 'not slow and not gpu' $(TESTS)
+
+test-all: lint
+	$(PYTEST) -m 'not gpu' $(TESTS)
+
+test-gpu: setup gpu
+	$(PYTEST) -m gpu $(TESTS)
+
+bench: setup
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+bench-gpu: setup gpu
+	@set -e; for file in benchmarks/*.py; do echo "== $$file --device cuda"; $(BIN)/python $$file --device cuda; done
+
+# pyright cannot follow the import hook of an editable install, so it reads the wheel unpacked under build/typed.
+lint: setup build/typed/.unpacked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+wheel: setup
+	rm -rf dist
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+setup: $(VENV)/.built
+
+clean:
+	rm -rf build dist demo *.egg-info ops/*.so .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: gpu
+gpu: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo 'ddetr: this target needs a CUDA device, and torch sees none (ddetr doctor says more)' >&2; exit 1; }
+
+$(VENV)/.created:
+	launch/bootstrap.sh $(VENV)
+	@touch $@
+
+# torch first: DeepSpeed's setup looks for it.
+$(VENV)/.requirements: pyproject.toml constraints.txt | $(VENV)/.created
+ifdef OFFLINE
+	$(if $(WHEELS),$(PIP) install --no-index --no-deps $(WHEELS)/*.whl)
+else
+	@echo 'ddetr: installing torch and the other requirements into $(VENV) (5 GB, a few minutes)'
+	$(PIP) install -c constraints.txt --upgrade pip setuptools wheel ninja torch
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["dependencies"], *p["optional-dependencies"]["test"], *p["optional-dependencies"]["lint"], sep="\n")' \
+		>$(VENV)/requirements.txt
+	$(PIP) install -c constraints.txt --no-build-isolation -r $(VENV)/requirements.txt
+endif
+	@touch $@
+
+$(VENV)/.built: setup.py $(wildcard ops/csrc/*) $(VENV)/.requirements
+	@echo 'ddetr: compiling the op'
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+build/typed/.unpacked: $(SOURCES) $(VENV)/.built
+	rm -rf build/typed
+	$(PIP) install --no-deps --no-build-isolation --target build/typed .
+	@touch $@

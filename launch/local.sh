@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Train on this machine: one rank for each GPU, or as many CPU ranks as asked for.
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+usage: launch/local.sh [--ranks N] TRAIN_ARGUMENT...
+
+Runs `ddetr train TRAIN_ARGUMENT...` in N ranks of this machine (default: one for each GPU, or 1 without a GPU).
+Ctrl-C saves a checkpoint on every rank and exits.
+
+  launch/local.sh r50 data.train=shards/train data.validation=shards/val
+  launch/local.sh --ranks 2 tiny data.train=shards/train
+  launch/local.sh --resume runs/r50-0001
+HELP
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -x $here/../.venv/bin/python ]] && PATH=$here/../.venv/bin:$PATH # in a checkout: what make set up
+
+ranks=
+case ${1:-} in
+    --help | -h | "")
+        usage
+        exit $(($# == 0))
+        ;;
+    --ranks)
+        ranks=${2:?--ranks needs a number}
+        shift 2
+        ;;
+esac
+if [[ -z $ranks ]]; then
+    ranks=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+
+exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module ddetr.launch.cli train "$@"
