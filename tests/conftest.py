@@ -1,0 +1,40 @@
+"""Fixtures that several folders of tests use: shared reference data, and a small set of real shards."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def coco_free() -> Path:
+    """121 real COCO images with annotations.json, annotations_train.json, annotations_val.json and images/."""
+    return _present(os.environ.get("DDETR_COCO_FREE", REPOSITORY.parent / "shared/coco/coco_free"), "DDETR_COCO_FREE")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference outputs of the published code: plain_small.pt, two_stage_small.pt, msda_op.pt."""
+    return _present(os.environ.get("DDETR_GOLDEN", REPOSITORY.parent / "shared/golden"), "DDETR_GOLDEN")
+
+
+@pytest.fixture(scope="session")
+def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards with 24 procedural images of 96 pixels and 3 classes."""
+    from ddetr.data.shards import pack
+    from ddetr.launch.data import synth
+
+    folder = tmp_path_factory.mktemp("synthetic")
+    synth(folder / "coco", 24, 96, 3, 7)
+    shards = folder / "shards"
+    pack(folder / "coco/annotations.json", folder / "coco/images", shards, workers=1, shard_bytes=64 << 10)
+    return shards
+
+
+def _present(path: str | Path, variable: str) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent; put the data there or set {variable} to its folder")
+    return path

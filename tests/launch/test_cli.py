@@ -1,0 +1,163 @@
+"""The command line as a user meets it: help, messages and exit statuses of the real `ddetr` process."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ddetr.launch.cli import normalised_arguments
+
+DDETR = Path(sys.executable).with_name("ddetr")
+COMMANDS = [
+    ["data", "pack"],
+    ["data", "check"],
+    ["data", "synth"],
+    ["data", "show"],
+    ["train"],
+    ["eval"],
+    ["predict"],
+    ["explain"],
+    ["tune"],
+    ["checkpoint", "inspect"],
+    ["checkpoint", "export"],
+    ["report"],
+    ["doctor"],
+]
+
+
+def ddetr(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [DDETR, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def assert_one_message(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit status 2, one message on stderr that holds all parts, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("ddetr: "), result.stderr
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command: list[str]) -> None:
+    result = ddetr(*command, "--help")
+    assert result.returncode == 0
+    assert "Usage: ddetr " + " ".join(command) in result.stdout
+
+
+def test_help_lists_every_command() -> None:
+    listed = ddetr("--help").stdout
+    for command in COMMANDS:
+        assert f" {command[0]} " in listed
+
+
+def test_version() -> None:
+    assert ddetr("--version").stdout.strip() == f"ddetr {importlib.metadata.version('ddetr')}"
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    heavy = ["torch", "deepspeed", "ray", "timm", "webdataset", "numpy", "matplotlib", "prometheus_client", "pydantic"]
+    script = f"import sys, ddetr.launch.cli; print(*[name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_a_misspelt_key_is_answered_with_the_near_one() -> None:
+    assert_one_message(ddetr("train", "tiny", "train.bach_size=4"), "train.bach_size", "Did you mean train.batch_size?")
+
+
+def test_every_mistake_is_listed_at_once() -> None:
+    result = ddetr("train", "tiny", "model.querys=4", "train.epochs=-1", "optim.learning_rate=fast")
+    assert_one_message(result, "3 mistake(s)", "model.queries", "train.epochs", "optim.learning_rate")
+
+
+def test_a_misspelt_preset_is_answered_with_the_near_one() -> None:
+    assert_one_message(ddetr("train", "tinny"), "tinny", "Did you mean tiny?", "r50_two_stage")
+
+
+def test_train_without_a_preset_says_what_to_name() -> None:
+    assert_one_message(ddetr("train"), "name a preset", "--resume RUN_DIR")
+    assert_one_message(ddetr("train", "train.epochs=1"), "name a preset")
+
+
+def test_resume_refuses_a_preset_and_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    assert_one_message(ddetr("train", "tiny", "--resume", tmp_path), "leave out tiny")
+    assert_one_message(ddetr("train", "--resume", tmp_path), str(tmp_path), "config.yaml")
+
+
+def test_an_unknown_option_exits_2_with_the_near_one() -> None:
+    result = ddetr("eval", "somewhere", "--outputt", "x")
+    assert result.returncode == 2
+    assert "--output" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_files_are_one_message(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    for command in (
+        ["data", "pack", absent, tmp_path, tmp_path / "out"],
+        ["data", "check", absent],
+        ["data", "show", absent, tmp_path / "out.png"],
+        ["eval", absent],
+        ["predict", absent, absent],
+        ["explain", absent, absent],
+        ["tune", absent],
+        ["checkpoint", "inspect", absent],
+        ["checkpoint", "export", absent, tmp_path / "out"],
+        ["report", absent],
+    ):
+        assert_one_message(ddetr(*command, cwd=tmp_path), str(absent))
+    assert list(tmp_path.iterdir()) == [], "a failed command left something behind"
+
+
+def test_traceback_on_request_wherever_it_stands() -> None:
+    for arguments in (["--traceback", "train", "tinny"], ["train", "tinny", "--traceback"]):
+        result = ddetr(*arguments)
+        assert result.returncode == 2
+        assert "Traceback (most recent call last)" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("ddetr: ") or "Did you mean tiny?" in result.stderr
+
+
+def test_synth_pack_check_show(tmp_path: Path) -> None:
+    coco, shards, picture = tmp_path / "coco", tmp_path / "shards", tmp_path / "samples.png"
+    assert ddetr("data", "synth", coco, "--images", "8", "--size", "64", "--seed", "3").returncode == 0
+    assert ddetr("data", "check", coco / "annotations.json", coco / "images").returncode == 0
+    packed = ddetr("data", "pack", coco / "annotations.json", coco / "images", shards, "--workers", "1")
+    assert packed.returncode == 0, packed.stderr
+    assert (shards / "index.json").is_file()
+    assert ddetr("data", "check", shards).returncode == 0
+    shown = ddetr("data", "show", shards, picture, "--count", "4", "data.flip_probability=1.0")
+    assert shown.returncode == 0, shown.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_of_broken_data_exits_1(tmp_path: Path) -> None:
+    coco = tmp_path / "coco"
+    ddetr("data", "synth", coco, "--images", "4", "--size", "64")
+    victim = sorted((coco / "images").iterdir())[0]
+    victim.unlink()
+    result = ddetr("data", "check", coco / "annotations.json", coco / "images")
+    assert result.returncode == 1
+    assert victim.name in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["eval", "RUN", "--ray"], ["eval", "RUN", "--ray", "local"]),
+        (["eval", "RUN", "--ray", "10.0.0.1:6379"], ["eval", "RUN", "--ray", "10.0.0.1:6379"]),
+        (["eval", "RUN", "--ray", "ray://head:10001"], ["eval", "RUN", "--ray", "ray://head:10001"]),
+        (["eval", "RUN", "--ray", "[::1]:6379"], ["eval", "RUN", "--ray", "[::1]:6379"]),
+        (["eval", "--ray", "auto", "RUN"], ["eval", "--ray", "auto", "RUN"]),
+        (["eval", "--ray", "RUN"], ["eval", "--ray", "local", "RUN"]),
+        (["eval", "RUN", "--ray", "eval.top_k=3"], ["eval", "RUN", "--ray", "local", "eval.top_k=3"]),
+        (["eval", "RUN", "--ray=auto", "--all"], ["eval", "RUN", "--ray=auto", "--all"]),
+        (["predict", "RUN", "--", "--ray"], ["predict", "RUN", "--", "--ray"]),
+        (["train", "tiny", "--traceback"], ["--traceback", "train", "tiny"]),
+    ],
+)
+def test_the_address_of_ray_is_optional(given: list[str], wanted: list[str]) -> None:
+    assert normalised_arguments(given) == wanted
