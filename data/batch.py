@@ -41,7 +41,7 @@ class Batch:
     original_sizes: Tensor  # (N, 2) int64, (height, width) in pixels
 
     def to(self, device: torch.device) -> "Batch":
-        """Images, mask, boxes and labels on `device`; the counts, ids and sizes stay where they are needed, on the host.
+        """Images, mask, boxes and labels on `device`; counts, ids and sizes stay on the host, where they are needed.
 
         Copies from pinned memory do not block.
         """

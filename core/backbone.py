@@ -1,0 +1,66 @@
+"""The backbone: a timm model that returns C3, C4 and C5, the feature maps at strides 8, 16 and 32 (section 4.1)."""
+
+import timm
+from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+from .config import ModelConfig
+
+STRIDES = (8, 16, 32)
+
+
+class Backbone(nn.Module):
+    """Images (N, 3, H, W) to feature maps (N, C_l, H / s_l, W / s_l), s_l in `strides`, rounded up.
+
+    With `backbone_norm=frozen_batch` the published fine-tuning applies: batch norms, the stem and the first
+    stage (everything before C3) do not train. With `group` all of it trains from scratch.
+    Raises ValueError when timm has no such model or the model lacks one of the strides.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        options = {"norm_layer": GroupNorm} if config.backbone_norm == "group" else {}
+        try:
+            body = timm.create_model(
+                config.backbone, features_only=True, pretrained=config.pretrained_backbone, **options
+            )
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"model.backbone={config.backbone!r} with backbone_norm={config.backbone_norm!r}: timm cannot build "
+                f"it as a feature extractor ({error}); timm.list_models() names the models"
+            ) from error
+        reductions = body.feature_info.reduction()
+        missing = [stride for stride in STRIDES if stride not in reductions]
+        if missing:
+            raise ValueError(f"model.backbone={config.backbone!r} has no feature map at stride {missing}: {reductions}")
+        kept = STRIDES if config.levels > 1 else STRIDES[-1:]
+        self.strides = kept
+        self.channels = tuple(body.feature_info.channels()[reductions.index(stride)] for stride in kept)
+        self._indices = tuple(reductions.index(stride) for stride in kept)
+        if config.backbone_norm == "frozen_batch":
+            body = freeze_batch_norm_2d(body)
+            _freeze_before_c3(body, body.feature_info)
+        self._channels_last = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC  # as Swin returns them
+        self.body = body
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.body(images)
+        features = [features[index] for index in self._indices]
+        return [feature.permute(0, 3, 1, 2) for feature in features] if self._channels_last else features
+
+
+def _freeze_before_c3(body: nn.Module, feature_info: FeatureInfo) -> None:
+    """Stop the training of every parameter up to the end of the last feature map that is finer than C3."""
+    finer = [info["module"] for info in feature_info.info if info["reduction"] < STRIDES[0]]
+    if not finer:
+        return
+    modules = dict(body.named_modules())
+    stage = modules.get(finer[-1]) or modules[finer[-1].replace(".", "_")]  # timm flattens some names
+    last = {id(parameter) for parameter in stage.parameters()}
+    remaining = len(last)
+    for parameter in body.parameters():
+        if not remaining:
+            break
+        parameter.requires_grad_(False)
+        remaining -= id(parameter) in last

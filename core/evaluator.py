@@ -1,0 +1,152 @@
+"""COCO evaluation: shards in, detections out, twelve numbers by pycocotools.
+
+A shard is the unit of work. A batch never crosses shards and holds images of one exact size, so its composition,
+and with it every detection, is the same whichever process evaluates the shard and in whatever order.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..data.batch import Batch, normalised
+from ..data.categories import Categories
+from ..data.shards import ShardIndex
+from ..data.stream import evaluation_batches
+from .checkpoint import TrainedDetector
+from .postprocess import detections as top_detections
+
+METRICS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)  # in the order of COCOeval.stats
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Detections of one shard in COCO's result format: image_id, category_id, bbox (x, y, w, h) in pixels, score."""
+
+    shard: int
+    detections: list[dict]
+    num_images: int
+
+
+def evaluate_shard(
+    detector: TrainedDetector,
+    index: ShardIndex,
+    shard: int,
+    device: torch.device | str,
+    progress: Callable[[int], None] | None = None,
+) -> ShardResult:
+    """Detect objects in every image of one shard; the detector's model is on `device` and in eval mode.
+
+    `progress` is called after each batch with its number of images.
+    """
+    config = detector.config
+    found: list[dict] = []
+    num_images = 0
+    for batch in evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size):
+        found += detect(detector, batch.to(torch.device(device)))
+        num_images += len(batch.image_ids)
+        if progress is not None:
+            progress(len(batch.image_ids))
+    return ShardResult(shard, found, num_images)
+
+
+@torch.inference_mode()
+def detect(detector: TrainedDetector, batch: Batch) -> list[dict]:
+    """Detections in one batch, in COCO's result format with the original category ids."""
+    images = normalised(batch.images, batch.padding_mask)
+    predictions = detector.model(images, batch.padding_mask)
+    results = top_detections(predictions, batch.original_sizes, detector.config.eval.top_k)
+    found: list[dict] = []
+    for image_id, result in zip(batch.image_ids.tolist(), results, strict=True):
+        boxes_xywh = result.boxes_xyxy.clone()
+        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+        rows = zip(result.labels.tolist(), boxes_xywh.tolist(), result.scores.tolist(), strict=True)
+        found += [
+            {"image_id": image_id, "category_id": category_id(detector.categories, label), "bbox": box, "score": score}
+            for label, box, score in rows
+        ]
+    return found
+
+
+def category_id(categories: Categories | None, label: int) -> int:
+    """The dataset's own id of a label. A published checkpoint has no categories: its label index is the id."""
+    return label if categories is None else categories.ids[label]
+
+
+def merge(results: Iterable[ShardResult]) -> list[dict]:
+    """All detections in the order of the shards, whatever the order of arrival."""
+    ordered = sorted(results, key=lambda result: result.shard)
+    shards = [result.shard for result in ordered]
+    assert len(set(shards)) == len(shards), f"a shard was counted twice: {shards}"
+    return [detection for result in ordered for detection in result.detections]
+
+
+def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
+    """Every category of the shards must be one that the checkpoint knows, under the same id and name.
+
+    Raises ValueError that names those that are not.
+    """
+    wanted = dict(zip(index.categories.ids, index.categories.names, strict=True))
+    if detector.categories is None:
+        limit = detector.config.model.num_classes
+        wrong = [f"{name!r} has id {id_}" for id_, name in wanted.items() if not 0 <= id_ < limit]
+        rule = f"a published checkpoint's label is the category id, below {limit}"
+    else:
+        known = dict(zip(detector.categories.ids, detector.categories.names, strict=True))
+        wrong = [
+            f"{name!r} (id {id_}) " + (f"is {known[id_]!r} in the checkpoint" if id_ in known else "is not in it")
+            for id_, name in wanted.items()
+            if known.get(id_) != name
+        ]
+        rule = f"it knows {_listed([f'{name!r} (id {id_})' for id_, name in known.items()])}"
+    if wrong:
+        raise ValueError(
+            f"the categories of the shards {index.folder} and of the checkpoint {detector.path} do not correspond: "
+            f"{_listed(wrong)}; {rule}. Evaluate on shards packed from data with the checkpoint's categories"
+        )
+
+
+def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
+    """The twelve numbers of COCOeval for boxes; -1 where no ground truth falls into the range, as pycocotools has it.
+
+    ground_truth: a COCO dictionary. detections: COCO's result format. Neither is changed.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        # pycocotools writes into the annotations and into the detections
+        truth.dataset = {**ground_truth, "annotations": [dict(row) for row in ground_truth["annotations"]]}
+        truth.createIndex()
+        if detections:
+            results = truth.loadRes([dict(row) for row in detections])
+        else:  # loadRes looks at the first detection
+            results = COCO()
+            results.dataset = {**truth.dataset, "annotations": []}
+            results.createIndex()
+        evaluation = COCOeval(truth, results, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+
+
+def _listed(items: list[str], most: int = 8) -> str:
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,48 @@
+"""AdamW with the published parameter groups, and the learning rate as a function of the step (appendix A.4)."""
+
+import torch
+from torch import nn
+
+from .config import OptimConfig
+
+SLOW = ("sampling_offsets", "reference_points")
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """The trained parameters in three groups: base, backbone and sampling, each with its own rate under "scale".
+
+    A group without parameters is left out. `lr` holds the rate at full strength.
+    """
+    named: dict[str, list[nn.Parameter]] = {"base": [], "backbone": [], "sampling": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone."):
+            named["backbone"].append(parameter)
+        elif any(part in name.split(".") for part in SLOW):
+            named["sampling"].append(parameter)
+        else:
+            named["base"].append(parameter)
+    scales = {"base": 1.0, "backbone": config.backbone_multiplier, "sampling": config.sampling_multiplier}
+    return [
+        {"name": name, "params": parameters, "scale": scales[name], "lr": config.learning_rate * scales[name]}
+        for name, parameters in named.items()
+        if parameters
+    ]
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
+    """The base group's rate at optimizer step `step` (from 0): linear warm-up, then a tenth after each drop epoch."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    drops = sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
+    return config.learning_rate * warm * 0.1**drops

@@ -1,0 +1,35 @@
+"""From predictions to detections in pixels: the best scores over all queries and classes, as published.
+
+Shapes: N images, Q queries, K classes, k detections per image.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..data.boxes import cxcywh_to_xyxy
+from .detector import Predictions
+
+
+@dataclass(frozen=True)
+class Detections:
+    """One image's detections, best first."""
+
+    scores: Tensor  # (k,) float32 in [0, 1]
+    labels: Tensor  # (k,) int64 in 0..K-1
+    boxes_xyxy: Tensor  # (k, 4) float32, pixels of the image as stored
+
+
+def detections(predictions: Predictions, original_sizes: Tensor, top_k: int) -> list[Detections]:
+    """The `top_k` best (query, class) pairs of each image; a query may appear under several classes.
+
+    original_sizes (N, 2) as (height, width) in pixels. Raises ValueError when there are fewer than top_k pairs.
+    """
+    images, queries, classes = predictions.logits.shape
+    if top_k > queries * classes:
+        raise ValueError(f"top_k must be at most queries * classes = {queries * classes}, got {top_k}")
+    scores, index = predictions.logits.sigmoid().view(images, -1).topk(top_k, dim=1)
+    query, labels = index // classes, index % classes
+    boxes = cxcywh_to_xyxy(predictions.boxes).gather(1, query[..., None].expand(-1, -1, 4))
+    boxes = boxes * original_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (width, height, width, height)
+    return [Detections(s, label, box) for s, label, box in zip(scores, labels, boxes, strict=True)]

@@ -1,0 +1,105 @@
+"""The deformable transformer's encoder and decoder (section 4, figure 1).
+
+Shapes: N images, S tokens of all levels, Q queries, C hidden_dim, L levels.
+Reference points are float32 whatever the precision of the features: a coordinate in bfloat16 is off by pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MultiScaleDeformableAttention
+from .config import ModelConfig
+
+SpatialShapes = Sequence[tuple[int, int]]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over all levels, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = MultiScaleDeformableAttention(config.hidden_dim, config.heads, config.levels, config.points)
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
+        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, reference_points: Tensor, shapes: SpatialShapes, padding_mask: Tensor
+    ) -> Tensor:
+        attended = self.self_attn(tokens + position, reference_points, tokens, shapes, padding_mask)
+        tokens = self.norm1(tokens + self.dropout(attended))
+        hidden = self.linear2(self.dropout(self.linear1(tokens).relu()))
+        return self.norm2(tokens + self.dropout(hidden))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, valid_ratios: Tensor, shapes: SpatialShapes, padding_mask: Tensor
+    ) -> Tensor:
+        """tokens and position (N, S, C), valid_ratios (N, L, 2) as (x, y), padding_mask (N, S); returns (N, S, C)."""
+        reference_points = encoder_reference_points(shapes, valid_ratios)
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference_points, shapes, padding_mask)
+        return tokens
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, deformable attention from queries to tokens, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.hidden_dim
+        self.self_attn = nn.MultiheadAttention(c, config.heads, dropout=config.dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(c)
+        self.cross_attn = MultiScaleDeformableAttention(c, config.heads, config.levels, config.points)
+        self.norm1 = nn.LayerNorm(c)
+        self.linear1 = nn.Linear(c, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, c)
+        self.norm3 = nn.LayerNorm(c)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        tokens: Tensor,
+        shapes: SpatialShapes,
+        padding_mask: Tensor,
+    ) -> Tensor:
+        placed = queries + position
+        attended, _ = self.self_attn(placed, placed, queries, need_weights=False)
+        queries = self.norm2(queries + self.dropout(attended))
+        attended = self.cross_attn(queries + position, reference_points, tokens, shapes, padding_mask)
+        queries = self.norm1(queries + self.dropout(attended))
+        hidden = self.linear2(self.dropout(self.linear1(queries).relu()))
+        return self.norm3(queries + self.dropout(hidden))
+
+
+def encoder_reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
+    """Every token's own pixel centre, in the coordinates of every padded level: (N, S, L, 2) float32.
+
+    A centre is first relative to its level's unpadded part, then scaled by each level's valid ratio.
+    """
+    centres = []
+    for level, (height, width) in enumerate(shapes):
+        y = (torch.arange(height, device=valid_ratios.device) + 0.5) / height
+        x = (torch.arange(width, device=valid_ratios.device) + 0.5) / width
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        grid = torch.stack([x.reshape(-1), y.reshape(-1)], dim=-1)
+        centres.append(grid[None] / valid_ratios[:, None, level])
+    return torch.cat(centres, dim=1)[:, :, None] * valid_ratios[:, None]
+
+
+def decoder_reference_points(reference: Tensor, valid_ratios: Tensor) -> Tensor:
+    """Reference points (N, Q, 2) or boxes (N, Q, 4) of the unpadded image, in every padded level: (N, Q, L, 2 or 4)."""
+    scale = valid_ratios if reference.shape[-1] == 2 else torch.cat([valid_ratios, valid_ratios], dim=-1)
+    return reference[:, :, None] * scale[:, None]

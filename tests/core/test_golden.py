@@ -1,0 +1,266 @@
+"""Agreement with the published implementation: outputs, losses, matching, gradients, four optimizer steps."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from ddetr.core import checkpoint
+from ddetr.core.config import ModelConfig, OptimConfig
+from ddetr.core.criterion import Losses, criterion
+from ddetr.core.detector import DeformableDetr, Predictions
+from ddetr.core.matcher import match
+from ddetr.core.optimizer import parameter_groups
+from ddetr.core.postprocess import detections
+from ddetr.data.batch import Batch
+from torch import Tensor
+
+VARIANTS = ("plain_small", "two_stage_small")
+PARTS = {"loss_ce": "class", "loss_bbox": "l1", "loss_giou": "giou"}
+
+
+@pytest.fixture(scope="session")
+def hashinit(golden: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hashinit", golden / "hashinit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def case(request: pytest.FixtureRequest, golden: Path) -> dict:
+    return torch.load(golden / f"{request.param}.pt", weights_only=False)
+
+
+def configuration(case: dict) -> ModelConfig:
+    args = case["meta"]["args"]
+    return ModelConfig(
+        backbone="resnet50.tv_in1k",
+        pretrained_backbone=False,
+        hidden_dim=args["hidden_dim"],
+        heads=args["nheads"],
+        levels=args["num_feature_levels"],
+        points=args["enc_n_points"],
+        encoder_layers=args["enc_layers"],
+        decoder_layers=args["dec_layers"],
+        feedforward_dim=args["dim_feedforward"],
+        queries=args["num_queries"],
+        dropout=args["dropout"],
+        box_refine=args["with_box_refine"],
+        two_stage=args["two_stage"],
+        num_classes=91,
+    )
+
+
+def published_weights(case: dict, model: DeformableDetr, hashinit: ModuleType) -> dict[str, Tensor]:
+    """The weights under their published names, checked against the stored sums."""
+    config = model.config
+    weights = {}
+    for name, tensor in checkpoint.to_published(model).items():
+        canonical = hashinit.canonical(name, config.box_refine)
+        value = hashinit.value_for(canonical, tuple(tensor.shape), config.two_stage, config.heads)
+        shape, total, norm = case["state_spec"][canonical]
+        assert list(tensor.shape) == shape
+        assert value.astype(np.float64).sum() == pytest.approx(total, rel=1e-9, abs=1e-9)
+        assert np.sqrt((value.astype(np.float64) ** 2).sum()) == pytest.approx(norm, rel=1e-9)
+        weights[name] = torch.from_numpy(value)
+    return weights
+
+
+@pytest.fixture(scope="session")
+def model(case: dict, hashinit: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> DeformableDetr:
+    """The model with the golden weights, read through the published layout as a user's checkpoint would be."""
+    model = DeformableDetr(configuration(case))
+    weights = published_weights(case, model, hashinit)
+    assert set(weights) == {name for name in case["state_keys"] if not name.endswith("num_batches_tracked")}
+    file = tmp_path_factory.mktemp("published") / "checkpoint.pth"
+    torch.save({"model": weights}, file)
+    checkpoint.load_weights(model, file)
+    return model.train()
+
+
+@pytest.fixture(scope="session")
+def images(case: dict, hashinit: ModuleType) -> tuple[Tensor, Tensor]:
+    pictures = [torch.from_numpy(hashinit.image(seed, h, w)) for seed, h, w in case["meta"]["image_seeds_sizes"]]
+    height, width = (max(picture.shape[d] for picture in pictures) for d in (1, 2))
+    padded = torch.zeros(len(pictures), 3, height, width)
+    mask = torch.ones(len(pictures), height, width, dtype=torch.bool)
+    for n, picture in enumerate(pictures):
+        padded[n, :, : picture.shape[1], : picture.shape[2]] = picture
+        mask[n, : picture.shape[1], : picture.shape[2]] = False
+    return padded, mask
+
+
+def batch_of(targets: list[dict]) -> Batch:
+    """Only what the criterion reads."""
+    return Batch(
+        images=torch.empty(0),
+        padding_mask=torch.empty(0),
+        boxes_cxcywh=torch.cat([target["boxes"] for target in targets]),
+        labels=torch.cat([target["labels"] for target in targets]),
+        num_boxes=torch.tensor([len(target["labels"]) for target in targets]),
+        image_ids=torch.arange(len(targets)),
+        original_sizes=torch.zeros(len(targets), 2, dtype=torch.int64),
+    )
+
+
+def losses_of(predictions: Predictions, targets: list[dict]) -> Losses:
+    batch = batch_of(targets)
+    return criterion(predictions, batch, OptimConfig(), max(1.0, float(batch.num_boxes.sum())))
+
+
+def assert_losses(losses: Losses, expected: dict[str, float]) -> None:
+    last = str(max(int(layer) for layer in losses.layers if layer != "proposals"))
+    compared = 0
+    for name, value in expected.items():
+        base, _, suffix = name.removeprefix("loss_").partition("_")
+        if f"loss_{base}" not in PARTS:
+            continue  # class_error and cardinality_error are log lines of the original, not losses
+        layer = {"": last, "enc": "proposals"}.get(suffix, suffix)
+        ours = losses.values[list(PARTS).index(f"loss_{base}"), losses.layers.index(layer)].item()
+        assert ours == pytest.approx(value, rel=1e-4, abs=1e-7), name
+        compared += 1
+    assert compared == losses.values.numel()
+
+
+def test_outputs_agree(case: dict, model: DeformableDetr, images: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        predictions = model(*images)
+    expected = case["outputs"]
+    pairs = [((predictions.logits, predictions.boxes), expected)]
+    pairs += list(zip(predictions.aux, expected["aux_outputs"], strict=True))
+    if predictions.proposals is not None:
+        pairs.append((predictions.proposals, expected["enc_outputs"]))
+    for (logits, boxes), reference in pairs:
+        torch.testing.assert_close(logits, reference["pred_logits"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(boxes, reference["pred_boxes"], rtol=0, atol=1e-5)
+
+
+def test_losses_and_matching_agree(case: dict, model: DeformableDetr, images: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        predictions = model(*images)
+    assert_losses(losses_of(predictions, case["targets"]), case["losses"])
+    for edge in case["edge_targets"].values():
+        assert_losses(losses_of(predictions, edge["targets"]), edge["losses"])
+    total = losses_of(predictions, case["targets"]).weighted(OptimConfig()).sum().item()
+    assert total == pytest.approx(case["total_loss"], rel=1e-4)
+
+    layers = {f"aux{index}": output for index, output in enumerate(predictions.aux)}
+    layers["last"] = (predictions.logits, predictions.boxes)
+    batch = batch_of(case["targets"])
+    for name, indices in case["indices"].items():
+        labels = batch.labels
+        if name in layers:
+            logits, boxes = layers[name]
+        else:
+            assert predictions.proposals is not None
+            (logits, boxes), labels = predictions.proposals, torch.zeros_like(labels)
+        counts = batch.num_boxes.tolist()
+        ours = match(logits[None], boxes[None], labels, batch.boxes_cxcywh, counts, OptimConfig())[0]
+        for (query, box), (expected_query, expected_box) in zip(ours, indices, strict=True):
+            assert query.tolist() == expected_query.tolist(), name
+            assert box.tolist() == expected_box.tolist(), name
+
+
+def published_names(model: DeformableDetr) -> dict[str, str]:
+    """Our parameter name for each published one; copies of a head name the same parameter."""
+    ours = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    published = checkpoint.to_published(model)
+    return {name: ours[tensor.data_ptr()] for name, tensor in published.items() if tensor.data_ptr() in ours}
+
+
+def test_gradients_agree(case: dict, model: DeformableDetr, images: tuple[Tensor, Tensor]) -> None:
+    model.zero_grad()
+    losses_of(model(*images), case["targets"]).weighted(OptimConfig()).sum().backward()
+    parameters = dict(model.named_parameters())
+    names = published_names(model)
+    squared = 0.0
+    for published, expected in case["grads"].items():
+        parameter = parameters[names[published]]
+        if expected is None:
+            assert parameter.grad is None, published
+            continue
+        assert parameter.grad is not None, published
+        gradient = parameter.grad.double().flatten()
+        squared += gradient.square().sum().item()
+        assert gradient.norm().item() == pytest.approx(expected["l2"], rel=1e-3, abs=1e-6), published
+        samples = expected["samples"]
+        index = np.unique(np.linspace(0, gradient.numel() - 1, len(samples)).astype(np.int64))
+        torch.testing.assert_close(gradient[index], samples, rtol=1e-2, atol=1e-3 * expected["absmax"] + 1e-7)
+    assert squared**0.5 == pytest.approx(case["grad_norm_total"], rel=1e-3)
+
+
+def test_parameter_groups_agree(case: dict, model: DeformableDetr) -> None:
+    groups = parameter_groups(model, OptimConfig())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ours = {group["name"]: {names[parameter] for parameter in group["params"]} for group in groups}
+    ours_of = published_names(model)
+    for name, expected in case["param_groups"].items():
+        wanted = {ours_of[published] for published in expected}
+        group = {"linear_proj": "sampling"}.get(name, name)
+        assert ours[group] == wanted
+        rate = next(item["lr"] for item in groups if item["name"] == group)
+        assert rate == pytest.approx(case["group_lrs"][name])
+
+
+def test_optimizer_trajectory_agrees(
+    case: dict, model: DeformableDetr, hashinit: ModuleType, images: tuple[Tensor, Tensor]
+) -> None:
+    config = OptimConfig()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, weight_decay=config.weight_decay)
+    try:
+        for expected in case["trajectory"]:
+            optimizer.zero_grad()
+            losses = losses_of(model(*images), case["targets"])
+            total = losses.weighted(config).sum()
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            assert total.item() == pytest.approx(expected["total"], rel=1e-3)
+            assert norm.item() == pytest.approx(expected["grad_norm"], rel=1e-3)
+        parameters = dict(model.named_parameters())
+        names = published_names(model)
+        for published, expected in case["params_after_4_steps"].items():
+            norm = parameters[names[published]].detach().double().norm().item()
+            assert norm == pytest.approx(expected["l2"], rel=1e-3), published
+    finally:
+        model.load_state_dict(start)
+
+
+def test_detections_agree(case: dict, model: DeformableDetr, images: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        predictions = model(*images)
+    sizes = case["postprocess"]["target_sizes"]
+    for ours, expected in zip(detections(predictions, sizes, 100), case["postprocess"]["results"], strict=True):
+        torch.testing.assert_close(ours.scores, expected["scores"], rtol=0, atol=1e-5)
+        scale = sizes.max().item()
+        distinct = torch.ones(100, dtype=torch.bool)  # equal scores may swap places
+        distinct[1:] &= (expected["scores"][1:] - expected["scores"][:-1]).abs() > 2e-5
+        distinct[:-1] &= (expected["scores"][1:] - expected["scores"][:-1]).abs() > 2e-5
+        assert distinct.sum() > 30
+        assert ours.labels[distinct].tolist() == expected["labels"][distinct].tolist()
+        torch.testing.assert_close(
+            ours.boxes_xyxy[distinct], expected["boxes"][distinct], rtol=0, atol=1e-5 * scale * 1.5
+        )
+
+
+def test_initialisation_agrees(case: dict) -> None:
+    torch.manual_seed(0)
+    model = DeformableDetr(configuration(case))
+    parameters = dict(model.named_parameters())
+    for published, (shape, trained, mean, deviation, largest) in case["native_init_stats"].items():
+        if published.startswith("backbone."):
+            continue  # pretrained in the original
+        parameter = parameters[published_names(model)[published]]
+        assert list(parameter.shape) == shape
+        assert parameter.requires_grad == trained
+        noise = deviation / parameter.numel() ** 0.5
+        assert parameter.mean().item() == pytest.approx(mean, abs=6 * noise + 1e-6), published
+        if parameter.numel() > 1:
+            assert parameter.std().item() == pytest.approx(deviation, rel=5 / parameter.numel() ** 0.5, abs=1e-6)
+        assert parameter.abs().max().item() <= largest * 1.6 + 1e-6, published
