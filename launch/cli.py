@@ -329,7 +329,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         app(normalised_arguments(arguments))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "ddetr").startswith("ddetr"):
+            raise  # not a missing requirement but a defect of ours
         if "--traceback" in arguments:
             traceback_module.print_exc()
         print(f"ddetr: {_message(error)}", file=sys.stderr)
@@ -365,6 +367,8 @@ def _is_override(argument: str) -> bool:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed; `ddetr doctor` lists what is missing and how to install it"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
