@@ -1,0 +1,254 @@
+"""Indexed tar shards: the layout on disk, the index, reading one sample without reading the rest.
+
+A folder holds `shard-000000.tar`, ... and `index.json`. A shard is an ordinary WebDataset tar: for each image
+`<key>.jpg` (or .png, ...: the original bytes) and `<key>.json` with its annotations. The index names every shard with
+its size and sha256, and every sample with its size in pixels and the place of its two members in the tar.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .categories import Categories
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+
+# One row a sample. Offsets and sizes are bytes of the tar; num_boxes counts annotations, crowds included.
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("image_id", np.int64),
+        ("height", np.int32),
+        ("width", np.int32),
+        ("num_boxes", np.int32),
+        ("image_offset", np.int64),
+        ("image_bytes", np.int64),
+        ("annotations_offset", np.int64),
+        ("annotations_bytes", np.int64),
+    ]
+)
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used; the message names its shard and key and says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One tar file. samples: rows of SAMPLE_DTYPE in the tar's order. fingerprint: digest of what it was made from."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    fingerprint: str
+    samples: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def key(self, row: int) -> str:
+        """The name of a sample in the tar, without suffix."""
+        return sample_key(int(self.samples[row]["image_id"]))
+
+    def to_json(self) -> dict[str, Any]:
+        columns = {name: self.samples[name].tolist() for name in SAMPLE_DTYPE.names or ()}
+        samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return {
+            "name": self.name,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "fingerprint": self.fingerprint,
+            "samples": [{"key": sample_key(sample["image_id"]), **sample} for sample in samples],
+        }
+
+    @classmethod
+    def from_json(cls, folder: Path, values: dict[str, Any]) -> "Shard":
+        rows = [tuple(sample[name] for name in SAMPLE_DTYPE.names or ()) for sample in values["samples"]]
+        samples = np.array(rows, dtype=SAMPLE_DTYPE)
+        return cls(folder / values["name"], values["bytes"], values["sha256"], values["fingerprint"], samples)
+
+
+class ShardIndex:
+    """All shards of a folder, in order; samples are numbered through them.
+
+    Raises nothing itself; `load` checks the files.
+    """
+
+    def __init__(self, folder: Path, categories: Categories, source: dict[str, Any], shards: Sequence[Shard]) -> None:
+        self.folder = folder
+        self.categories = categories
+        self.source = source  # what the shards were made from: name and digest of the json, counts
+        self.shards = tuple(shards)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ShardIndex":
+        """Read an index and check that exactly its shards are there, each of its size.
+
+        Raises FileNotFoundError for a missing folder, index or shard, ValueError for an unreadable index and for
+        shards that are cut short or not in the index.
+        """
+        index = cls.read(folder)
+        faults = []
+        for shard in index.shards:
+            if not shard.path.is_file():
+                faults.append(f"{shard.name} is missing")
+            elif shard.path.stat().st_size != shard.bytes:
+                faults.append(f"{shard.name} has {shard.path.stat().st_size} bytes instead of {shard.bytes}")
+        faults += [f"{name} is not in the index" for name in index.extra_shards()]
+        if faults:
+            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise FileNotFoundError(
+                f"{folder}: the shards do not fit their index: {'; '.join(faults[:5])}{more}. "
+                "Copy the folder again, or run the same `ddetr data pack` again: it makes only what is missing."
+            )
+        return index
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ShardIndex":
+        """The index alone, without a look at the shards. Raises as `load` for folder and index."""
+        folder = Path(folder)
+        path = folder / INDEX_NAME
+        if not path.is_file():
+            what = "no such folder" if not folder.exists() else f"no {INDEX_NAME} in it, so it is no folder of shards"
+            raise FileNotFoundError(f"{folder}: {what}. Make one with `ddetr data pack COCO_JSON IMAGES {folder}`.")
+        try:
+            values = json.loads(path.read_bytes())
+            if values["version"] != INDEX_VERSION:
+                raise ValueError(f"version {values['version']} (this release reads {INDEX_VERSION})")
+            shards = [Shard.from_json(folder, item) for item in values["shards"]]
+            return cls(folder, Categories.from_json(values["categories"]), values["source"], shards)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a usable index ({error}); pack the images again") from error
+
+    def save(self) -> None:
+        """Write index.json, whole or not at all."""
+        values = {
+            "version": INDEX_VERSION,
+            "categories": self.categories.to_json(),
+            "source": self.source,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+        write_whole(self.folder / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
+
+    def extra_shards(self) -> list[str]:
+        """Tar files in the folder that the index does not name."""
+        return sorted({path.name for path in self.folder.glob("*.tar")} - {shard.name for shard in self.shards})
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(shard.samples) for shard in self.shards)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(shard.samples) for shard in self.shards])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, row) of a sample's number."""
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, sample - int(self._ends[shard]) + len(self.shards[shard].samples)
+
+    def ground_truth(self, shards: Iterable[int] | None = None) -> dict[str, Any]:
+        """The annotations of some shards (default: all), read from them, as a COCO dict with the original ids."""
+        images, annotations = [], []
+        reader = ShardReader(self)
+        for number in range(len(self.shards)) if shards is None else shards:
+            for row in range(len(self.shards[number].samples)):
+                values = reader.annotations(number, row)
+                image_id = values["image_id"]
+                annotations += [{**annotation, "image_id": image_id} for annotation in values["annotations"]]
+                images.append(
+                    {"id": image_id, **{name: values[name] for name in ("file_name", "height", "width")}},
+                )
+        reader.close()
+        return {"info": {}, "images": images, "annotations": annotations, "categories": self.categories.to_json()}
+
+
+class ShardReader:
+    """Reads single samples of an index by their place in the tar; keeps few files open."""
+
+    MOST_OPEN_FILES = 64
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
+
+    def image(self, shard: int, row: int) -> bytes:
+        """The original bytes of an image file."""
+        place = self._index.shards[shard].samples[row]
+        return self._read(shard, row, int(place["image_offset"]), int(place["image_bytes"]))
+
+    def annotations(self, shard: int, row: int) -> dict[str, Any]:
+        """{"image_id", "file_name", "height", "width", "annotations"} as packed."""
+        place = self._index.shards[shard].samples[row]
+        data = self._read(shard, row, int(place["annotations_offset"]), int(place["annotations_bytes"]))
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise self.error(shard, row, f"its annotations are not valid JSON ({error})") from error
+
+    def error(self, shard: int, row: int, what: object) -> SampleError:
+        """The one message for a sample that cannot be used."""
+        place = self._index.shards[shard]
+        return SampleError(
+            f"{place.path}: sample {place.key(row)}: {what}. "
+            f"`ddetr data check {self._index.folder}` lists every bad sample; delete this shard and pack it again."
+        )
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _read(self, shard: int, row: int, offset: int, size: int) -> bytes:
+        if shard not in self._files:
+            if len(self._files) >= self.MOST_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self._index.shards[shard].path, os.O_RDONLY)
+        self._files.move_to_end(shard)
+        data = os.pread(self._files[shard], size, offset)
+        if len(data) != size:
+            raise self.error(shard, row, f"the shard ends {size - len(data)} bytes early")
+        return data
+
+
+def sample_key(image_id: int) -> str:
+    return f"{image_id:012d}"
+
+
+def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """key -> suffix -> (offset, size) of a tar's files, from its own headers. Raises tarfile.TarError."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+    return members
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it has its name only when it is whole and on the disk."""
+    partial = partial_path(path)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes what will be called `path` once whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,0 +1,249 @@
+"""Packing: a COCO json and its images into indexed tar shards.
+
+What a shard holds is decided before anything is written, from the json and the sizes of the files, so the bytes on
+disk depend neither on the number of workers nor on interruptions. A shard gets its name when it is whole, together
+with a sidecar that holds its part of the index; `index.json` is written last. Packing again skips what is whole.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+from rich.progress import Progress
+
+from .coco import CocoImage, CocoSet, Finding, read_coco, summary
+from .index import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    Shard,
+    ShardIndex,
+    file_sha256,
+    partial_path,
+    sample_key,
+    tar_members,
+    write_whole,
+)
+from .parallel import ordered_map
+from .transforms import decode_image
+
+__all__ = ["ShardIndex", "pack"]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write: its path and its images, each with its file."""
+
+    path: Path
+    images: list[CocoImage]
+    files: list[Path]
+    fingerprint: str
+
+    @property
+    def sidecar(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+def pack(
+    annotations: Path,
+    images: Path,
+    output: Path,
+    *,
+    workers: int,
+    shard_bytes: int = 64 << 20,
+    drop_degenerate: bool = False,
+    progress: Progress | None = None,
+) -> ShardIndex:
+    """Write the images that a COCO json names, with their annotations, as shards of about `shard_bytes` each.
+
+    Every image is decoded once to be sure of it. workers: processes, 0 for one per core.
+
+    Raises ValueError, listing what is wrong, for a json with errors (boxes without area too, unless
+    `drop_degenerate` leaves them out) and for missing or undecodable images; FileExistsError when `output` holds
+    shards of another set. Until all is whole there is no index.json, so nothing half-made can be mistaken for data.
+    """
+    if shard_bytes <= 0:
+        raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
+    coco = read_coco(annotations)
+    refused = [f for f in coco.findings if f.severity == "error" and not (drop_degenerate and _is_droppable(f))]
+    refused += missing_images(coco, images)
+    if refused:
+        raise ValueError(f"{annotations}: nothing was packed, {len(refused)} error(s):\n{summary(refused)}")
+    jobs = plan_shards(coco, images, output, shard_bytes)
+    finished = _finished_shards(output, jobs)
+    output.mkdir(parents=True, exist_ok=True)
+    task = progress.add_task("packing", total=len(coco.images)) if progress else None
+    findings: list[Finding] = []
+    todo = [job for job in jobs if job.path not in finished]
+    if progress and task is not None:
+        progress.advance(task, len(coco.images) - sum(len(job.images) for job in todo))
+    for job, result in zip(todo, ordered_map(write_shard, todo, workers=workers), strict=True):
+        if isinstance(result, Shard):
+            finished[job.path] = result
+        else:
+            findings += result
+        if progress and task is not None:
+            progress.advance(task, len(job.images))
+    if findings:
+        raise ValueError(
+            f"{images}: {len(findings)} error(s), so there is no {INDEX_NAME}; the shards without errors are kept for "
+            f"the next try:\n{summary(findings)}"
+        )
+    source = {
+        "annotations": annotations.name,
+        "annotations_sha256": file_sha256(annotations),
+        "images": len(coco.images),
+        "boxes": sum(len(image.annotations) for image in coco.images),
+        "dropped_boxes": sum(_is_droppable(finding) for finding in coco.findings),
+    }
+    index = ShardIndex(output, coco.categories, source, [finished[job.path] for job in jobs])
+    index.save()
+    for leftover in [*(job.sidecar for job in jobs), *output.glob(".*.partial")]:
+        leftover.unlink(missing_ok=True)
+    return ShardIndex.load(output)
+
+
+def missing_images(coco: CocoSet, folder: Path) -> list[Finding]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected the images that the json names")
+    return [
+        Finding("missing image", f"image {image.image_id}", f"no file {image.file_name} in {folder}")
+        for image in coco.images
+        if not (folder / image.file_name).is_file()
+    ]
+
+
+def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> list[ShardJob]:
+    """Divide the images into shards of nearly equal size.
+
+    Images are dealt in the order of a digest of their ids: a fixed order without any trace of how the data was
+    collected, so that neighbours in a shard are no more alike than any two images.
+    """
+    images = sorted(coco.images, key=lambda image: hashlib.sha256(image.key.encode()).digest())
+    files = [folder / image.file_name for image in images]
+    sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
+    num_shards = max(1, round(int(sizes.sum()) / shard_bytes))
+    # An image belongs to the shard in whose share of the total its middle byte lies.
+    shard_of_image = (sizes.cumsum() - sizes / 2) * num_shards // max(1, sizes.sum())
+    jobs = []
+    for number, shard in enumerate(np.unique(shard_of_image)):
+        chosen = np.flatnonzero(shard_of_image == shard).tolist()
+        made_from = [(int(sizes[i]), _sample_json(images[i]).decode()) for i in chosen]
+        jobs.append(
+            ShardJob(
+                path=output / f"shard-{number:06d}.tar",
+                images=[images[i] for i in chosen],
+                files=[files[i] for i in chosen],
+                fingerprint=hashlib.sha256(json.dumps(made_from).encode()).hexdigest(),
+            )
+        )
+    return jobs
+
+
+def write_shard(job: ShardJob) -> Shard | list[Finding]:
+    """Write one shard and its sidecar, or return what is wrong with its images and leave nothing."""
+    findings: list[Finding] = []
+    partial = partial_path(job.path)
+    try:
+        # mtime 0, fixed owner and mode: equal content gives equal bytes.
+        with partial.open("wb") as file:
+            with wds.TarWriter(file, encoder=False, mtime=0.0) as tar:
+                for image, path in zip(job.images, job.files, strict=True):
+                    data = path.read_bytes()
+                    finding, suffix = inspect_image(image, data)
+                    if finding:
+                        findings.append(finding)
+                    else:
+                        tar.write({"__key__": image.key, suffix: data, "json": _sample_json(image)})
+            file.flush()
+            os.fsync(file.fileno())
+        if findings:
+            return findings
+        shard = replace(_describe(job, partial), path=job.path)
+        partial.rename(job.path)
+        write_whole(job.sidecar, json.dumps(shard.to_json()).encode())
+        return shard
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def inspect_image(image: CocoImage, data: bytes) -> tuple[Finding | None, str]:
+    """Decode an image file as the stream will. Returns (what is wrong or None, the file's suffix in the shard)."""
+    where = f"image {image.image_id} ({image.file_name})"
+    try:
+        decoded = decode_image(data)
+    except ValueError as error:
+        return Finding("undecodable image", where, str(error)), ""
+    if decoded.size != (image.width, image.height):
+        what = f"the json says {image.width} x {image.height}, the file holds {decoded.width} x {decoded.height} pixels"
+        return Finding("wrong size", where, what), ""
+    return None, image_suffix(data)
+
+
+def image_suffix(data: bytes) -> str:
+    """The suffix by content, as WebDataset's readers know it."""
+    with Image.open(io.BytesIO(data)) as image:
+        name = (image.format or "img").lower()
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name)
+
+
+def _is_droppable(finding: Finding) -> bool:
+    return finding.kind == "degenerate box"
+
+
+def _sample_json(image: CocoImage) -> bytes:
+    values: dict[str, Any] = {
+        "image_id": image.image_id,
+        "file_name": image.file_name,
+        "height": image.height,
+        "width": image.width,
+        "annotations": image.annotations,
+    }
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+def _describe(job: ShardJob, path: Path) -> Shard:
+    """The index entry of a tar just written, from the tar itself."""
+    members = tar_members(path)
+    rows = []
+    for image in job.images:
+        places = dict(members[sample_key(image.image_id)])
+        annotations = places.pop("json")
+        (pixels,) = places.values()
+        rows.append((image.image_id, image.height, image.width, len(image.annotations), *pixels, *annotations))
+    samples = np.array(rows, dtype=SAMPLE_DTYPE)
+    return Shard(path, path.stat().st_size, file_sha256(path), job.fingerprint, samples)
+
+
+def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard]:
+    """The shards that are whole and made from just this input. Raises FileExistsError for those of another set."""
+    if not output.exists():
+        return {}
+    if not output.is_dir():
+        raise FileExistsError(f"{output}: not a folder; choose another place for the shards")
+    known: dict[Path, Shard] = {}
+    if (output / INDEX_NAME).exists():
+        known = {shard.path: shard for shard in ShardIndex.read(output).shards}
+        if [shard.fingerprint for shard in known.values()] != [job.fingerprint for job in jobs]:
+            raise FileExistsError(
+                f"{output}: already holds shards of other images, annotations or shard size; "
+                "choose another folder or delete this one"
+            )
+    for job in jobs:
+        if job.path not in known and job.sidecar.is_file():
+            known[job.path] = Shard.from_json(output, json.loads(job.sidecar.read_bytes()))
+    return {
+        job.path: shard
+        for job in jobs
+        if (shard := known.get(job.path)) is not None
+        and shard.fingerprint == job.fingerprint
+        and job.path.is_file()
+        and file_sha256(job.path) == shard.sha256
+    }

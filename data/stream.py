@@ -1,0 +1,238 @@
+"""Batches from shards: the endless, exactly ordered stream of training and the finite one of evaluation.
+
+Both are short lists of WebDataset stages. What flows through the training stages is a micro-batch: first its sample
+numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a packed `Batch`.
+"""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import webdataset as wds
+from torch.utils.data import get_worker_info
+
+from .batch import Batch, Sample, collate
+from .config import DataConfig
+from .index import SampleError, ShardIndex, ShardReader
+from .plan import StepPlan, random_numbers
+from .transforms import (
+    View,
+    annotated_sample,
+    decode_image,
+    evaluation_sample,
+    evaluation_view,
+    load_image,
+    training_view,
+)
+
+__all__ = ["SampleError", "TrainStream", "evaluation_batches", "evaluation_sample", "load_image"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as its shard holds it, and the epoch it is wanted for."""
+
+    shard: int
+    row: int
+    image: bytes
+    entry: dict[str, Any]  # image_id, file_name, height, width, annotations
+    epoch: int
+
+
+class TrainStream:
+    """One rank's batches, step by step, the same whatever the number of ranks and workers.
+
+    batch_size: images of one optimizer step over all ranks and micro-batches.
+    Raises ValueError when batch_size does not divide among them, or exceeds the number of images.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        self._index = index
+        self._config = config
+        self._plan = StepPlan(
+            shard_sizes=tuple(len(shard.samples) for shard in index.shards),
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            window=config.shuffle_window,
+        )
+        self.steps_per_epoch = self._plan.steps_per_epoch
+        self._batches: Iterator[Batch | SampleError] = iter(())
+        self._position: tuple[int, int] | None = None  # (epoch, step) that the open loader gives next
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step of an epoch, from `first_step` on.
+
+        The loader stays open between epochs and reads ahead into the next one. Raises SampleError for a sample that
+        cannot be read or decoded.
+        """
+        for step in range(first_step, self.steps_per_epoch):
+            if self._position != (epoch, step):
+                self._open(epoch, step)
+            self._position = None
+            micro_batches = [self._checked(batch) for batch in islice(self._batches, self._plan.accumulation)]
+            self._position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+            yield micro_batches
+
+    def close(self) -> None:
+        """End the loader's worker processes."""
+        self._batches = iter(())  # the loader's iterator ends its workers when it is dropped
+        self._position = None
+
+    def _open(self, epoch: int, first_step: int) -> None:
+        self.close()
+        workers = self._config.workers
+        loader = wds.WebLoader(
+            training_pipeline(self._index, self._plan, self._config, epoch, first_step),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals if workers else None,
+            # Its own generator: by default the loader draws a seed from the global one, which would make the
+            # model's random numbers depend on when the loader was opened.
+            generator=torch.Generator(),
+        )
+        self._batches = iter(loader)
+        self._position = (epoch, first_step)
+
+    def _checked(self, batch: Batch | SampleError) -> Batch:
+        if isinstance(batch, SampleError):
+            self.close()
+            raise batch
+        return batch
+
+
+def training_pipeline(
+    index: ShardIndex, plan: StepPlan, config: DataConfig, epoch: int, first_step: int
+) -> wds.DataPipeline:
+    """The stages from sample numbers to batches; runs inside each loader worker on the worker's own micro-batches."""
+    reader = ShardReader(index)
+
+    def planned() -> Iterator[tuple[int, list[int]]]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        # The loader takes one batch from each worker in turn, so dealing them out keeps the order.
+        return islice(plan.micro_batches(epoch, first_step), number, None, count)
+
+    def read(micro_batch: tuple[int, list[int]]) -> list[StoredSample]:
+        epoch, samples = micro_batch
+        return [read_sample(reader, *index.locate(sample), epoch=epoch) for sample in samples]
+
+    def augment(micro_batch: list[StoredSample]) -> list[Sample]:
+        return [training_sample(reader, stored, index, config, plan.seed) for stored in micro_batch]
+
+    return wds.DataPipeline(
+        planned,
+        wds.map(read),
+        wds.map(augment),
+        wds.map(collate),
+        errors_as_items,
+    )
+
+
+def read_sample(reader: ShardReader, shard: int, row: int, epoch: int = 0) -> StoredSample:
+    return StoredSample(shard, row, reader.image(shard, row), reader.annotations(shard, row), epoch)
+
+
+def training_sample(
+    reader: ShardReader, stored: StoredSample, index: ShardIndex, config: DataConfig, seed: int
+) -> Sample:
+    """Decode and augment; the random numbers belong to (seed, epoch, image id)."""
+    random = random_numbers(seed, stored.epoch, stored.entry["image_id"])
+    view = training_view(stored.entry["height"], stored.entry["width"], config, random)
+    return _seen(reader, stored, index, view)
+
+
+def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, batch_size: int) -> Iterator[Batch]:
+    """Each image of a shard once, in a fixed order; the images of a batch have one exact size, so none is padded.
+
+    Images are decoded by `config.workers` threads (decoding and resizing release Python's lock), two batches ahead.
+    Raises SampleError for a sample that cannot be read or decoded.
+    """
+    samples = index.shards[shard].samples
+    rows_of_size: dict[tuple[int, int], list[int]] = {}
+    for row, (height, width) in enumerate(zip(samples["height"].tolist(), samples["width"].tolist(), strict=True)):
+        rows_of_size.setdefault(evaluation_view(height, width, config).size, []).append(row)
+    batches = [rows[i : i + batch_size] for rows in rows_of_size.values() for i in range(0, len(rows), batch_size)]
+    reader = ShardReader(index)
+
+    def decode(stored: StoredSample) -> Sample:
+        view = evaluation_view(stored.entry["height"], stored.entry["width"], config)
+        return _seen(reader, stored, index, view)
+
+    pipeline = wds.DataPipeline(
+        lambda: (row for rows in batches for row in rows),
+        wds.map(partial(read_sample, reader, shard)),
+        partial(threaded_map, decode, threads=config.workers, ahead=2 * batch_size),
+        lambda samples: (list(islice(samples, len(rows))) for rows in batches),
+        wds.map(collate),
+    )
+    try:
+        yield from pipeline
+    finally:
+        reader.close()
+
+
+def _seen(reader: ShardReader, stored: StoredSample, index: ShardIndex, view: View) -> Sample:
+    try:
+        image = decode_image(stored.image)
+    except ValueError as error:
+        raise reader.error(stored.shard, stored.row, error) from error
+    entry = stored.entry
+    return annotated_sample(image, view, entry["annotations"], index.categories, entry["image_id"])
+
+
+def errors_as_items(batches: Iterable[Batch]) -> Iterator[Batch | SampleError]:
+    """Hand a bad sample's error on as the last item: raised in a worker process, it would arrive as a traceback."""
+    try:
+        yield from batches
+    except SampleError as error:
+        yield SampleError(str(error))
+
+
+def threaded_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """`function(item)` for each item in order, computed by threads (0: by the caller) up to `ahead` items early."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer decides when its workers end.
+    # They end by themselves within seconds when the trainer is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
