@@ -13,7 +13,7 @@ import torch
 
 from ..data.batch import Batch, normalised
 from ..data.categories import Categories
-from ..data.shards import ShardIndex
+from ..data.index import ShardIndex
 from ..data.stream import evaluation_batches
 from .checkpoint import TrainedDetector
 from .postprocess import detections as top_detections

@@ -1,0 +1,142 @@
+"""`ddetr eval`: the twelve COCO numbers of a checkpoint, or of every checkpoint of a run, here or on a Ray cluster."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..core.checkpoint import TrainedDetector, checkpoints
+from ..core.config import Config
+from ..core.evaluator import ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ..data.index import ShardIndex, write_whole
+from .inference import configured_detector, inference_device
+
+CPU_THREADS = 2  # of every process that evaluates on a CPU, here or in a Ray worker, so that sums are the same
+
+EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], list[ShardResult]]
+
+
+def evaluate(
+    path: Path,
+    overrides: list[str],
+    data: Path | None = None,
+    ray_address: str | None = None,
+    output: Path | None = None,
+    all_checkpoints: bool = False,
+) -> dict[str, float]:
+    """Evaluate the checkpoint at `path`; with `all_checkpoints` every one of the run directory `path`, oldest first.
+
+    data: shards to evaluate on; the configuration's data.validation otherwise.
+    ray_address: an address as `cluster` takes it; None evaluates in this process.
+    output: folder for detections.json, ground_truth.json and metrics.json, with `all_checkpoints` for one folder a
+    step; the run's `eval/step_XXXXXXXX` otherwise.
+    Returns the numbers of the last checkpoint.
+    """
+    console = Console()
+    paths = _every_checkpoint(path) if all_checkpoints else [path]
+    metrics: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        evaluate_shards: EvaluateShards | None = None
+        for checkpoint in paths:
+            detector = configured_detector(checkpoint, overrides)
+            index = _shards(data, detector.config, path)
+            check_categories(detector, index)
+            folder = _output_folder(detector.path, output, each=all_checkpoints)
+            if evaluate_shards is None and ray_address is None:
+                evaluate_shards = _evaluate_here
+            elif evaluate_shards is None:
+                evaluate_shards = stack.enter_context(_on_ray(ray_address, detector.config, index, console))
+            with _progress(console, detector, index) as advance:
+                found = merge(evaluate_shards(detector, index, advance))
+            truth = index.ground_truth()
+            metrics = coco_metrics(truth, found)
+            _write(folder, {"detections.json": found, "ground_truth.json": truth, "metrics.json": metrics})
+            _print(console, detector, index, metrics, folder)
+    return metrics
+
+
+def _every_checkpoint(run_directory: Path) -> list[Path]:
+    found = checkpoints(run_directory)
+    if not found:
+        raise FileNotFoundError(f"{run_directory}: not a run directory with checkpoints/step_*; --all needs one")
+    return found
+
+
+def _shards(data: Path | None, config: Config, checkpoint: Path) -> ShardIndex:
+    folder = str(data) if data is not None else config.data.validation
+    if folder is None:
+        raise ValueError(f"{checkpoint} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
+    return ShardIndex.load(folder)
+
+
+def _evaluate_here(detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]) -> list[ShardResult]:
+    device = inference_device(detector.config)
+    detector.model.to(device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CPU_THREADS)
+    try:
+        return [evaluate_shard(detector, index, shard, device, advance) for shard in range(len(index.shards))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _on_ray(address: str, config: Config, index: ShardIndex, console: Console) -> Iterator[EvaluateShards]:
+    from .cluster import cluster
+    from .workers import ShardWorkers
+
+    with cluster(address):
+        workers = ShardWorkers(index.folder, len(index.shards), config.train.device, CPU_THREADS, console.print)
+        try:
+            yield workers.evaluate
+        finally:
+            workers.close()
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} images/s" if task.speed else "- images/s")
+
+
+@contextlib.contextmanager
+def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _ImagesPerSecond())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        title = "evaluating" if detector.step is None else f"step {detector.step}"
+        task = progress.add_task(title, total=index.num_samples)
+        yield lambda images: progress.advance(task, images)
+
+
+def _output_folder(file: Path, output: Path | None, each: bool) -> Path:
+    """Where the results of the checkpoint whose weights are `file` go."""
+    step = file.parent
+    in_run = step.parent.name == "checkpoints"
+    if output is not None:
+        return output / step.name if each else output
+    return step.parent.parent / "eval" / step.name if in_run else file.parent / f"{file.stem}_eval"
+
+
+def _write(folder: Path, contents: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(folder / name, json.dumps(content).encode())
+
+
+def _print(
+    console: Console, detector: TrainedDetector, index: ShardIndex, metrics: dict[str, float], folder: Path
+) -> None:
+    step = "" if detector.step is None else f", step {detector.step}"
+    table = Table(title=f"{detector.path.parent}{step}: {index.num_samples} images of {index.folder}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}" if value >= 0 else "no such objects")
+    console.print(table)
+    console.print(f"Written to {folder}")
