@@ -1,0 +1,74 @@
+"""Serves the metrics of one process over HTTP, and tells Prometheus where."""
+
+import errno
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+ALL_INTERFACES = ("", "0.0.0.0", "::")
+
+
+class Exporter:
+    """A running exporter. `address` is the host:port that a scraper asks; `close` ends it, once or twice."""
+
+    def __init__(self, address: str, server: WSGIServer, thread: threading.Thread):
+        self.address = address
+        self._server = server
+        self._thread = thread
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}/metrics"
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> "Exporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def serve(registry: CollectorRegistry, host: str, port: int) -> Exporter:
+    """Serve `registry` at http://host:port/metrics from a daemon thread; port 0 takes a free one.
+
+    Where `host` means all interfaces, the exporter's address has this machine's name instead.
+    Raises OSError naming host, port and the fix when it cannot listen there.
+    """
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except socket.gaierror as error:
+        raise OSError(f"monitor.host={host} is not an address of this machine ({error.strerror})") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(
+                f"cannot serve metrics: port {port} of {host} is taken by another process; "
+                f"set monitor.port to another number, or monitor.port=0 for any free port"
+            ) from error
+        raise OSError(f"cannot serve metrics on {host} port {port}: {error.strerror}; set monitor.host") from error
+    name = socket.gethostname() if host in ALL_INTERFACES else host
+    return Exporter(f"[{name}]:{server.server_port}" if ":" in name else f"{name}:{server.server_port}", server, thread)
+
+
+def write_targets(path: str | Path, targets: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    """Write (address, labels) pairs as a Prometheus file_sd file.
+
+    An empty list says that the run has ended: Prometheus forgets its ranks and does not report them missing.
+    The file is replaced as a whole, so Prometheus never reads half of it.
+    """
+    groups = [{"targets": [address], "labels": dict(labels)} for address, labels in targets]
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(groups, indent=2) + "\n")
+    unfinished.replace(path)

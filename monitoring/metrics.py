@@ -1,0 +1,211 @@
+"""Every Prometheus metric of a training run, declared and documented once.
+
+Names are `ddetr_<thing>_<unit>[_total]` in base units (seconds, bytes, ratios of 0 to 1). A quantity without a unit
+ends in the noun that it is (loss, rate, norm, scale, epoch, step). Each metric carries the labels `run` and `rank`;
+a further label takes its values from a fixed tuple, so the number of series per process never grows.
+
+`python -m ddetr.monitoring.metrics` prints the reference table of docs/operations.md.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LOSS_PARTS = ("total", "class", "l1", "giou")
+SCORES = (  # the twelve numbers of the COCO evaluation
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+RESIDENT_PAGES = Path("/proc/self/statm")
+
+# About a factor of 1.5 apart where training steps lie, so that a quantile read from them is off by at most that.
+STEP_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.8, 2.5, 4.0, 6.0, 9.0, 15.0, 30.0, 60.0, 180.0)
+WAIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: `label`, if any, takes only `values`; `buckets` are a histogram's upper bounds."""
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    documentation: str
+    label: str | None = None
+    values: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+LOSS = Metric(
+    "ddetr_train_loss", "gauge", "Loss of the last step, weighted and summed over layers.", "part", LOSS_PARTS
+)
+LEARNING_RATE = Metric("ddetr_learning_rate", "gauge", "Learning rate of the last step, of the transformer's group.")
+GRADIENT_NORM = Metric("ddetr_gradient_norm", "gauge", "Norm of all gradients at the last step, before clipping.")
+LOSS_SCALE = Metric("ddetr_loss_scale", "gauge", "Factor on the loss before the backward pass; 1 unless fp16.")
+EPOCH = Metric("ddetr_current_epoch", "gauge", "Epoch of the last step, from 0.")
+STEP = Metric("ddetr_current_step", "gauge", "Last optimizer step, counted over the whole run, resumes included.")
+STEPS = Metric("ddetr_steps_total", "counter", "Optimizer steps taken by this process, the skipped ones included.")
+SKIPPED_STEPS = Metric("ddetr_skipped_steps_total", "counter", "Steps not applied because a gradient was not finite.")
+IMAGES = Metric("ddetr_images_total", "counter", "Images trained on by all ranks together; do not sum this over ranks.")
+STEP_SECONDS = Metric(
+    "ddetr_step_seconds", "histogram", "Duration of a step, the wait for data included.", buckets=STEP_BUCKETS
+)
+DATA_WAIT_SECONDS = Metric(
+    "ddetr_data_wait_seconds", "histogram", "Time of a step spent waiting for its batch.", buckets=WAIT_BUCKETS
+)
+PROCESS_MEMORY = Metric(
+    "ddetr_process_memory_bytes", "gauge", "Resident memory of the training process, read at each scrape (Linux)."
+)
+DEVICE_MEMORY = Metric(
+    "ddetr_device_memory_bytes", "gauge", "Memory of the last step: peak allocated on the GPU, resident on a CPU."
+)
+SCORE = Metric(
+    "ddetr_evaluation_score_ratio",
+    "gauge",
+    "COCO metrics of the last evaluation, 0 to 1; NaN where the set has no such objects.",
+    "metric",
+    SCORES,
+)
+EVALUATION_SECONDS = Metric("ddetr_evaluation_seconds", "gauge", "Duration of the last evaluation.")
+EVALUATION_IMAGES = Metric("ddetr_evaluation_images", "gauge", "Images of the last evaluation.")
+START_TIME = Metric("ddetr_start_timestamp_seconds", "gauge", "Unix time at which this process began to train.")
+STEP_TIME = Metric("ddetr_last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended.")
+CHECKPOINT_TIME = Metric(
+    "ddetr_last_checkpoint_timestamp_seconds", "gauge", "Unix time at which the last checkpoint was complete."
+)
+
+METRICS = (
+    *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES),
+    *(STEP_SECONDS, DATA_WAIT_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
+    *(SCORE, EVALUATION_SECONDS, EVALUATION_IMAGES, START_TIME, STEP_TIME, CHECKPOINT_TIME),
+)
+
+
+@runtime_checkable
+class StepReport(Protocol):
+    """What the trainer says after each optimizer step."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def losses(self) -> Mapping[str, float]: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def gradient_norm(self) -> float: ...
+    @property
+    def images(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    @property
+    def data_wait_seconds(self) -> float: ...
+    @property
+    def skipped(self) -> bool: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def loss_scale(self) -> float: ...
+
+
+@runtime_checkable
+class EvaluationReport(Protocol):
+    """What the trainer says after an evaluation; a metric below 0 has no objects to be computed on."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def images(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class RunMetrics:
+    """The metrics of one rank of one run, in a registry of their own.
+
+    A gauge appears when its first value is known; counters and histograms are there from the start, so that a rate
+    over the first steps is right.
+    """
+
+    def __init__(self, run: str, rank: int):
+        self.registry = CollectorRegistry()
+        self._labels = {"run": run, "rank": str(rank)}
+        self._gauges: dict[Metric, Gauge] = {}
+        self._counters: dict[Metric, Counter] = {}
+        self._histograms: dict[Metric, Histogram] = {}
+        for metric in METRICS:
+            names = [*self._labels, *([metric.label] if metric.label else [])]
+            declared = (metric.name, metric.documentation, names)
+            if metric.kind == "gauge":
+                self._gauges[metric] = Gauge(*declared, registry=self.registry)
+            elif metric.kind == "counter":
+                self._counters[metric] = Counter(*declared, registry=self.registry).labels(**self._labels)
+            else:
+                histogram = Histogram(*declared, buckets=metric.buckets, registry=self.registry)
+                self._histograms[metric] = histogram.labels(**self._labels)
+        self._set(START_TIME, time.time())
+        if RESIDENT_PAGES.exists():
+            self._gauges[PROCESS_MEMORY].labels(**self._labels).set_function(_resident_bytes)
+
+    def observe(self, report: StepReport | EvaluationReport) -> None:
+        """Take in a report of the trainer. Raises TypeError for anything else."""
+        if isinstance(report, StepReport):
+            self._observe_step(report)
+        elif isinstance(report, EvaluationReport):
+            self._observe_evaluation(report)
+        else:
+            raise TypeError(f"expected a step or an evaluation report, got {type(report).__name__}")
+
+    def checkpoint_saved(self) -> None:
+        """Say that a checkpoint is complete now."""
+        self._set(CHECKPOINT_TIME, time.time())
+
+    def _observe_step(self, report: StepReport) -> None:
+        for part in LOSS_PARTS:
+            self._set(LOSS, report.losses[part], part=part)
+        self._set(LEARNING_RATE, report.learning_rate)
+        self._set(GRADIENT_NORM, report.gradient_norm)
+        self._set(LOSS_SCALE, report.loss_scale)
+        self._set(EPOCH, report.epoch)
+        self._set(STEP, report.step)
+        self._set(STEP_TIME, time.time())
+        self._set(DEVICE_MEMORY, report.memory_bytes)
+        self._counters[STEPS].inc()
+        self._counters[SKIPPED_STEPS].inc(int(report.skipped))
+        self._counters[IMAGES].inc(report.images)
+        self._histograms[STEP_SECONDS].observe(report.step_seconds)
+        self._histograms[DATA_WAIT_SECONDS].observe(report.data_wait_seconds)
+
+    def _observe_evaluation(self, report: EvaluationReport) -> None:
+        for name in SCORES:
+            value = report.metrics[name]
+            self._set(SCORE, math.nan if value < 0 else value, metric=name)
+        self._set(EVALUATION_SECONDS, report.seconds)
+        self._set(EVALUATION_IMAGES, report.images)
+
+    def _set(self, metric: Metric, value: float, /, **label: str) -> None:
+        self._gauges[metric].labels(**self._labels, **label).set(value)
+
+
+def reference_table() -> str:
+    """The metrics as a Markdown table, for docs/operations.md."""
+    rows = ["| metric | type | what it is |", "| --- | --- | --- |"]
+    for metric in METRICS:
+        values = f" `{metric.label}`: {', '.join(metric.values)}." if metric.label else ""
+        rows.append(f"| `{metric.name}` | {metric.kind} | {metric.documentation}{values} |")
+    return "\n".join(rows) + "\n"
+
+
+def _resident_bytes() -> float:
+    pages = int(RESIDENT_PAGES.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    print(reference_table(), end="")
