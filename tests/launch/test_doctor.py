@@ -28,7 +28,7 @@ def test_the_self_test_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> N
         return ddetr.ops.deform_attn(value, spatial_shapes, sampling_locations + 0.01, attention_weights)
 
     monkeypatch.setattr(doctor, "deform_attn", shifted)
-    assert [finding.state for finding in doctor.parity()][0] == "broken"
+    assert next(doctor.parity()).state == "broken"
 
 
 def test_a_missing_binary_is_named_with_the_command_that_builds_it(tmp_path: Path) -> None:

