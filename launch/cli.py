@@ -259,7 +259,7 @@ def explain(
 
     Example: `ddetr explain runs/tiny-0001 photo.jpg --output why.png --query 7`
     """
-    from .predict import explain as explain_query
+    from .explain import explain as explain_query
 
     explain_query(checkpoint, image, output, query)
 

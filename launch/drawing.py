@@ -1,0 +1,62 @@
+"""Detections drawn on an image, readable whether it is 100 or 4000 pixels wide."""
+
+import colorsys
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST_SIDE = 800  # of the longer side of a drawn image; smaller images are enlarged to it
+
+
+@dataclass(frozen=True)
+class DrawnBox:
+    """One box to draw: xyxy in pixels of the image, its text, and the label that gives it its colour."""
+
+    box_xyxy: tuple[float, float, float, float]
+    text: str
+    label: int
+
+
+def draw_boxes(image: Image.Image, boxes: list[DrawnBox]) -> Image.Image:
+    """A copy of the image, enlarged when small, with the boxes; the last ones lie on top."""
+    scale = max(1.0, SMALLEST_SIDE / max(image.size))
+    if scale > 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    else:
+        image = image.copy()
+    draw = ImageDraw.Draw(image)
+    line = max(3, round(max(image.size) / 270))
+    font = ImageFont.load_default(size=max(16, round(max(image.size) / 48)))
+    corners = [tuple(value * scale for value in box.box_xyxy) for box in boxes]
+    for (x0, y0, x1, y1), box in zip(corners, boxes, strict=True):
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(box.label), width=line)
+    for (x0, y0, _, _), box in zip(corners, boxes, strict=True):  # after all lines, so that none crosses a text
+        _draw_text(draw, image.size, (x0, y0), box.text, colour(box.label), font, padding=line)
+    return image
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """A bright colour; neighbouring labels are far apart on the colour circle."""
+    hue = (0.02 + label * 0.618034) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if label // 12 % 2 == 0 else 0.55, 1.0)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _draw_text(
+    draw: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    corner: tuple[float, float],
+    text: str,
+    background: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    padding: int,
+) -> None:
+    """Text on a filled rectangle above the box's upper left corner, moved inside the image where it would leave it."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    width, height = right - left + 2 * padding, bottom - top + 2 * padding
+    x = min(max(corner[0], 0), max(size[0] - width, 0))
+    y = corner[1] - height if corner[1] >= height else min(max(corner[1], 0), max(size[1] - height, 0))
+    draw.rectangle((x, y, x + width, y + height), fill=background)
+    red, green, blue = background
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+    draw.text((x + padding - left, y + padding - top), text, fill="black" if dark else "white", font=font)

@@ -1,0 +1,183 @@
+"""`ddetr explain`: where one object query looked. Sampling points and attention weights drawn, as in the paper (A.5).
+
+Shapes: Q queries, H heads, L levels, P points.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..core.attention import MultiScaleDeformableAttention
+from ..core.checkpoint import TrainedDetector
+from ..data.batch import collate, normalised
+from ..data.boxes import cxcywh_to_xyxy
+from ..data.stream import evaluation_sample, load_image
+from .inference import configured_detector, inference_device
+from .predict import category_names
+
+
+@dataclass(frozen=True)
+class SamplingPoints:
+    """Where one query of one attention module samples, relative to the image, and how much each sample counts."""
+
+    locations: Tensor  # (H, L, P, 2) as (x, y); the image is [0, 1], a point outside samples zeros
+    weights: Tensor  # (H, L, P), for each head they sum to 1
+    reference: Tensor  # (2,) as (x, y)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One object query of the last decoder layer, and one position of the last encoder layer."""
+
+    query: int
+    label: int
+    score: float
+    box_xyxy: Tensor  # (4,) relative to the image
+    decoder: SamplingPoints
+    encoder: SamplingPoints  # of the finest level's pixel at the box's centre
+
+
+def explain(checkpoint: Path, image: Path, output: Path, query: int | None = None) -> Explanation:
+    """Draw the sampling points of `query` (default: the one with the best score) of an image into the file `output`.
+
+    Raises ValueError for an image that cannot be read, a query that does not exist and an unknown picture format.
+    """
+    try:
+        pixels = load_image(image.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error
+    detector = configured_detector(checkpoint, [])
+    explanation = explained(detector, pixels, query)
+    name = category_names(detector)[explanation.label]
+    draw_explanation(pixels, explanation, name, output)
+    Console().print(f"query {explanation.query}: {name} {explanation.score:.2f}, drawn in {output}")
+    return explanation
+
+
+@torch.inference_mode()
+def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None = None) -> Explanation:
+    """The sampling points behind one query's detection in an RGB image (height, width, 3) uint8."""
+    device = inference_device(detector.config)
+    model = detector.model.to(device)
+    batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)
+    decoder_attention = model.transformer.decoder.layers[-1].cross_attn
+    encoder_attention = model.transformer.encoder.layers[-1].self_attn
+    with recorded(decoder_attention) as decoder, recorded(encoder_attention) as encoder:
+        predictions = model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
+    scores = predictions.logits[0].sigmoid()  # (Q, K)
+    if query is None:
+        query = int(scores.amax(-1).argmax())
+    if not 0 <= query < len(scores):
+        raise ValueError(f"query {query}: this detector has queries 0 to {len(scores) - 1}")
+    label = int(scores[query].argmax())
+    box_xyxy = cxcywh_to_xyxy(predictions.boxes[0, query]).cpu()
+    height, width = encoder.spatial_shapes[0]
+    centre = predictions.boxes[0, query, :2].clamp(0, 1 - 1e-6).tolist()
+    position = int(centre[1] * height) * width + int(centre[0] * width)  # the finest level's tokens come first
+    return Explanation(
+        query, label, float(scores[query, label]), box_xyxy, decoder.points(query), encoder.points(position)
+    )
+
+
+class Recording:
+    """What an attention module computed in its last forward pass. The image has no padding, so levels are whole."""
+
+    def __init__(self, module: MultiScaleDeformableAttention) -> None:
+        self._grid = (module.heads, module.levels, module.points)
+        self.spatial_shapes: list[tuple[int, int]] = []
+        self.reference_points = torch.empty(0)  # (1, Q, L, 2 or 4)
+        self.offsets = torch.empty(0)  # (1, Q, H * L * P * 2)
+        self.logits = torch.empty(0)  # (1, Q, H * L * P)
+
+    def points(self, query: int) -> SamplingPoints:
+        """The location arithmetic of `ddetr.ops.fused_deform_attn` for one query."""
+        heads, levels, points = self._grid
+        reference = self.reference_points[0, query].float()  # (L, 2 or 4)
+        offsets = self.offsets[0, query].float().view(heads, levels, points, 2)
+        if reference.shape[-1] == 4:
+            locations = reference[:, None, :2] + offsets / points * reference[:, None, 2:] * 0.5
+        else:
+            sizes = torch.tensor([(w, h) for h, w in self.spatial_shapes], device=offsets.device)
+            locations = reference[:, None] + offsets / sizes[:, None]
+        weights = self.logits[0, query].float().view(heads, levels * points).softmax(-1).view(heads, levels, points)
+        return SamplingPoints(locations.cpu(), weights.cpu(), reference[0, :2].cpu())
+
+
+@contextlib.contextmanager
+def recorded(module: MultiScaleDeformableAttention) -> Iterator[Recording]:
+    """Record the forward passes of an attention module by hooks, which are gone afterwards."""
+    recording = Recording(module)
+
+    def keep_inputs(_: Any, arguments: tuple[Any, ...]) -> None:
+        recording.reference_points, recording.spatial_shapes = arguments[1], list(arguments[3])
+
+    def keep_offsets(_: Any, __: Any, result: Tensor) -> None:
+        recording.offsets = result
+
+    def keep_logits(_: Any, __: Any, result: Tensor) -> None:
+        recording.logits = result
+
+    handles = [
+        module.register_forward_pre_hook(keep_inputs),
+        module.sampling_offsets.register_forward_hook(keep_offsets),
+        module.attention_weights.register_forward_hook(keep_logits),
+    ]
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, output: Path) -> None:
+    """Two rows, decoder and encoder: all sampling points on the image, then those of each level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    height, width = pixels.shape[:2]
+    levels = explanation.decoder.weights.shape[1]
+    panel = 3.6
+    figure = Figure(figsize=(panel * (levels + 1) + 0.6, 2 * (panel * min(height / width, 1.6) + 0.45)), dpi=130)
+    canvas = FigureCanvasAgg(figure)
+    if output.suffix.lower().removeprefix(".") not in canvas.get_supported_filetypes():
+        raise ValueError(f"{output}: unknown picture format; end the name in .png, .jpg, .pdf or .svg")
+    axes = figure.subplots(2, levels + 1, squeeze=False)
+    rows = (
+        (explanation.decoder, f"decoder, query {explanation.query}: {name} {explanation.score:.2f}"),
+        (explanation.encoder, "encoder, position at the box's centre"),
+    )
+    for row, (points, title) in zip(axes, rows, strict=True):
+        largest = float(points.weights.max())
+        scatter = None
+        for column, axis in enumerate(row):
+            chosen = slice(None) if column == 0 else slice(column - 1, column)
+            x, y = (points.locations[:, chosen].reshape(-1, 2) * torch.tensor([width, height])).T.numpy()
+            weights = points.weights[:, chosen].reshape(-1).numpy()
+            order = weights.argsort()  # the heaviest on top
+            axis.imshow(pixels, extent=(0, width, height, 0), alpha=0.75)
+            scatter = axis.scatter(
+                x[order], y[order], c=weights[order], cmap="plasma", vmin=0, vmax=largest, s=26,
+                edgecolors="white", linewidths=0.5,
+            )  # fmt: skip
+            x0, y0, x1, y1 = (explanation.box_xyxy * torch.tensor([width, height, width, height])).tolist()
+            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="#00e676", linewidth=2))
+            axis.plot(
+                float(points.reference[0]) * width, float(points.reference[1]) * height,
+                marker="+", color="#00e676", markersize=14, markeredgewidth=2.5,
+            )  # fmt: skip
+            axis.set_xlim(-0.08 * width, 1.08 * width)
+            axis.set_ylim(1.08 * height, -0.08 * height)
+            axis.set_axis_off()
+            share = weights.sum() / len(points.weights)
+            axis.set_title(title if column == 0 else f"level {column}: {share:.0%} of the weight", fontsize=10)
+        figure.colorbar(scatter, ax=list(row), label="attention weight", fraction=0.012, pad=0.01)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_figure(output, bbox_inches="tight")

@@ -1,0 +1,124 @@
+"""`ddetr predict`: detections in image files, as JSON and drawn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from ..core.checkpoint import TrainedDetector
+from ..core.evaluator import category_id
+from ..core.postprocess import Detections, detections
+from ..data.batch import collate, normalised
+from ..data.index import write_whole
+from ..data.stream import evaluation_sample, load_image
+from .drawing import DrawnBox, draw_boxes
+from .inference import configured_detector, inference_device
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[str]) -> Path:
+    """Detect objects in the images; folders stand for the image files in them.
+
+    Writes output/predictions.json with the eval.top_k best detections of each image, and one drawn image each with
+    those of at least eval.score_threshold. Returns the path of the JSON.
+
+    Raises FileNotFoundError before anything is written for an image that does not exist, and ValueError after the
+    other images are done that names every image that could not be read.
+    """
+    files = _image_files(images)
+    drawn_names = _drawn_names(files)
+    detector = configured_detector(checkpoint, overrides)
+    device = inference_device(detector.config)
+    detector.model.to(device)
+    names = category_names(detector)
+    entries: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    console = Console()
+    for file, drawn_name in track(list(zip(files, drawn_names, strict=True)), "predicting", console=console):
+        try:
+            pixels = load_image(file.read_bytes())
+        except (ValueError, OSError) as error:
+            unreadable.append(f"{file}: {error}")
+            continue
+        found = detect_image(detector, pixels, device)
+        rows = _rows(found, detector, names)
+        output.mkdir(parents=True, exist_ok=True)
+        boxes = [
+            DrawnBox(row["box_xyxy"], f"{row['name']} {row['score']:.2f}", label)
+            for row, label in zip(rows, found.labels.tolist(), strict=True)
+            if row["score"] >= detector.config.eval.score_threshold
+        ]
+        draw_boxes(Image.fromarray(pixels), boxes[::-1]).save(output / drawn_name, quality=92)
+        height, width = pixels.shape[:2]
+        entries.append({"file": str(file), "height": height, "width": width, "drawn": drawn_name, "detections": rows})
+    json_file = output / "predictions.json"
+    if entries:
+        content = {"checkpoint": str(detector.path), "step": detector.step, "images": entries}
+        write_whole(json_file, json.dumps(content, indent=1).encode())
+        console.print(f"{len(entries)} image(s): {json_file} and drawn images beside it")
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} of {len(files)} image(s) could not be read:\n" + "\n".join(unreadable))
+    return json_file
+
+
+@torch.inference_mode()
+def detect_image(detector: TrainedDetector, pixels: Any, device: torch.device) -> Detections:
+    """The detections of one RGB image (height, width, 3) uint8, best first, on the CPU."""
+    batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)
+    predictions = detector.model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
+    found = detections(predictions, batch.original_sizes, detector.config.eval.top_k)[0]
+    return Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu())
+
+
+def category_names(detector: TrainedDetector) -> tuple[str, ...]:
+    """One name a label. A published checkpoint brings none: those with 91 classes are COCO's, others stay numbers."""
+    if detector.categories is not None:
+        return detector.categories.names
+    classes = detector.config.model.num_classes
+    if classes != 91:
+        return tuple(str(label) for label in range(classes))
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    return tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+
+
+def _rows(found: Detections, detector: TrainedDetector, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [
+        {"category_id": category_id(detector.categories, label), "name": names[label], "score": score, "box_xyxy": box}
+        for label, score, box in zip(
+            found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True
+        )
+    ]
+
+
+def _image_files(images: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for image in images:
+        if image.is_dir():
+            inside = sorted(path for path in image.iterdir() if path.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise FileNotFoundError(f"{image}: no image files in this folder ({', '.join(SUFFIXES)})")
+            files += inside
+        elif image.is_file():
+            files.append(image)
+        else:
+            raise FileNotFoundError(f"{image}: no such image")
+    return files
+
+
+def _drawn_names(files: list[Path]) -> list[str]:
+    """A file name for each drawn image: the source's, numbered where two sources have the same."""
+    names: list[str] = []
+    for file in files:
+        suffix = file.suffix.lower() if file.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
+        name, number = f"{file.stem}_detections{suffix}", 1
+        while name in names:
+            number += 1
+            name = f"{file.stem}_{number}_detections{suffix}"
+        names.append(name)
+    return names
