@@ -81,6 +81,7 @@ class TrainConfig(_Section):
     """One training run and how DeepSpeed executes it."""
 
     output: str = Field("runs", description="folder in which the run's own folder is made")
+    name: str | None = Field(None, description="the run's own folder; by default the time of its start")
     epochs: int = Field(50, gt=0)
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
     batch_size: int = Field(32, gt=0, description="images per optimizer step over all ranks")

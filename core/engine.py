@@ -1,0 +1,266 @@
+"""What DeepSpeed needs: the process group, the JSON, the engine, and its part of a checkpoint.
+
+A rank is one process with one device. The environment that torchrun and the DeepSpeed launcher set (RANK,
+WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which; without it a run is one rank.
+"""
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.categories import Categories
+from .checkpoint import WEIGHTS, save_weights, step_directory
+from .config import Config, TrainConfig
+from .detector import DeformableDetr
+from .optimizer import adamw
+
+log = logging.getLogger("ddetr")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits longer than this for the others gives up
+STATE = "state.json"
+
+# Keys of the DeepSpeed JSON that follow from our configuration, and where to set each instead.
+_MODELLED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "the optim section",
+    "scheduler": "optim.drop_epochs and optim.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all ranks, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over all ranks, in place, on this rank's device."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+
+def device_for(config: TrainConfig, local_rank: int) -> torch.device:
+    """Raises ValueError when a GPU is asked for and there is none for this rank."""
+    count = torch.cuda.device_count()
+    if config.device == "cpu" or (config.device == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ValueError(
+            f"train.device={config.device} needs a GPU for local rank {local_rank}, but torch {torch.__version__} "
+            f"(CUDA {torch.version.cuda}) sees {count} on {socket.gethostname()}; start at most one rank per GPU, "
+            f"set train.device=cpu, or run `ddetr doctor`"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def join(config: TrainConfig) -> World:
+    """Join the process group that the launcher describes, or make one of a single rank.
+
+    Raises ValueError for a GPU that is not there, or half precision that the device cannot compute in.
+    """
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        environment["MASTER_PORT"] = str(_free_port())
+        os.environ.update(environment)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = device_for(config, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+
+    os.environ["DS_ACCELERATOR"] = device.type  # before the import: DeepSpeed chooses once
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
+    if device.type == "cpu":
+        _prepare_compilation(announce=local_rank == 0)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+    return World(rank, size, local_rank, device)
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON that follows from the configuration.
+
+    Raises ValueError when train.deepspeed_extra sets what another key of the configuration decides.
+    """
+    train = config.train
+    for key in train.deepspeed_extra:
+        if key in _MODELLED:
+            raise ValueError(f"train.deepspeed_extra.{key}: set {_MODELLED[key]} instead")
+    if "stage" in train.deepspeed_extra.get("zero_optimization", {}):
+        raise ValueError("train.deepspeed_extra.zero_optimization.stage: set train.zero_stage instead")
+    values: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16", "initial_scale_power": 16},
+        "steps_per_print": 2**31,  # the trainer reports each step itself
+    }
+    return _merged(values, train.deepspeed_extra)
+
+
+class Engine:
+    """The DeepSpeed engine around the detector, and the buffers that half precision would round.
+
+    `run` is deepspeed's own engine: call it for the forward pass, then `run.backward` and `run.step`.
+    """
+
+    def __init__(self, model: DeformableDetr, config: Config, world: World) -> None:
+        import deepspeed
+
+        self.config, self.world = config, world
+        self.dtype = DTYPES[config.train.precision]
+        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # frozen norms: never change
+        self._names = {name: parameter for name, parameter in model.named_parameters()}
+        self.run, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw(model, config.optim), config=deepspeed_config(config)
+        )
+
+    def set_learning_rate(self, base: float) -> None:
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = base * group["scale"]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last optimizer step, before clipping."""
+        norm = self.run.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self.run.optimizer, "cur_scale", 1.0)) if self.config.train.precision == "fp16" else 1.0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model in float32 on the host of rank 0 (the other ranks get an empty dictionary). Collective."""
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self._names.items():
+            full = _full_parameter(parameter)
+            if self.world.rank == 0:
+                whole[name] = full.detach().float().cpu()
+        return whole | {n: b.cpu() for n, b in self._buffers.items()} if self.world.rank == 0 else {}
+
+    def save(self, run_directory: Path, position: Mapping[str, int], categories: Categories) -> Path:
+        """Write a checkpoint aside, then give it its name, so that a named one is always whole. Collective."""
+        final = step_directory(run_directory, position["step"])
+        partial = final.with_name(f".{final.name}")
+        if self.world.rank == 0:
+            for leftover in (partial, final):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        self.run.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+        weights = self.weights()
+        if self.world.rank == 0:
+            save_weights(
+                partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"]
+            )
+            (partial / STATE).write_text(json.dumps({**position, "world_size": self.world.size}))
+        dist.barrier()
+        if self.world.rank == 0:
+            partial.rename(final)
+        dist.barrier()
+        return final
+
+    def load(self, checkpoint: Path) -> dict[str, int]:
+        """Weights, optimizer and loss scale from a checkpoint; returns its position. Collective.
+
+        Raises ValueError when it was written by another number of ranks or ZeRO stage.
+        """
+        position = json.loads((checkpoint / STATE).read_text())
+        written = position.pop("world_size")
+        if written != self.world.size:
+            raise ValueError(
+                f"{checkpoint} was written by {written} rank(s); resume it with as many, not {self.world.size}"
+            )
+        loaded, _ = self.run.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if loaded is None:
+            raise ValueError(f"{checkpoint}: DeepSpeed found no state for ZeRO stage {self.config.train.zero_stage}")
+        return position
+
+
+def _full_parameter(parameter: Tensor) -> Tensor:
+    """The float32 master of a parameter wherever ZeRO keeps it, or the parameter itself where there is none."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad and (full := safe_get_full_fp32_param(parameter)) is not None:
+        return full
+    if hasattr(parameter, "ds_id"):  # partitioned by stage 3, but not trained
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
+
+
+def _merged(values: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in extra.items():
+        nested = isinstance(value, Mapping) and isinstance(values.get(key), dict)
+        values[key] = _merged(values[key], value) if nested else value
+    return values
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _prepare_compilation(announce: bool) -> None:
+    """DeepSpeed compiles its shared-memory collective on first use: say so, and clear a dead build's lock.
+
+    The lock is a file whose mere existence makes some torch versions wait for ever. It is stale when no process
+    has it open, as /proc tells.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    lock = folder / "lock"
+    if lock.exists() and not _is_open(lock):
+        log.info("removing %s, left behind by a build that was killed", lock)
+        lock.unlink(missing_ok=True)
+    if announce and not (folder / "deepspeed_shm_comm.so").exists():
+        log.info("DeepSpeed compiles its CPU communication op, once on this machine: 1 to 4 minutes")
+
+
+def _is_open(path: Path) -> bool:
+    """Whether any process that we may look into has the file open. Counts as open where there is no /proc."""
+    processes = Path("/proc")
+    if not processes.is_dir():
+        return True
+    wanted = str(path.resolve())
+    for descriptor in processes.glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor) == wanted:
+                return True
+        except OSError:  # the process or descriptor is gone, or not ours to see
+            continue
+    return False

@@ -1,0 +1,212 @@
+"""`ddetr train`: checks everything, makes the run directory, serves metrics, trains."""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from ..core.config import Config, dump
+from ..core.detector import DeformableDetr
+from ..core.engine import World, deepspeed_config, device_for, join
+from ..core.trainer import CheckpointReport, EvaluationReport, Report, StepReport, as_json, train
+from ..data.index import ShardIndex
+from ..monitoring.exporter import serve, write_targets
+from ..monitoring.metrics import RunMetrics
+
+log = logging.getLogger("ddetr")
+
+
+def run(
+    config: Config,
+    *,
+    resume: Path | None = None,
+    dry_run: bool = False,
+    report: Callable[[EvaluationReport], None] | None = None,
+) -> Path:
+    """Train, as one process or as one rank of many; returns the run directory.
+
+    `resume` is a run directory to continue; `report` is called on rank 0 after each evaluation. With `dry_run` all
+    checks are made and printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message
+    for what the user can mend, before any work.
+    """
+    _log_to_console()
+    train_index, validation_index = _open_data(config)
+    deepspeed_json = deepspeed_config(config)
+    if dry_run:
+        _print_plan(config, train_index, deepspeed_json)
+        return Path(config.train.output)
+    with contextlib.ExitStack() as stack:
+        world = join(config.train)
+        stack.callback(dist.destroy_process_group)
+        run_directory = _agree(lambda: resume or _new_run_directory(config), world)
+        metrics = RunMetrics(run_directory.name, world.rank)
+        if config.monitor.enabled:
+            port = config.monitor.port + world.local_rank if config.monitor.port else 0
+            exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
+            stack.enter_context(_announced(exporter.address, run_directory, world))
+        record = stack.enter_context(_Record(run_directory, config, resume is not None) if world.rank == 0 else _Quiet())
+
+        def observe(item: Report) -> None:
+            if isinstance(item, CheckpointReport):
+                metrics.checkpoint_saved()
+            else:
+                metrics.observe(item)
+            record.observe(item)
+            if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
+                report(item)
+
+        record.event("resume" if resume else "start", ranks=world.size, device=str(world.device), torch=torch.__version__)
+        train(
+            config,
+            run_directory=run_directory,
+            world=world,
+            train_index=train_index,
+            validation_index=validation_index,
+            resume=resume is not None,
+            observe=observe,
+        )
+        record.event("stop")
+    return run_directory
+
+
+def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
+    if config.data.train is None:
+        raise ValueError(
+            "data.train is not set: give the folder of training shards, data.train=FOLDER (written by `ddetr data pack`)"
+        )
+    train_index = ShardIndex.load(config.data.train)
+    validation_index = ShardIndex.load(config.data.validation) if config.data.validation else None
+    if len(train_index.categories) != config.model.num_classes:
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {len(train_index.categories)} "
+            f"categories; set model.num_classes={len(train_index.categories)}"
+        )
+    if validation_index and validation_index.categories != train_index.categories:
+        raise ValueError(f"{config.data.train} and {config.data.validation} differ in their categories; pack both anew")
+    return train_index, validation_index
+
+
+def _print_plan(config: Config, index: ShardIndex, deepspeed_json: dict[str, Any]) -> None:
+    device = device_for(config.train, local_rank=0)
+    with torch.device("meta"):
+        model = DeformableDetr(config.model.model_copy(update={"pretrained_backbone": False}))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    steps = index.num_samples // config.train.batch_size
+    print(dump(config))
+    print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
+    print(f"# device {device.type}; {trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen")
+    print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
+
+
+def _agree(choose: Callable[[], Path], world: World) -> Path:
+    """Rank 0's choice on every rank; its error on every rank as well."""
+    choice: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            choice = [choose()]
+        except (ValueError, OSError) as error:
+            choice = [error]
+    dist.broadcast_object_list(choice, src=0)
+    if isinstance(choice[0], Exception):
+        raise choice[0]
+    return choice[0]
+
+
+def _new_run_directory(config: Config) -> Path:
+    name = config.train.name or time.strftime("%Y%m%d-%H%M%S")
+    path = Path(config.train.output) / name
+    if path.exists():
+        raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(dump(config))
+    return path
+
+
+@contextlib.contextmanager
+def _announced(address: str, run_directory: Path, world: World):
+    """Write every rank's address into targets.json for Prometheus, and empty it when the run ends."""
+    addresses: list[Any] = [None] * world.size
+    dist.all_gather_object(addresses, address)
+    targets = run_directory / "targets.json"
+    if world.rank == 0:
+        labels = [{"run": run_directory.name, "rank": str(rank)} for rank in range(world.size)]
+        write_targets(targets, zip(addresses, labels, strict=True))
+        log.info("run directory %s", run_directory)
+        log.info("metrics at %s", ", ".join(f"http://{item}/metrics" for item in addresses))
+    try:
+        yield
+    finally:
+        if world.rank == 0:
+            write_targets(targets, [])
+
+
+class _Record:
+    """metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
+
+    def __init__(self, run_directory: Path, config: Config, append: bool) -> None:
+        self._every = config.train.log_every_steps
+        self._metrics = self._open(run_directory / "metrics.jsonl")
+        self._events = self._open(run_directory / "events.jsonl")
+        self._log = logging.FileHandler(run_directory / "log.txt")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(self._log)
+
+    @staticmethod
+    def _open(path: Path) -> TextIO:
+        return path.open("a", buffering=1)
+
+    def __enter__(self) -> "_Record":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.event("error", message=f"{type(error).__name__}: {error}")
+        log.removeHandler(self._log)
+        for file in (self._metrics, self._events, self._log):
+            file.close()
+
+    def event(self, name: str, **details: Any) -> None:
+        self._events.write(json.dumps({"time": time.time(), "event": name, **details}) + "\n")
+
+    def observe(self, item: Report) -> None:
+        if isinstance(item, CheckpointReport):
+            self.event("checkpoint", step=item.step, path=item.path, seconds=item.seconds)
+            return
+        if isinstance(item, EvaluationReport):
+            self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
+        if isinstance(item, StepReport) and item.step % self._every and not item.skipped:
+            return
+        self._metrics.write(as_json(item) + "\n")
+
+
+class _Quiet:
+    """The record of the ranks that keep none."""
+
+    def __enter__(self) -> "_Quiet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def event(self, name: str, **details: Any) -> None:
+        pass
+
+    def observe(self, item: Report) -> None:
+        pass
+
+
+def _log_to_console() -> None:
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
