@@ -1,0 +1,63 @@
+// Path for x86-64 with AVX2, FMA and F16C: 8 floats a vector.
+#include "cpu_includes.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace ddetr::cpu {
+namespace {
+
+#include "cpu_kernel.h"
+
+inline void widen(const Half* source, float* target, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+  }
+  for (; i < count; ++i) target[i] = _cvtsh_ss(source[i].x);
+}
+inline void narrow(const float* source, Half* target, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < count; ++i) target[i].x = _cvtss_sh(source[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+struct Simd {
+  using T = float;
+  using V = __m256;
+  static constexpr int kWidth = 8;
+  static constexpr int kMaxVectors = 2;  // times four corners: half of the sixteen registers
+  static V zero() { return _mm256_setzero_ps(); }
+  static V set(T number) { return _mm256_set1_ps(number); }
+  static V load(const T* source) { return _mm256_loadu_ps(source); }
+  static void store(T* target, V vector) { _mm256_storeu_ps(target, vector); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static void sums(const V (&v)[4], T (&sums)[4]) {
+    const V both = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  }
+};
+
+}  // namespace
+
+const Path avx2{run_forward<Simd>, run_backward<Simd>};
+
+}  // namespace ddetr::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

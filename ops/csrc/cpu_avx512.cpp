@@ -1,0 +1,66 @@
+// Path for x86-64 with AVX-512 (F, BW, DQ, VL): 16 floats a vector.
+#include "cpu_includes.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+
+namespace ddetr::cpu {
+namespace {
+
+#include "cpu_kernel.h"
+
+inline void widen(const Half* source, float* target, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    _mm512_storeu_ps(target + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
+  }
+  for (; i < count; ++i) target[i] = _cvtsh_ss(source[i].x);
+}
+inline void narrow(const float* source, Half* target, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < count; ++i) target[i].x = _cvtss_sh(source[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+struct Simd {
+  using T = float;
+  using V = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr int kMaxVectors = 4;  // times four corners: half of the thirty-two registers
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set(T number) { return _mm512_set1_ps(number); }
+  static V load(const T* source) { return _mm512_loadu_ps(source); }
+  static void store(T* target, V vector) { _mm512_storeu_ps(target, vector); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static __m256 halves(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static void sums(const V (&v)[4], T (&sums)[4]) {
+    const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(halves(v[0]), halves(v[1])),
+                                       _mm256_hadd_ps(halves(v[2]), halves(v[3])));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  }
+};
+
+}  // namespace
+
+const Path avx512{run_forward<Simd>, run_backward<Simd>};
+
+}  // namespace ddetr::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

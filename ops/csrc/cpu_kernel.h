@@ -1,0 +1,481 @@
+// Forward and backward of both operators for one instruction set, given by the template argument Simd.
+//
+// Included by cpu_portable.cpp, cpu_avx2.cpp and cpu_avx512.cpp, each inside its own namespace and after it has
+// switched the compiler to its instruction set; hence no include guard and no includes here.
+//
+// A task owns one (batch, head), so the gradient of its values is its own: no atomics, and the same bits whatever
+// the number of threads. A task copies its values, which lie H*D apart, into a dense float buffer first: gathering
+// from the original would miss the TLB at every corner. Then blocks of queries go through two phases, arithmetic
+// (all points of a query in vectors) and gathers, so that loads do not wait for weights.
+// A corner outside the map points at a row of zeros (a waste row for gradients): the gathers have no branch, and a
+// NaN in value cannot reach a query that does not sample it.
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+constexpr int kBlock = 8;     // queries of a block
+constexpr int kPad = 16;      // points of a query are padded to full vectors of any instruction set
+
+// Calls body with a null pointer of the storage type.
+template <class T, class Body>
+void with_storage(ScalarType type, const Body& body) {
+  if constexpr (std::is_same_v<T, double>) {
+    body(static_cast<double*>(nullptr));
+  } else if (type == ScalarType::Half) {
+    body(static_cast<Half*>(nullptr));
+  } else if (type == ScalarType::BFloat16) {
+    body(static_cast<BFloat16*>(nullptr));
+  } else {
+    body(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T>
+inline void widen(const T* source, T* target, int64_t count) {
+  std::memcpy(target, source, count * sizeof(T));
+}
+template <class T>
+inline void narrow(const T* source, T* target, int64_t count) {
+  std::memcpy(target, source, count * sizeof(T));
+}
+inline void widen(const BFloat16* source, float* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) target[i] = std::bit_cast<float>(static_cast<uint32_t>(source[i].x) << 16);
+}
+inline void narrow(const float* source, BFloat16* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(source[i]);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    target[i].x = static_cast<uint16_t>(source[i] != source[i] ? 0x7fc0 : rounded);
+  }
+}
+
+// Each instruction set brings its own.
+inline void widen(const Half* source, float* target, int64_t count);
+inline void narrow(const float* source, Half* target, int64_t count);
+
+// exp of x <= 0 (or NaN), within 2 units in the last place; unlike expf it vectorises. After Cephes.
+inline float exponential(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const float whole = std::floor(bounded * 1.44269504088896341f + 0.5f);
+  const float rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float sum = 1.9875691500e-4f;
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  const int exponent = whole >= -126.0f ? static_cast<int>(whole) : -126;  // also for NaN
+  const float power = std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
+  return x < -87.0f ? 0.0f : sum * power;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+// Aligned memory that the system may back with huge pages.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t huge = size_t{2} << 20;
+    const size_t bytes = count * sizeof(T) + 64;
+    const size_t alignment = bytes >= huge ? huge : 64;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
+    if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == huge) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <class Simd>
+class Kernel {
+  using T = typename Simd::T;
+  using V = typename Simd::V;
+  static constexpr int W = Simd::kWidth;
+
+ public:
+  explicit Kernel(const Problem& problem)
+      : p_(problem),
+        points_(problem.levels * problem.points),
+        padded_((points_ + kPad - 1) / kPad * kPad),
+        stride_((problem.channels + W - 1) / W * W),
+        width_(padded_, T(1)),
+        height_(padded_, T(1)),
+        columns_(padded_, 1),
+        rows_(padded_, 1),
+        start_(padded_, 0) {
+    int64_t start = 0;
+    for (int64_t level = 0; level < p_.levels; ++level) {
+      const int64_t height = p_.shapes[2 * level], width = p_.shapes[2 * level + 1];
+      for (int64_t i = level * p_.points; i < (level + 1) * p_.points; ++i) {
+        width_[i] = static_cast<T>(width), height_[i] = static_cast<T>(height);
+        columns_[i] = static_cast<int32_t>(width), rows_[i] = static_cast<int32_t>(height);
+        start_[i] = static_cast<int32_t>(start);
+      }
+      start += height * width;
+    }
+    // Copying pays when the rows are read several times; vectors need whole rows of the sum's type.
+    const bool reads_are_few = 2 * p_.queries * points_ < p_.positions;
+    const bool rows_are_vectors = p_.value_type == p_.sum_type && stride_ == p_.channels;
+    in_place_ = reads_are_few && rows_are_vectors;
+  }
+
+  void forward(void* output) const {
+    // With more threads than (batch, head) pairs, the queries of a pair are split too; each part copies for itself.
+    const int64_t pairs = p_.batch * p_.heads;
+    if (pairs == 0 || p_.queries == 0) return;
+    const int64_t blocks = (p_.queries + kBlock - 1) / kBlock;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks);
+    torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(*this);
+      Buffer<T> copy(in_place_ ? 1 : p_.positions * stride_);
+      int64_t copied = -1;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t pair = task / parts, part = task % parts;
+        const int64_t batch = pair / p_.heads, head = pair % p_.heads;
+        if (!in_place_ && copied != pair) {
+          copy_values(batch, head, copy.data());
+          copied = pair;
+        }
+        const Rows values = rows_of(in_place_ ? in_place(p_.value, batch, head) : copy.data(), scratch.zeros.data());
+        const int64_t first = blocks * part / parts * kBlock;
+        const int64_t last = std::min(blocks * (part + 1) / parts * kBlock, p_.queries);
+        for (int64_t query = first; query < last; query += kBlock) {
+          const int count = static_cast<int>(std::min<int64_t>(kBlock, last - query));
+          for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, scratch);
+          for (int q = 0; q < count; ++q) {
+            sum_points(values, scratch, q);
+            store(scratch.channels.data(), p_.value_type, output,
+                  ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels, p_.channels);
+          }
+        }
+      }
+    });
+  }
+
+  void backward(const Gradients& gradients) const {
+    const int64_t pairs = p_.batch * p_.heads;
+    if (pairs == 0) return;
+    torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(*this);
+      Buffer<T> copy(in_place_ ? 1 : p_.positions * stride_);
+      Buffer<T> sums(in_place_ ? 1 : p_.positions * stride_);
+      for (int64_t pair = begin; pair < end; ++pair) {
+        const int64_t batch = pair / p_.heads, head = pair % p_.heads;
+        T* const gradient = in_place_ ? const_cast<T*>(in_place(gradients.value, batch, head)) : sums.data();
+        if (!in_place_) copy_values(batch, head, copy.data());
+        const Rows values = rows_of(in_place_ ? in_place(p_.value, batch, head) : copy.data(), scratch.zeros.data());
+        const Rows grads = rows_of(gradient, scratch.waste.data());
+        for (int64_t row = 0; row < p_.positions; ++row) {
+          std::memset(gradient + row * row_stride(), 0, stride_ * sizeof(T));
+        }
+        for (int64_t query = 0; query < p_.queries; query += kBlock) {
+          const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
+          for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, scratch);
+          for (int q = 0; q < count; ++q) {
+            const int64_t pair_index = (batch * p_.queries + query + q) * p_.heads + head;
+            load(gradients.output, p_.value_type, pair_index * p_.channels, p_.channels, scratch.channels.data());
+            spread_gradient(values, grads, scratch, q);
+            store_gradients(gradients, batch, query + q, head, scratch, q);
+          }
+        }
+        if (!in_place_) store_value_gradient(sums.data(), batch, head, gradients.value);
+      }
+    });
+  }
+
+ private:
+  // Value rows (or their gradients) of one (batch, head).
+  struct Rows {
+    T* base;
+    T* outside;
+    int64_t stride;
+    int32_t outside_index;
+    T* at(int32_t index) const { return index == outside_index ? outside : base + index * stride; }
+  };
+
+  // What one thread needs, for kBlock queries of padded_ points each.
+  struct Scratch {
+    explicit Scratch(const Kernel& kernel)
+        : floats(static_cast<size_t>(kBlock) * kernel.padded_ * 12),
+          integers(static_cast<size_t>(kBlock) * kernel.padded_ * 4),
+          dots(4 * kernel.padded_),
+          pairs(2 * kernel.padded_),
+          moved(2 * kernel.padded_),
+          zeros(kernel.stride_),
+          waste(kernel.stride_),
+          channels(kernel.stride_),
+          references(4 * kernel.p_.levels),
+          scales(2 * kernel.p_.levels) {
+      const int64_t count = kBlock * kernel.padded_;
+      T* next = floats.data();
+      for (T** array : {&x, &y, &score, &fraction_x, &fraction_y, &poison, &offset_x, &offset_y}) {
+        *array = next, next += count;
+      }
+      for (int k = 0; k < 4; ++k) weight[k] = next + k * count, row[k] = integers.data() + k * count;
+    }
+    std::vector<T> floats;
+    std::vector<int32_t> integers;
+    std::vector<T> dots, pairs, moved, zeros, waste, channels, references, scales;
+    T *x, *y, *score;                // location in [0, 1], attention weight
+    T *fraction_x, *fraction_y;      // of the pixel, right of and below the top left corner
+    T *poison;                       // 0, or NaN where location or weight is not finite
+    T *offset_x, *offset_y;          // fused operator
+    T *weight[4];                    // attention times bilinear: top left, top right, bottom left, bottom right
+    int32_t* row[4];                 // of that corner, or the index that stands for "outside"
+  };
+
+  const T* in_place(const void* tensor, int64_t batch, int64_t head) const {
+    return static_cast<const T*>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
+  }
+  int64_t row_stride() const { return in_place_ ? p_.heads * p_.channels : stride_; }
+  Rows rows_of(const T* base, T* outside) const {
+    return {const_cast<T*>(base), outside, row_stride(), static_cast<int32_t>(p_.positions)};
+  }
+
+  static void load(const void* source, ScalarType type, int64_t first, int64_t count, T* target) {
+    with_storage<T>(type, [&](auto* storage) { widen(static_cast<decltype(storage)>(const_cast<void*>(source)) + first, target, count); });
+  }
+  static void store(const T* source, ScalarType type, void* target, int64_t first, int64_t count) {
+    with_storage<T>(type, [&](auto* storage) { narrow(source, static_cast<decltype(storage)>(target) + first, count); });
+  }
+
+  void copy_values(int64_t batch, int64_t head, T* target) const {
+    with_storage<T>(p_.value_type, [&](auto* storage) {
+      const auto* source = static_cast<const std::remove_pointer_t<decltype(storage)>*>(p_.value) +
+                           (batch * p_.positions * p_.heads + head) * p_.channels;
+      for (int64_t row = 0; row < p_.positions; ++row) {
+        widen(source + row * p_.heads * p_.channels, target + row * stride_, p_.channels);
+        for (int64_t c = p_.channels; c < stride_; ++c) target[row * stride_ + c] = T(0);
+      }
+    });
+  }
+
+  void store_value_gradient(const T* source, int64_t batch, int64_t head, void* tensor) const {
+    with_storage<T>(p_.value_type, [&](auto* storage) {
+      auto* target = static_cast<decltype(storage)>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
+      for (int64_t row = 0; row < p_.positions; ++row) {
+        narrow(source + row * stride_, target + row * p_.heads * p_.channels, p_.channels);
+      }
+    });
+  }
+
+  // Phase one: rows and weights of every corner of every point of one query, into slot q of the block.
+  void prepare(int64_t batch, int64_t query, int64_t head, int q, Scratch& s) const {
+    const int64_t slot = q * padded_;
+    load_points(batch, query, head, slot, s);
+    const T *const x = s.x + slot, *const y = s.y + slot, *const score = s.score + slot;
+    T *const fraction_x = s.fraction_x + slot, *const fraction_y = s.fraction_y + slot, *const poison = s.poison + slot;
+    T *const w0 = s.weight[0] + slot, *const w1 = s.weight[1] + slot, *const w2 = s.weight[2] + slot,
+             *const w3 = s.weight[3] + slot;
+    int32_t *const r0 = s.row[0] + slot, *const r1 = s.row[1] + slot, *const r2 = s.row[2] + slot,
+                  *const r3 = s.row[3] + slot;
+    const T *const widths = width_.data(), *const heights = height_.data();
+    const int32_t *const columns = columns_.data(), *const rows = rows_.data(), *const starts = start_.data();
+    const int32_t outside = static_cast<int32_t>(p_.positions);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < padded_; ++i) {
+      T px = x[i] * widths[i] - T(0.5), py = y[i] * heights[i] - T(0.5);
+      // Bounded so that the integer below cannot overflow; a NaN becomes -2, which is outside.
+      px = px > T(-2) ? px : T(-2), py = py > T(-2) ? py : T(-2);
+      px = px < widths[i] + T(1) ? px : widths[i] + T(1), py = py < heights[i] + T(1) ? py : heights[i] + T(1);
+      const T left = std::floor(px), top = std::floor(py);
+      const T fx = px - left, fy = py - top;
+      const int32_t column = static_cast<int32_t>(left), row = static_cast<int32_t>(top);
+      const bool in0 = column >= 0 && column < columns[i], in1 = column >= -1 && column + 1 < columns[i];
+      const bool on0 = row >= 0 && row < rows[i], on1 = row >= -1 && row + 1 < rows[i];
+      const int32_t index = starts[i] + row * columns[i] + column;
+      const T bad = (x[i] - x[i]) + (y[i] - y[i]) + (score[i] - score[i]);
+      const T weight = score[i] + bad;
+      fraction_x[i] = fx, fraction_y[i] = fy, poison[i] = bad;
+      w0[i] = weight * (1 - fy) * (1 - fx), w1[i] = weight * (1 - fy) * fx;
+      w2[i] = weight * fy * (1 - fx), w3[i] = weight * fy * fx;
+      r0[i] = on0 && in0 ? index : outside, r1[i] = on0 && in1 ? index + 1 : outside;
+      r2[i] = on1 && in0 ? index + columns[i] : outside, r3[i] = on1 && in1 ? index + columns[i] + 1 : outside;
+    }
+  }
+
+  // Locations and attention weights of one query; for the fused operator from offsets and logits.
+  void load_points(int64_t batch, int64_t query, int64_t head, int64_t slot, Scratch& s) const {
+    const int64_t first = ((batch * p_.queries + query) * p_.heads + head) * points_;
+    T *const x = s.x + slot, *const y = s.y + slot, *const score = s.score + slot;
+    load(p_.coordinates, p_.point_type, 2 * first, 2 * points_, s.pairs.data());
+    load(p_.scores, p_.point_type, first, points_, score);
+    const T* const pairs = s.pairs.data();
+    if (p_.reference_size == 0) {
+      for (int64_t i = 0; i < points_; ++i) x[i] = pairs[2 * i], y[i] = pairs[2 * i + 1];
+      return;
+    }
+    softmax(score);
+    load_references(batch, query, s);
+    T *const offset_x = s.offset_x + slot, *const offset_y = s.offset_y + slot;
+    const T *reference = s.references.data(), *scale = s.scales.data();
+    for (int64_t level = 0, i = 0; level < p_.levels; ++level, reference += p_.reference_size, scale += 2) {
+      for (int64_t end = i + p_.points; i < end; ++i) {
+        offset_x[i] = pairs[2 * i], offset_y[i] = pairs[2 * i + 1];
+        x[i] = reference[0] + offset_x[i] * scale[0], y[i] = reference[1] + offset_y[i] * scale[1];
+      }
+    }
+  }
+
+  // Reference points of one query, and what an offset is multiplied with.
+  void load_references(int64_t batch, int64_t query, Scratch& s) const {
+    const int64_t size = p_.reference_size;
+    load(p_.reference, p_.point_type, (batch * p_.queries + query) * p_.levels * size, p_.levels * size,
+         s.references.data());
+    for (int64_t level = 0; level < p_.levels; ++level) {
+      const T* const reference = s.references.data() + level * size;
+      const T share = T(0.5) / static_cast<T>(p_.points);
+      s.scales[2 * level] = size == 4 ? reference[2] * share : 1 / static_cast<T>(p_.shapes[2 * level + 1]);
+      s.scales[2 * level + 1] = size == 4 ? reference[3] * share : 1 / static_cast<T>(p_.shapes[2 * level]);
+    }
+  }
+
+  void softmax(T* score) const {
+    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
+    for (int64_t i = 0; i < points_; ++i) largest = score[i] > largest ? score[i] : largest;
+    for (int64_t i = 0; i < points_; ++i) score[i] = exponential(score[i] - largest);
+    for (int64_t i = 0; i < points_; ++i) sum += score[i];
+    for (int64_t i = 0; i < points_; ++i) score[i] /= sum;
+  }
+
+  // Phase two, forward: the weighted sum of all corners, into scratch.channels.
+  void sum_points(const Rows& values, Scratch& s, int q) const {
+    for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
+      V sums[4][C];
+      for (int k = 0; k < 4; ++k) {
+        for (int c = 0; c < C; ++c) sums[k][c] = Simd::zero();
+      }
+      for (int64_t i = q * padded_, end = i + points_; i < end; ++i) {
+        for (int k = 0; k < 4; ++k) {
+          const T* const source = values.at(s.row[k][i]) + channel;
+          const V weight = Simd::set(s.weight[k][i]);
+          for (int c = 0; c < C; ++c) sums[k][c] = Simd::fma(weight, Simd::load(source + c * W), sums[k][c]);
+        }
+      }
+      for (int c = 0; c < C; ++c) {
+        Simd::store(s.channels.data() + channel + c * W,
+                    Simd::add(Simd::add(sums[0][c], sums[1][c]), Simd::add(sums[2][c], sums[3][c])));
+      }
+    });
+  }
+
+  // Phase two, backward: adds weight * gradient to the corners' rows, and leaves gradient . value in scratch.dots.
+  void spread_gradient(const Rows& values, const Rows& grads, Scratch& s, int q) const {
+    for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
+      V gradient[C];
+      for (int c = 0; c < C; ++c) gradient[c] = Simd::load(s.channels.data() + channel + c * W);
+      T* dots = s.dots.data();
+      for (int64_t i = q * padded_, end = i + points_; i < end; ++i, dots += 4) {
+        V products[4];
+        for (int k = 0; k < 4; ++k) {
+          const T* const source = values.at(s.row[k][i]) + channel;
+          T* const target = grads.at(s.row[k][i]) + channel;
+          const V weight = Simd::set(s.weight[k][i]);
+          products[k] = Simd::zero();
+          for (int c = 0; c < C; ++c) {
+            products[k] = Simd::fma(gradient[c], Simd::load(source + c * W), products[k]);
+            Simd::store(target + c * W, Simd::fma(weight, gradient[c], Simd::load(target + c * W)));
+          }
+        }
+        T sums[4];
+        Simd::sums(products, sums);
+        for (int k = 0; k < 4; ++k) dots[k] = channel == 0 ? sums[k] : dots[k] + sums[k];
+      }
+    });
+  }
+
+  // Gradients of one query's locations and weights (plain) or offsets, logits and reference points (fused).
+  void store_gradients(const Gradients& gradients, int64_t batch, int64_t query, int64_t head, Scratch& s,
+                       int q) const {
+    const int64_t slot = q * padded_;
+    const int64_t pair = (batch * p_.queries + query) * p_.heads + head;
+    const T *const fraction_x = s.fraction_x + slot, *const fraction_y = s.fraction_y + slot;
+    const T *const score = s.score + slot, *const poison = s.poison + slot;
+    T *const grad_x = s.x + slot, *const grad_y = s.y + slot;  // the locations are no longer needed
+    T *const grad_score = s.weight[0] + slot, *const dots = s.dots.data();
+    for (int64_t i = 0; i < points_; ++i) {
+      const T d0 = dots[4 * i], d1 = dots[4 * i + 1], d2 = dots[4 * i + 2], d3 = dots[4 * i + 3];
+      const T fx = fraction_x[i], fy = fraction_y[i], weight = score[i] + poison[i];
+      const T top = d0 + fx * (d1 - d0), bottom = d2 + fx * (d3 - d2);
+      grad_score[i] = top + fy * (bottom - top) + poison[i];
+      grad_x[i] = weight * width_[i] * ((d1 - d0) + fy * ((d3 - d2) - (d1 - d0)));
+      grad_y[i] = weight * height_[i] * (bottom - top);
+    }
+    T* const moved = s.moved.data();
+    if (p_.reference_size == 0) {
+      for (int64_t i = 0; i < points_; ++i) moved[2 * i] = grad_x[i], moved[2 * i + 1] = grad_y[i];
+    } else {
+      T mean = 0;
+      for (int64_t i = 0; i < points_; ++i) mean += score[i] * grad_score[i];
+      for (int64_t i = 0; i < points_; ++i) grad_score[i] = score[i] * (grad_score[i] - mean);
+      load_references(batch, query, s);
+      for (int64_t level = 0, i = 0; level < p_.levels; ++level) {
+        for (int64_t end = i + p_.points; i < end; ++i) {
+          moved[2 * i] = grad_x[i] * s.scales[2 * level], moved[2 * i + 1] = grad_y[i] * s.scales[2 * level + 1];
+        }
+      }
+      if (gradients.reference != nullptr) {
+        const int64_t size = p_.reference_size;
+        sum_reference_gradient(s, slot, static_cast<T*>(gradients.reference) + pair * p_.levels * size);
+      }
+    }
+    store(moved, p_.point_type, gradients.coordinates, 2 * pair * points_, 2 * points_);
+    store(grad_score, p_.point_type, gradients.scores, pair * points_, points_);
+  }
+
+  void sum_reference_gradient(const Scratch& s, int64_t slot, T* target) const {
+    const T share = T(0.5) / static_cast<T>(p_.points);
+    for (int64_t level = 0, i = slot; level < p_.levels; ++level, target += p_.reference_size) {
+      T x = 0, y = 0, width = 0, height = 0;
+      for (int64_t end = i + p_.points; i < end; ++i) {
+        x += s.x[i], y += s.y[i];
+        width += s.x[i] * s.offset_x[i] * share, height += s.y[i] * s.offset_y[i] * share;
+      }
+      target[0] = x, target[1] = y;
+      if (p_.reference_size == 4) target[2] = width, target[3] = height;
+    }
+  }
+
+  // Calls body with as many vectors of channels at a time as there are registers for.
+  template <class Body>
+  void for_channels(const Body& body) const {
+    for (int64_t channel = 0; channel < stride_;) {
+      const int64_t vectors = (stride_ - channel) / W;
+      if (Simd::kMaxVectors >= 4 && vectors >= 4) {
+        body(std::integral_constant<int, Simd::kMaxVectors >= 4 ? 4 : 1>(), channel), channel += 4 * W;
+      } else if (vectors >= 2) {
+        body(std::integral_constant<int, 2>(), channel), channel += 2 * W;
+      } else {
+        body(std::integral_constant<int, 1>(), channel), channel += W;
+      }
+    }
+  }
+
+  const Problem& p_;
+  const int64_t points_;  // of all levels
+  const int64_t padded_;
+  const int64_t stride_;  // channels, padded to vectors
+  bool in_place_;
+  std::vector<T> width_, height_;  // by point, as are the next three
+  std::vector<int32_t> columns_, rows_, start_;
+};
+
+template <class Simd>
+void run_forward(const Problem& problem, void* output) {
+  Kernel<Simd>(problem).forward(output);
+}
+
+template <class Simd>
+void run_backward(const Problem& problem, const Gradients& gradients) {
+  Kernel<Simd>(problem).backward(gradients);
+}

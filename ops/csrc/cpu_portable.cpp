@@ -1,0 +1,45 @@
+// Path for any processor: 16-byte vectors, which every 64-bit processor has; and the path in double.
+#include "cpu_includes.h"
+
+namespace ddetr::cpu {
+namespace {
+
+#include "cpu_kernel.h"
+
+inline void widen(const Half* source, float* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) target[i] = static_cast<float>(source[i]);
+}
+inline void narrow(const float* source, Half* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) target[i] = Half(source[i]);
+}
+
+template <class Number>
+struct Simd {
+  using T = Number;
+  typedef Number V __attribute__((vector_size(16)));
+  static constexpr int kWidth = 16 / sizeof(T);
+  static constexpr int kMaxVectors = 2;
+  static V zero() { return V{}; }
+  static V set(T number) { return V{} + number; }
+  static V load(const T* source) {
+    V vector;
+    std::memcpy(&vector, source, sizeof(V));
+    return vector;
+  }
+  static void store(T* target, V vector) { std::memcpy(target, &vector, sizeof(V)); }
+  static V add(V a, V b) { return a + b; }
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static void sums(const V (&vectors)[4], T (&sums)[4]) {
+    for (int k = 0; k < 4; ++k) {
+      sums[k] = 0;
+      for (int lane = 0; lane < kWidth; ++lane) sums[k] += vectors[k][lane];
+    }
+  }
+};
+
+}  // namespace
+
+const Path portable{run_forward<Simd<float>>, run_backward<Simd<float>>};
+const Path portable_double{run_forward<Simd<double>>, run_backward<Simd<double>>};
+
+}  // namespace ddetr::cpu

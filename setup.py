@@ -1,0 +1,141 @@
+"""Builds the compiled operators (ddetr.ops) during `pip install`; everything else is in pyproject.toml.
+
+ops/_C.so holds the CPU kernels. ops/_C_cuda.so holds the CUDA kernels and is built when nvcc is found, whether or not
+this machine has a GPU. Both use the LibTorch stable ABI and no Python API, so the wheel is `py3-none-<platform>`.
+
+Environment variables, as in torch's own extension builder:
+TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), MAX_JOBS (compilers at once, default the number of processors),
+CXX (default g++), CUDA_HOME (default where nvcc is on the PATH, then /usr/local/cuda).
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCES = Path("ops/csrc")
+# The oldest torch that the binaries run in: the headers then offer nothing newer.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+class BuildOperators(build_ext):
+    """Plain compiler calls. torch's builder would refuse nvcc beside a CPU-only torch and name files by Python ABI."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        self.torch_folder = Path(torch.__file__).parent
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1) as pool:
+            objects = list(pool.map(self._compile, ext.sources))
+        libraries = ["-ltorch_cpu"]
+        if ext.name.endswith("_cuda"):
+            home = _nvcc().parent.parent
+            libraries += ["-ltorch_cuda", f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt", "-ldl"]
+        # Linked beside the target and renamed: a process that has the old file open keeps it whole.
+        partial = target.with_suffix(".so.partial")
+        _run([_cxx(), "-shared", "-o", str(partial), *objects, f"-L{self.torch_folder / 'lib'}", *libraries])
+        partial.replace(target)
+
+    def _compile(self, source: str) -> str:
+        include = self.torch_folder / "include"
+        # -fno-trapping-math lets floor and comparisons become vector code. Never -ffast-math: it drops NaN, and
+        # linking with it turns on flush-to-zero in the whole process. Never -march=native: a wheel travels.
+        host = [
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-maybe-uninitialized",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+        ]
+        shared = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        if source.endswith(".cu"):
+            architectures = _cuda_architectures()
+            command = [
+                *(str(_nvcc()), *shared, "-DUSE_CUDA", "-isystem", str(include)),
+                f'-DDDETR_CUDA_ARCHITECTURES="{";".join(architectures)}"',
+                *(f"-Xcompiler={flag}" for flag in host),
+                *("--expt-relaxed-constexpr", "-lineinfo", "--threads=2", "-Xcudafe=--diag_suppress=20012"),
+                *_gencode(architectures),
+            ]
+        else:
+            command = [_cxx(), *shared, *host, "-isystem", str(include)]
+        # An object is named by all that went into it: a rebuild compiles only what changed.
+        digest = hashlib.sha256(repr((command, self.torch_folder)).encode())
+        for path in sorted(SOURCES.iterdir()):
+            if path.suffix in (".h", ".cuh") or path == Path(source):
+                digest.update(path.read_bytes())
+        target = Path(self.build_temp) / f"{Path(source).name}.{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".partial.o")
+            _run([*command, "-c", source, "-o", str(partial)])
+            partial.replace(target)
+        return str(target)
+
+
+class WheelForAnyPython(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def _run(command: list[str]) -> None:
+    print(" ".join(command), file=sys.stderr)
+    result = subprocess.run(command, capture_output=True, text=True)
+    sys.stderr.write(result.stderr)
+    if result.returncode != 0:
+        raise CompileError(f"{command[0]} failed on {command[-3]}:\n{result.stderr[-4000:]}")
+
+
+def _cxx() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _nvcc() -> Path | None:
+    for candidate in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if candidate and (Path(candidate) / "bin/nvcc").exists():
+            return Path(candidate) / "bin/nvcc"
+    found = shutil.which("nvcc")
+    return Path(found).resolve() if found else None
+
+
+def _cuda_architectures() -> list[str]:
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+    return chosen.replace(" ", ";").split(";")
+
+
+def _gencode(architectures: list[str]) -> list[str]:
+    flags = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def _extensions() -> list[Extension]:
+    names = ("library.cpp", "cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
+    extensions = [Extension("ddetr.ops._C", [str(SOURCES / name) for name in names])]
+    if _nvcc() is None:
+        print("ddetr: nvcc was not found, so the operators are built for the CPU only", file=sys.stderr)
+    else:
+        extensions.append(Extension("ddetr.ops._C_cuda", [str(path) for path in sorted(SOURCES.glob("*.cu"))]))
+    return extensions
+
+
+setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildOperators, "bdist_wheel": WheelForAnyPython})
