@@ -14,9 +14,10 @@ from rich.text import Text
 
 from ..core.checkpoint import TrainedDetector, checkpoints
 from ..core.config import Config
+from ..core.engine import device_for
 from ..core.evaluator import ShardResult, check_categories, coco_metrics, evaluate_shard, merge
 from ..data.index import ShardIndex, write_whole
-from .inference import configured_detector, inference_device
+from .inference import configured_detector
 
 CPU_THREADS = 2  # of every process that evaluates on a CPU, here or in a Ray worker, so that sums are the same
 
@@ -77,7 +78,7 @@ def _shards(data: Path | None, config: Config, checkpoint: Path) -> ShardIndex:
 
 
 def _evaluate_here(detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]) -> list[ShardResult]:
-    device = inference_device(detector.config)
+    device = device_for(detector.config.train, local_rank=0)
     detector.model.to(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(CPU_THREADS)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import TrainedDetector
+from ..core.engine import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
 from ..data.stream import evaluation_sample, load_image
-from .inference import configured_detector, inference_device
+from .inference import configured_detector
 from .predict import category_names
 
 
@@ -64,7 +65,7 @@ def explain(checkpoint: Path, image: Path, output: Path, query: int | None = Non
 @torch.inference_mode()
 def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None = None) -> Explanation:
     """The sampling points behind one query's detection in an RGB image (height, width, 3) uint8."""
-    device = inference_device(detector.config)
+    device = device_for(detector.config.train, local_rank=0)
     model = detector.model.to(device)
     batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)
     decoder_attention = model.transformer.decoder.layers[-1].cross_attn

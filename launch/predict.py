@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.progress import track
 
 from ..core.checkpoint import TrainedDetector
+from ..core.engine import device_for
 from ..core.evaluator import category_id
 from ..core.postprocess import Detections, detections
 from ..data.batch import collate, normalised
 from ..data.index import write_whole
 from ..data.stream import evaluation_sample, load_image
 from .drawing import DrawnBox, draw_boxes
-from .inference import configured_detector, inference_device
+from .inference import configured_detector
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -33,7 +34,7 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
     files = _image_files(images)
     drawn_names = _drawn_names(files)
     detector = configured_detector(checkpoint, overrides)
-    device = inference_device(detector.config)
+    device = device_for(detector.config.train, local_rank=0)
     detector.model.to(device)
     names = category_names(detector)
     entries: list[dict[str, Any]] = []

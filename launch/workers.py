@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..core.checkpoint import TrainedDetector
+from ..core.engine import device_for
 from ..core.evaluator import ShardResult, evaluate_shard
 from ..data.index import ShardIndex
-from .inference import inference_device
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
@@ -44,7 +44,7 @@ class ShardWorker:
                 f"node {socket.gethostname()} cannot read the shards in {folder}: {error}. "
                 "Every node of the cluster must see them under this path"
             ) from error
-        device = inference_device(detector.config)
+        device = device_for(detector.config.train, local_rank=0)
         detector.model.to(device)
         return evaluate_shard(detector, index, shard, device, self._count)
 

@@ -1,0 +1,162 @@
+"""A sweep file: what `ddetr tune` searches, checked as a whole before anything starts.
+
+It looks like this (all keys but base, samples and search have defaults):
+
+    base: tiny                        # a preset or a YAML file, as for `ddetr train`
+    overrides: [data.train=shards/train, data.validation=shards/val, train.epochs=12]
+    metric: AP                        # one of the twelve COCO numbers
+    mode: max
+    samples: 20                       # trials
+    concurrent: 4                     # trials at once
+    cpus_per_trial: 2
+    gpus_per_trial: 0
+    search:
+      optim.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}
+      optim.clip_norm: {uniform: [0.05, 0.5]}
+      model.decoder_layers: {integer: [2, 6]}       # both ends included
+      model.queries: {choice: [30, 60]}
+    scheduler: {asha: {grace_epochs: 1, reduction_factor: 3}}   # stops weak trials early; left out: none is stopped
+    seed: 0
+    output: runs/sweep                # default: runs/<name of this file>-<time>
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..core.config import Config, ConfigError, changed, load
+from ..core.evaluator import METRICS
+from ..data.index import ShardIndex
+
+RESERVED = ("train.output", "train.name")  # the sweep gives each trial its own directory
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Distribution(_Part):
+    """From what one key's values are drawn: exactly one of the four."""
+
+    choice: list[Any] | None = Field(None, min_length=1)
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    integer: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _one_and_ordered(self) -> Self:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(Distribution.model_fields)}, got {list(given) or 'none'}")
+        kind, values = given.popitem()
+        if kind != "choice" and values[0] >= values[1]:
+            raise ValueError(f"{kind}: the lower end must be below the upper one, got {list(values)}")
+        if kind == "loguniform" and values[0] <= 0:
+            raise ValueError(f"loguniform: both ends must be positive, got {list(values)}")
+        return self
+
+    def extremes(self) -> list[Any]:
+        """Values that stand for all that may be drawn."""
+        return list(self.choice or self.uniform or self.loguniform or self.integer or ())
+
+    def domain(self) -> Any:
+        from ray import tune
+
+        if self.choice is not None:
+            return tune.choice(self.choice)
+        if self.uniform is not None:
+            return tune.uniform(*self.uniform)
+        if self.loguniform is not None:
+            return tune.loguniform(*self.loguniform)
+        assert self.integer is not None, "validated: one of the four is given"
+        return tune.randint(self.integer[0], self.integer[1] + 1)
+
+
+class Asha(_Part):
+    """Asynchronous successive halving: of the trials that reach a rung, one in `reduction_factor` goes on."""
+
+    grace_epochs: int = Field(1, ge=1)
+    reduction_factor: int = Field(3, ge=2)
+
+
+class Scheduler(_Part):
+    asha: Asha | None = None
+
+
+class Sweep(_Part):
+    base: str
+    overrides: tuple[str, ...] = ()
+    metric: Literal[METRICS] = "AP"
+    mode: Literal["max", "min"] = "max"
+    samples: int = Field(gt=0)
+    concurrent: int = Field(1, gt=0)
+    cpus_per_trial: int = Field(1, gt=0)
+    gpus_per_trial: float = Field(0, ge=0, le=1, description="a trial is one process, so at most one")
+    search: dict[str, Distribution] = Field(min_length=1)
+    scheduler: Scheduler = Scheduler()
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+
+
+def read_sweep(path: Path) -> tuple[Sweep, Config]:
+    """The sweep and the configuration that its trials start from; each searched key and value is tried on it.
+
+    Raises ConfigError that lists every mistake.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys ({', '.join(Sweep.model_fields)}), got {type(values).__name__}")
+    try:
+        sweep = Sweep.model_validate(values)
+    except ValidationError as error:
+        raise _mistakes(path, [_describe(item) for item in error.errors()]) from error
+    base = load(sweep.base, sweep.overrides)
+    found: list[str] = []
+    for key, distribution in sweep.search.items():
+        if key in RESERVED:
+            found.append(f"search.{key}: the sweep sets it for each trial")
+            continue
+        for value in distribution.extremes():
+            try:
+                changed(base, [override(key, value)], "search")
+            except ConfigError as error:
+                found += [line.strip() for line in str(error).splitlines()[1:]]
+    if sweep.scheduler.asha and {"train.epochs", "train.evaluate_every_epochs"} & set(sweep.search):
+        found.append("search: asha decides how many epochs a trial runs; take train.epochs out, or the scheduler")
+    if base.data.train is None or base.data.validation is None:
+        found.append("overrides: set data.train and data.validation; a trial is judged by its evaluations")
+    if not base.train.evaluate_every_epochs:
+        found.append("overrides: train.evaluate_every_epochs must be at least 1; a trial is judged by its evaluations")
+    if found:
+        raise _mistakes(path, list(dict.fromkeys(found)))
+    for shards in (base.data.train, base.data.validation):
+        ShardIndex.load(str(shards))
+    return sweep, base
+
+
+def _mistakes(path: Path, found: list[str]) -> ConfigError:
+    return ConfigError(f"{len(found)} mistake(s) in {path}:\n" + "\n".join(f"  {mistake}" for mistake in found))
+
+
+def _describe(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location) or "sweep"
+    if item["type"] == "extra_forbidden":
+        part: type[BaseModel] = {"search": Distribution, "scheduler": Scheduler}.get(location[0], Sweep)
+        if location[:2] == ["scheduler", "asha"] and len(location) == 3:
+            part = Asha
+        near = difflib.get_close_matches(location[-1], list(part.model_fields), n=1)
+        return f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    told = item["type"] in ("value_error", "missing")
+    return f"{where}: {message}" + ("" if told else f", got {item['input']!r}")
+
+
+def override(key: str, value: Any) -> str:
+    return f"{key}={yaml.safe_dump([value], default_flow_style=True, width=2**20).strip()[1:-1]}"
