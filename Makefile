@@ -31,6 +31,7 @@ help:
 	@echo 'make clean      remove what was built (not $(VENV))'
 
 demo: setup
+	rm -rf demo
 	$(BIN)/python -m ddetr.launch.demo demo
 
 test: lint

@@ -31,8 +31,8 @@ else
         lacking+=("Python.h is missing (DeepSpeed compiles against it): apt-get install python3-dev")
 fi
 printf '#include <concepts>\n#include <thread>\nint main() {}\n' |
-    ${CXX:-c++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
-    lacking+=("a C++20 compiler is missing (${CXX:-c++} does not compile a C++20 file): apt-get install g++")
+    ${CXX:-g++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
+    lacking+=("a C++20 compiler is missing (${CXX:-g++} does not compile a C++20 file): apt-get install g++")
 
 if [[ ${#lacking[@]} -gt 0 ]]; then
     printf 'ddetr: %s\n' "${lacking[@]}" >&2

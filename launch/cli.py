@@ -163,6 +163,12 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN_DIR", help="Continue this run from its newest complete checkpoint.")
     ] = None,
+    go_on: Annotated[
+        bool,
+        typer.Option(
+            "--continue", help="Resume the run called train.name if it has a checkpoint, else start it; for restarts."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop before the first step.")
     ] = False,
@@ -178,6 +184,8 @@ def train(
     `ddetr train r50 data.train=shards/train train.batch_size=16 optim.learning_rate=1e-4`
 
     `ddetr train --resume runs/r50-0001`
+
+    `ddetr train r50 data.train=shards/train train.name=r50 --continue`
     """
     from ..core.config import load
 
@@ -191,6 +199,8 @@ def train(
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     config = load(source, arguments)
+    if go_on:
+        resume = resume or _run_to_continue(config.train.output, config.train.name)
 
     from .train import run  # only now: a misspelt key need not wait for torch
 
@@ -359,6 +369,14 @@ def normalised_arguments(arguments: Sequence[str]) -> list[str]:
         if argument == "--ray" and not _ADDRESS.fullmatch(following):
             result.append("local")
     return result
+
+
+def _run_to_continue(output: str, name: str | None) -> Path | None:
+    """The run directory called `name` when it holds a complete checkpoint."""
+    if name is None:
+        raise ValueError("--continue finds the run by its name: set train.name=NAME")
+    run_directory = Path(output) / name
+    return run_directory if any(run_directory.glob("checkpoints/step_*/model.safetensors")) else None
 
 
 def _is_override(argument: str) -> bool:

@@ -68,7 +68,7 @@ def packages() -> Iterator[Finding]:
 
 def compiler() -> Iterator[Finding]:
     """DeepSpeed compiles its communication op at first use, also where ddetr itself came as a wheel."""
-    name = os.environ.get("CXX", "c++")
+    name = os.environ.get("CXX", "g++")
     path = shutil.which(name)
     if path is None:
         yield Finding("compiler", "broken", f"{name} not found; DeepSpeed needs it", "apt-get install g++ python3-dev")

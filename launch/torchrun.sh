@@ -4,20 +4,22 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-usage: launch/torchrun.sh --nodes N --node-rank R --master HOST[:PORT] [--ranks N] TRAIN_ARGUMENT...
-       launch/torchrun.sh --nodes MIN:MAX --master HOST[:PORT] [--restarts N] [--ranks N] TRAIN_ARGUMENT...
+usage: launch/torchrun.sh --nodes N --master HOST[:PORT] [--node-rank R | --restarts N] [--ranks N] TRAIN_ARGUMENT...
 
-Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over several.
+Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over N nodes.
 
-  --nodes N         fixed membership: the run starts once all N nodes are there
-  --nodes MIN:MAX   elastic: goes on with fewer nodes when one is lost, and takes up new ones
-  --node-rank R     this node's number, 0..N-1, with fixed membership; 0 is the node named by --master
-  --master HOST     where the nodes meet; HOST is one of them. Port 29500 unless given as HOST:PORT
+  --nodes N         number of nodes; the run starts once all are there
+  --master HOST     where the nodes meet: one of them. Port 29500 unless given as HOST:PORT
+  --node-rank R     this node's number, 0..N-1; 0 is the node named by --master
   --ranks N         ranks on this node (default: one for each GPU, or 1 without a GPU)
-  --restarts N      elastic: how often lost ranks are started again (default 3)
+  --restarts N      without --node-rank: how often all ranks start again after one was lost (default 3)
 
-  launch/torchrun.sh --nodes 4 --node-rank 0 --master node0 r50 data.train=/shared/shards/train
-  launch/torchrun.sh --nodes 2:4 --master node0 --resume /shared/runs/r50-0001
+With --node-rank the nodes are fixed and a lost one ends the run. Without, nodes are numbered as they arrive and
+another node may take a lost one's place; `--continue` with train.name lets the restarted ranks go on from the newest
+checkpoint. The number of ranks stays the same, because each keeps its own part of the optimizer's state.
+
+  launch/torchrun.sh --nodes 4 --master node0 --node-rank 0 r50 data.train=/shared/shards/train
+  launch/torchrun.sh --nodes 4 --master node0 r50 data.train=/shared/shards/train train.name=r50 --continue
 HELP
 }
 
@@ -29,7 +31,7 @@ nodes='' node_rank='' master='' ranks='' restarts=3
 while [[ $# -gt 0 ]]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
-        --nodes) nodes=${2:?--nodes needs N or MIN:MAX}; shift 2 ;;
+        --nodes) nodes=${2:?--nodes needs a number}; shift 2 ;;
         --node-rank) node_rank=${2:?--node-rank needs a number}; shift 2 ;;
         --master) master=${2:?--master needs HOST or HOST:PORT}; shift 2 ;;
         --ranks) ranks=${2:?--ranks needs a number}; shift 2 ;;
@@ -45,10 +47,9 @@ if [[ -z $ranks ]]; then
 fi
 
 arguments=(--nproc-per-node "$ranks" --nnodes "$nodes")
-if [[ $nodes == *:* ]]; then
-    arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id ddetr --max-restarts "$restarts")
-else
-    [[ -n $node_rank ]] || { echo "torchrun.sh: --node-rank is needed with --nodes $nodes" >&2; exit 2; }
+if [[ -n $node_rank ]]; then
     arguments+=(--node-rank "$node_rank" --master-addr "${master%:*}" --master-port "${master##*:}")
+else
+    arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id ddetr --max-restarts "$restarts")
 fi
 exec python -m torch.distributed.run "${arguments[@]}" --module ddetr.launch.cli train "$@"

@@ -88,6 +88,10 @@ def test_resume_refuses_a_preset_and_a_folder_that_is_no_run(tmp_path: Path) -> 
     assert_one_message(ddetr("train", "--resume", tmp_path), str(tmp_path), "config.yaml")
 
 
+def test_continue_needs_a_name() -> None:
+    assert_one_message(ddetr("train", "tiny", "--continue"), "train.name=NAME")
+
+
 def test_an_unknown_option_exits_2_with_the_near_one() -> None:
     result = ddetr("eval", "somewhere", "--outputt", "x")
     assert result.returncode == 2
