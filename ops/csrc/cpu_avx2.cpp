@@ -35,6 +35,7 @@ inline void narrow(const float* source, Half* target, int64_t count) {
 struct Simd {
   using T = float;
   using V = __m256;
+  typedef int32_t I __attribute__((vector_size(32)));
   static constexpr int kWidth = 8;
   static constexpr int kMaxVectors = 2;  // times four corners: half of the sixteen registers
   static V zero() { return _mm256_setzero_ps(); }
@@ -43,6 +44,16 @@ struct Simd {
   static void store(T* target, V vector) { _mm256_storeu_ps(target, vector); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static T sum(V v) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+  static T largest(V v) {
+    const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+  }
   static void sums(const V (&v)[4], T (&sums)[4]) {
     const V both = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));

@@ -36,6 +36,7 @@ inline void narrow(const float* source, Half* target, int64_t count) {
 struct Simd {
   using T = float;
   using V = __m512;
+  typedef int32_t I __attribute__((vector_size(64)));
   static constexpr int kWidth = 16;
   static constexpr int kMaxVectors = 4;  // times four corners: half of the thirty-two registers
   static V zero() { return _mm512_setzero_ps(); }
@@ -45,6 +46,8 @@ struct Simd {
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static __m256 halves(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static T sum(V v) { return _mm512_reduce_add_ps(v); }
+  static T largest(V v) { return _mm512_reduce_max_ps(v); }
   static void sums(const V (&v)[4], T (&sums)[4]) {
     const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(halves(v[0]), halves(v[1])),
                                        _mm256_hadd_ps(halves(v[2]), halves(v[3])));

@@ -14,7 +14,7 @@ using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
 
 constexpr int kBlock = 8;     // queries of a block
-constexpr int kPad = 16;      // points of a query are padded to full vectors of any instruction set
+constexpr int kPad = 16;      // points of a query are padded to full vectors, whatever the instruction set
 
 // Calls body with a null pointer of the storage type.
 template <class T, class Body>
@@ -53,23 +53,37 @@ inline void narrow(const float* source, BFloat16* target, int64_t count) {
 inline void widen(const Half* source, float* target, int64_t count);
 inline void narrow(const float* source, Half* target, int64_t count);
 
-// exp of x <= 0 (or NaN), within 2 units in the last place; unlike expf it vectorises. After Cephes.
-inline float exponential(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float whole = std::floor(bounded * 1.44269504088896341f + 0.5f);
-  const float rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float sum = 1.9875691500e-4f;
-  sum = sum * rest + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  sum = sum * rest * rest + rest + 1.0f;
-  const int exponent = whole >= -126.0f ? static_cast<int>(whole) : -126;  // also for NaN
-  const float power = std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
-  return x < -87.0f ? 0.0f : sum * power;
+// floor, for numbers that fit an int32.
+template <class Simd>
+inline typename Simd::V floored(typename Simd::V x) {
+  const auto truncated = __builtin_convertvector(__builtin_convertvector(x, typename Simd::I), typename Simd::V);
+  return truncated > x ? truncated - 1 : truncated;
 }
-inline double exponential(double x) { return std::exp(x); }
+
+// exp of x <= 0 (or NaN), within 2 units in the last place. After Cephes.
+template <class Simd>
+inline typename Simd::V exponential(typename Simd::V x) {
+  using V = typename Simd::V;
+  using I = typename Simd::I;
+  if constexpr (std::is_same_v<typename Simd::T, double>) {
+    for (int lane = 0; lane < Simd::kWidth; ++lane) x[lane] = std::exp(x[lane]);
+    return x;
+  } else {
+    const V lowest = Simd::set(-87.0f);
+    const V bounded = x > lowest ? x : lowest;  // a NaN becomes -87 here and returns at the end
+    const V whole = floored<Simd>(bounded * 1.44269504088896341f + 0.5f);
+    const V rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    V sum = Simd::fma(Simd::set(1.9875691500e-4f), rest, Simd::set(1.3981999507e-3f));
+    sum = Simd::fma(sum, rest, Simd::set(8.3334519073e-3f));
+    sum = Simd::fma(sum, rest, Simd::set(4.1665795894e-2f));
+    sum = Simd::fma(sum, rest, Simd::set(1.6666665459e-1f));
+    sum = Simd::fma(sum, rest, Simd::set(5.0000001201e-1f));
+    sum = Simd::fma(sum, rest * rest, rest + 1.0f);
+    const I power = (__builtin_convertvector(whole, I) + 127) << 23;
+    const V result = sum * std::bit_cast<V>(power);
+    return x < lowest ? Simd::zero() : result + (x - x);
+  }
+}
 
 // Aligned memory that the system may back with huge pages.
 template <class T>
@@ -99,6 +113,8 @@ template <class Simd>
 class Kernel {
   using T = typename Simd::T;
   using V = typename Simd::V;
+  using I = typename Simd::I;
+  using Index = std::remove_cvref_t<decltype(I{}[0])>;
   static constexpr int W = Simd::kWidth;
 
  public:
@@ -117,8 +133,8 @@ class Kernel {
       const int64_t height = p_.shapes[2 * level], width = p_.shapes[2 * level + 1];
       for (int64_t i = level * p_.points; i < (level + 1) * p_.points; ++i) {
         width_[i] = static_cast<T>(width), height_[i] = static_cast<T>(height);
-        columns_[i] = static_cast<int32_t>(width), rows_[i] = static_cast<int32_t>(height);
-        start_[i] = static_cast<int32_t>(start);
+        columns_[i] = static_cast<Index>(width), rows_[i] = static_cast<Index>(height);
+        start_[i] = static_cast<Index>(start);
       }
       start += height * width;
     }
@@ -199,8 +215,8 @@ class Kernel {
     T* base;
     T* outside;
     int64_t stride;
-    int32_t outside_index;
-    T* at(int32_t index) const { return index == outside_index ? outside : base + index * stride; }
+    Index outside_index;
+    T* at(Index index) const { return index == outside_index ? outside : base + index * stride; }
   };
 
   // What one thread needs, for kBlock queries of padded_ points each.
@@ -224,22 +240,28 @@ class Kernel {
       for (int k = 0; k < 4; ++k) weight[k] = next + k * count, row[k] = integers.data() + k * count;
     }
     std::vector<T> floats;
-    std::vector<int32_t> integers;
+    std::vector<Index> integers;
     std::vector<T> dots, pairs, moved, zeros, waste, channels, references, scales;
     T *x, *y, *score;                // location in [0, 1], attention weight
     T *fraction_x, *fraction_y;      // of the pixel, right of and below the top left corner
     T *poison;                       // 0, or NaN where location or weight is not finite
     T *offset_x, *offset_y;          // fused operator
     T *weight[4];                    // attention times bilinear: top left, top right, bottom left, bottom right
-    int32_t* row[4];                 // of that corner, or the index that stands for "outside"
+    Index* row[4];                 // of that corner, or the index that stands for "outside"
   };
 
   const T* in_place(const void* tensor, int64_t batch, int64_t head) const {
     return static_cast<const T*>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
   }
+  static I load_index(const Index* source) {
+    I vector;
+    std::memcpy(&vector, source, sizeof(I));
+    return vector;
+  }
+  static void store_index(Index* target, I vector) { std::memcpy(target, &vector, sizeof(I)); }
   int64_t row_stride() const { return in_place_ ? p_.heads * p_.channels : stride_; }
   Rows rows_of(const T* base, T* outside) const {
-    return {const_cast<T*>(base), outside, row_stride(), static_cast<int32_t>(p_.positions)};
+    return {const_cast<T*>(base), outside, row_stride(), static_cast<Index>(p_.positions)};
   }
 
   static void load(const void* source, ScalarType type, int64_t first, int64_t count, T* target) {
@@ -271,36 +293,33 @@ class Kernel {
 
   // Phase one: rows and weights of every corner of every point of one query, into slot q of the block.
   void prepare(int64_t batch, int64_t query, int64_t head, int q, Scratch& s) const {
-    const int64_t slot = q * padded_;
-    load_points(batch, query, head, slot, s);
-    const T *const x = s.x + slot, *const y = s.y + slot, *const score = s.score + slot;
-    T *const fraction_x = s.fraction_x + slot, *const fraction_y = s.fraction_y + slot, *const poison = s.poison + slot;
-    T *const w0 = s.weight[0] + slot, *const w1 = s.weight[1] + slot, *const w2 = s.weight[2] + slot,
-             *const w3 = s.weight[3] + slot;
-    int32_t *const r0 = s.row[0] + slot, *const r1 = s.row[1] + slot, *const r2 = s.row[2] + slot,
-                  *const r3 = s.row[3] + slot;
-    const T *const widths = width_.data(), *const heights = height_.data();
-    const int32_t *const columns = columns_.data(), *const rows = rows_.data(), *const starts = start_.data();
-    const int32_t outside = static_cast<int32_t>(p_.positions);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < padded_; ++i) {
-      T px = x[i] * widths[i] - T(0.5), py = y[i] * heights[i] - T(0.5);
-      // Bounded so that the integer below cannot overflow; a NaN becomes -2, which is outside.
-      px = px > T(-2) ? px : T(-2), py = py > T(-2) ? py : T(-2);
-      px = px < widths[i] + T(1) ? px : widths[i] + T(1), py = py < heights[i] + T(1) ? py : heights[i] + T(1);
-      const T left = std::floor(px), top = std::floor(py);
-      const T fx = px - left, fy = py - top;
-      const int32_t column = static_cast<int32_t>(left), row = static_cast<int32_t>(top);
-      const bool in0 = column >= 0 && column < columns[i], in1 = column >= -1 && column + 1 < columns[i];
-      const bool on0 = row >= 0 && row < rows[i], on1 = row >= -1 && row + 1 < rows[i];
-      const int32_t index = starts[i] + row * columns[i] + column;
-      const T bad = (x[i] - x[i]) + (y[i] - y[i]) + (score[i] - score[i]);
-      const T weight = score[i] + bad;
-      fraction_x[i] = fx, fraction_y[i] = fy, poison[i] = bad;
-      w0[i] = weight * (1 - fy) * (1 - fx), w1[i] = weight * (1 - fy) * fx;
-      w2[i] = weight * fy * (1 - fx), w3[i] = weight * fy * fx;
-      r0[i] = on0 && in0 ? index : outside, r1[i] = on0 && in1 ? index + 1 : outside;
-      r2[i] = on1 && in0 ? index + columns[i] : outside, r3[i] = on1 && in1 ? index + columns[i] + 1 : outside;
+    load_points(batch, query, head, q * padded_, s);
+    const V one = Simd::set(1), lowest = Simd::set(-2);
+    const I outside = I{} + static_cast<Index>(p_.positions);
+    for (int64_t i = 0, slot = q * padded_; i < padded_; i += W, slot += W) {
+      const V x = Simd::load(s.x + slot), y = Simd::load(s.y + slot), score = Simd::load(s.score + slot);
+      const V width = Simd::load(&width_[i]), height = Simd::load(&height_[i]);
+      const I columns = load_index(&columns_[i]), rows = load_index(&rows_[i]);
+      V px = x * width - T(0.5), py = y * height - T(0.5);
+      // Bounded so that the integers below cannot overflow; a NaN becomes -2, which is outside.
+      px = px > lowest ? px : lowest, py = py > lowest ? py : lowest;
+      px = px < width + one ? px : width + one, py = py < height + one ? py : height + one;
+      const V left = floored<Simd>(px), top = floored<Simd>(py);
+      const V fx = px - left, fy = py - top;
+      const I column = __builtin_convertvector(left, I), row = __builtin_convertvector(top, I);
+      const I in0 = (column >= 0) & (column < columns), in1 = (column >= -1) & (column < columns - 1);
+      const I on0 = (row >= 0) & (row < rows), on1 = (row >= -1) & (row < rows - 1);
+      const I index = load_index(&start_[i]) + row * columns + column - outside;
+      store_index(s.row[0] + slot, outside + (index & on0 & in0));
+      store_index(s.row[1] + slot, outside + ((index + 1) & on0 & in1));
+      store_index(s.row[2] + slot, outside + ((index + columns) & on1 & in0));
+      store_index(s.row[3] + slot, outside + ((index + columns + 1) & on1 & in1));
+      const V poison = (x - x) + (y - y) + (score - score);
+      const V upper = (score + poison) * (one - fy), lower = (score + poison) * fy;
+      Simd::store(s.weight[0] + slot, upper * (one - fx)), Simd::store(s.weight[1] + slot, upper * fx);
+      Simd::store(s.weight[2] + slot, lower * (one - fx)), Simd::store(s.weight[3] + slot, lower * fx);
+      Simd::store(s.fraction_x + slot, fx), Simd::store(s.fraction_y + slot, fy);
+      Simd::store(s.poison + slot, poison);
     }
   }
 
@@ -341,11 +360,20 @@ class Kernel {
   }
 
   void softmax(T* score) const {
-    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (int64_t i = 0; i < points_; ++i) largest = score[i] > largest ? score[i] : largest;
-    for (int64_t i = 0; i < points_; ++i) score[i] = exponential(score[i] - largest);
-    for (int64_t i = 0; i < points_; ++i) sum += score[i];
-    for (int64_t i = 0; i < points_; ++i) score[i] /= sum;
+    for (int64_t i = points_; i < padded_; ++i) score[i] = -std::numeric_limits<T>::infinity();
+    V largest = Simd::set(-std::numeric_limits<T>::infinity()), sum = Simd::zero();
+    for (int64_t i = 0; i < padded_; i += W) {
+      const V next = Simd::load(score + i);
+      largest = next > largest ? next : largest;
+    }
+    const V top = Simd::set(Simd::largest(largest));
+    for (int64_t i = 0; i < padded_; i += W) {
+      const V next = exponential<Simd>(Simd::load(score + i) - top);
+      Simd::store(score + i, next);
+      sum = sum + next;
+    }
+    const V inverse = Simd::set(1 / Simd::sum(sum));
+    for (int64_t i = 0; i < padded_; i += W) Simd::store(score + i, Simd::load(score + i) * inverse);
   }
 
   // Phase two, forward: the weighted sum of all corners, into scratch.channels.
@@ -375,7 +403,7 @@ class Kernel {
       V gradient[C];
       for (int c = 0; c < C; ++c) gradient[c] = Simd::load(s.channels.data() + channel + c * W);
       T* dots = s.dots.data();
-      for (int64_t i = q * padded_, end = i + points_; i < end; ++i, dots += 4) {
+      for (int64_t i = q * padded_, end = i + points_; i < end; ++i, ++dots) {
         V products[4];
         for (int k = 0; k < 4; ++k) {
           const T* const source = values.at(s.row[k][i]) + channel;
@@ -389,7 +417,7 @@ class Kernel {
         }
         T sums[4];
         Simd::sums(products, sums);
-        for (int k = 0; k < 4; ++k) dots[k] = channel == 0 ? sums[k] : dots[k] + sums[k];
+        for (int k = 0; k < 4; ++k) dots[k * padded_] = channel == 0 ? sums[k] : dots[k * padded_] + sums[k];
       }
     });
   }
@@ -399,25 +427,31 @@ class Kernel {
                        int q) const {
     const int64_t slot = q * padded_;
     const int64_t pair = (batch * p_.queries + query) * p_.heads + head;
-    const T *const fraction_x = s.fraction_x + slot, *const fraction_y = s.fraction_y + slot;
-    const T *const score = s.score + slot, *const poison = s.poison + slot;
     T *const grad_x = s.x + slot, *const grad_y = s.y + slot;  // the locations are no longer needed
-    T *const grad_score = s.weight[0] + slot, *const dots = s.dots.data();
-    for (int64_t i = 0; i < points_; ++i) {
-      const T d0 = dots[4 * i], d1 = dots[4 * i + 1], d2 = dots[4 * i + 2], d3 = dots[4 * i + 3];
-      const T fx = fraction_x[i], fy = fraction_y[i], weight = score[i] + poison[i];
-      const T top = d0 + fx * (d1 - d0), bottom = d2 + fx * (d3 - d2);
-      grad_score[i] = top + fy * (bottom - top) + poison[i];
-      grad_x[i] = weight * width_[i] * ((d1 - d0) + fy * ((d3 - d2) - (d1 - d0)));
-      grad_y[i] = weight * height_[i] * (bottom - top);
+    T *const score = s.score + slot, *const grad_score = s.weight[0] + slot;
+    const T* const dots = s.dots.data();
+    for (int64_t i = 0; i < padded_; i += W) {
+      const V d0 = Simd::load(dots + i), d1 = Simd::load(dots + padded_ + i);
+      const V d2 = Simd::load(dots + 2 * padded_ + i), d3 = Simd::load(dots + 3 * padded_ + i);
+      const V fx = Simd::load(s.fraction_x + slot + i), fy = Simd::load(s.fraction_y + slot + i);
+      const V poison = Simd::load(s.poison + slot + i), weight = Simd::load(score + i) + poison;
+      const V top = d0 + fx * (d1 - d0), bottom = d2 + fx * (d3 - d2);
+      Simd::store(grad_score + i, top + fy * (bottom - top) + poison);
+      Simd::store(grad_x + i, weight * Simd::load(&width_[i]) * ((d1 - d0) + fy * ((d3 - d2) - (d1 - d0))));
+      Simd::store(grad_y + i, weight * Simd::load(&height_[i]) * (bottom - top));
     }
     T* const moved = s.moved.data();
     if (p_.reference_size == 0) {
       for (int64_t i = 0; i < points_; ++i) moved[2 * i] = grad_x[i], moved[2 * i + 1] = grad_y[i];
     } else {
-      T mean = 0;
-      for (int64_t i = 0; i < points_; ++i) mean += score[i] * grad_score[i];
-      for (int64_t i = 0; i < points_; ++i) grad_score[i] = score[i] * (grad_score[i] - mean);
+      V mean = Simd::zero();
+      for (int64_t i = 0; i < padded_; i += W) {  // the padding's weights are zero
+        mean = Simd::fma(Simd::load(score + i), Simd::load(grad_score + i), mean);
+      }
+      mean = Simd::set(Simd::sum(mean));
+      for (int64_t i = 0; i < padded_; i += W) {
+        Simd::store(grad_score + i, Simd::load(score + i) * (Simd::load(grad_score + i) - mean));
+      }
       load_references(batch, query, s);
       for (int64_t level = 0, i = 0; level < p_.levels; ++level) {
         for (int64_t end = i + p_.points; i < end; ++i) {
@@ -467,7 +501,7 @@ class Kernel {
   const int64_t stride_;  // channels, padded to vectors
   bool in_place_;
   std::vector<T> width_, height_;  // by point, as are the next three
-  std::vector<int32_t> columns_, rows_, start_;
+  std::vector<Index> columns_, rows_, start_;
 };
 
 template <class Simd>

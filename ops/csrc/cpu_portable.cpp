@@ -17,6 +17,7 @@ template <class Number>
 struct Simd {
   using T = Number;
   typedef Number V __attribute__((vector_size(16)));
+  typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> I __attribute__((vector_size(16)));
   static constexpr int kWidth = 16 / sizeof(T);
   static constexpr int kMaxVectors = 2;
   static V zero() { return V{}; }
@@ -29,11 +30,18 @@ struct Simd {
   static void store(T* target, V vector) { std::memcpy(target, &vector, sizeof(V)); }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
+  static T sum(V v) {
+    T sum = 0;
+    for (int lane = 0; lane < kWidth; ++lane) sum += v[lane];
+    return sum;
+  }
+  static T largest(V v) {
+    T largest = v[0];
+    for (int lane = 1; lane < kWidth; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+    return largest;
+  }
   static void sums(const V (&vectors)[4], T (&sums)[4]) {
-    for (int k = 0; k < 4; ++k) {
-      sums[k] = 0;
-      for (int lane = 0; lane < kWidth; ++lane) sums[k] += vectors[k][lane];
-    }
+    for (int k = 0; k < 4; ++k) sums[k] = sum(vectors[k]);
   }
 };
 
