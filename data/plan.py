@@ -6,6 +6,7 @@ loader workers only divide it. B is the global batch, A the micro-batches of a s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -22,10 +23,10 @@ def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: in
     Shards come in random order; then samples are shuffled inside windows of `window` neighbours. So at any time only
     the shards of one window are being read, and a sample moves at most `window` places from its shard's.
     """
-    starts = np.concatenate(([0], np.cumsum(shard_sizes)))
+    ends = list(accumulate(shard_sizes))
     raw = np.random.Philox(key=[seed, epoch])
     shards = _shuffled(np.arange(len(shard_sizes)), raw)
-    order = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in shards])
+    order = np.concatenate([np.arange(ends[i] - shard_sizes[i], ends[i]) for i in shards.tolist()])
     return np.concatenate([_shuffled(order[i : i + window], raw) for i in range(0, len(order), window)])
 
 

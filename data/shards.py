@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 from PIL import Image
 from rich.progress import Progress
+from webdataset.writer import TarWriter
 
 from .coco import CocoImage, CocoSet, Finding, read_coco, summary
 from .index import (
@@ -154,7 +154,7 @@ def write_shard(job: ShardJob) -> Shard | list[Finding]:
     try:
         # mtime 0, fixed owner and mode: equal content gives equal bytes.
         with partial.open("wb") as file:
-            with wds.TarWriter(file, encoder=False, mtime=0.0) as tar:
+            with TarWriter(file, encoder=False, mtime=0.0) as tar:
                 for image, path in zip(job.images, job.files, strict=True):
                     data = path.read_bytes()
                     finding, suffix = inspect_image(image, data)

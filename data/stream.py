@@ -14,8 +14,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-import webdataset as wds
 from torch.utils.data import get_worker_info
+from webdataset import filters
+from webdataset.compat import WebLoader
+from webdataset.pipeline import DataPipeline
 
 from .batch import Batch, Sample, collate
 from .config import DataConfig
@@ -103,7 +105,7 @@ class TrainStream:
     def _open(self, epoch: int, first_step: int) -> None:
         self.close()
         workers = self._config.workers
-        loader = wds.WebLoader(
+        loader = WebLoader(
             training_pipeline(self._index, self._plan, self._config, epoch, first_step),
             batch_size=None,
             num_workers=workers,
@@ -125,7 +127,7 @@ class TrainStream:
 
 def training_pipeline(
     index: ShardIndex, plan: StepPlan, config: DataConfig, epoch: int, first_step: int
-) -> wds.DataPipeline:
+) -> DataPipeline:
     """The stages from sample numbers to batches; runs inside each loader worker on the worker's own micro-batches."""
     reader = ShardReader(index)
 
@@ -142,11 +144,11 @@ def training_pipeline(
     def augment(micro_batch: list[StoredSample]) -> list[Sample]:
         return [training_sample(reader, stored, index, config, plan.seed) for stored in micro_batch]
 
-    return wds.DataPipeline(
+    return DataPipeline(
         planned,
-        wds.map(read),
-        wds.map(augment),
-        wds.map(collate),
+        filters.map(read),
+        filters.map(augment),
+        filters.map(collate),
         errors_as_items,
     )
 
@@ -181,12 +183,12 @@ def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, bat
         view = evaluation_view(stored.entry["height"], stored.entry["width"], config)
         return _seen(reader, stored, index, view)
 
-    pipeline = wds.DataPipeline(
+    pipeline = DataPipeline(
         lambda: (row for rows in batches for row in rows),
-        wds.map(partial(read_sample, reader, shard)),
+        filters.map(partial(read_sample, reader, shard)),
         partial(threaded_map, decode, threads=config.workers, ahead=2 * batch_size),
         lambda samples: (list(islice(samples, len(rows))) for rows in batches),
-        wds.map(collate),
+        filters.map(collate),
     )
     try:
         yield from pipeline

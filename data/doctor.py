@@ -1,0 +1,138 @@
+"""Looking a data set over before training on it: a COCO json with its images, or a folder of shards.
+
+Everything found is returned, nothing is raised but for what cannot be read at all; `Finding` says what and where, and
+`coco.FIXES` what to do about it.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from rich.progress import Progress
+
+from .coco import CocoImage, Finding, box_fault, read_coco
+from .index import SampleError, Shard, ShardIndex, ShardReader, file_sha256, tar_members
+from .parallel import ordered_map
+from .shards import inspect_image, missing_images
+
+Digest = tuple[str, bytes]  # where an image is, and the digest of its bytes
+
+
+def check_coco(annotations: Path, images: Path, *, workers: int = 0, progress: Progress | None = None) -> list[Finding]:
+    """All that is wrong with a COCO json and its images; every image is decoded.
+
+    Raises FileNotFoundError without json or folder, ValueError when the json is no COCO json.
+    """
+    coco = read_coco(annotations)
+    findings = coco.findings + missing_images(coco, images)
+    present = [image for image in coco.images if (images / image.file_name).is_file()]
+    task = progress.add_task("checking images", total=len(present)) if progress else None
+    digests = []
+    for finding, digest in ordered_map(partial(_check_file, images), present, workers=workers, chunk=16):
+        findings += [finding] if finding else []
+        digests.append(digest)
+        if progress and task is not None:
+            progress.advance(task)
+    return findings + _duplicates(digests)
+
+
+def check_shards(folder: Path, *, workers: int = 0, progress: Progress | None = None) -> list[Finding]:
+    """All that is wrong with a folder of shards: files against the index, checksums, images, boxes, duplicates.
+
+    Raises FileNotFoundError without folder or index, ValueError for an unusable index.
+    """
+    index = ShardIndex.read(folder)
+    findings = [Finding("extra shard", name, "not in the index") for name in index.extra_shards()]
+    numbers = []
+    for number, shard in enumerate(index.shards):
+        if shard.path.is_file():
+            numbers.append(number)
+        else:
+            findings.append(Finding("missing shard", shard.name, "named in the index, but not there"))
+    task = progress.add_task("checking samples", total=index.num_samples) if progress else None
+    digests: list[Digest] = []
+    for number, (some, more) in zip(
+        numbers, ordered_map(partial(_check_shard, index), numbers, workers=workers), strict=True
+    ):
+        findings += some
+        digests += more
+        if progress and task is not None:
+            progress.advance(task, len(index.shards[number].samples))
+    return findings + _duplicate_keys(index.shards) + _duplicates(digests)
+
+
+def _check_file(folder: Path, image: CocoImage) -> tuple[Finding | None, Digest]:
+    data = (folder / image.file_name).read_bytes()
+    return inspect_image(image, data)[0], (f"image {image.image_id} ({image.file_name})", _digest(data))
+
+
+def _check_shard(index: ShardIndex, number: int) -> tuple[list[Finding], list[Digest]]:
+    shard = index.shards[number]
+    findings = _check_bytes(shard)
+    digests: list[Digest] = []
+    reader = ShardReader(index)
+    for row in range(len(shard.samples)):
+        where = f"{shard.name}, sample {shard.key(row)}"
+        try:
+            data, entry = reader.image(number, row), reader.annotations(number, row)
+        except SampleError as error:
+            findings.append(Finding("wrong bytes", where, str(error).partition(": sample ")[2]))
+            continue
+        image = CocoImage(**entry)
+        finding = inspect_image(image, data)[0]
+        findings += [Finding(finding.kind, where, finding.what)] if finding else []
+        digests.append((where, _digest(data)))
+        for annotation in image.annotations:
+            place = f"{where}, annotation {annotation['id']}"
+            fault = box_fault(annotation["bbox"], image.height, image.width)
+            if fault:
+                severity = "error" if fault[0] == "degenerate box" else "warning"
+                findings.append(Finding(fault[0], place, fault[1], severity))
+            if annotation["category_id"] not in index.categories:
+                findings.append(Finding("unknown category", place, f"category_id {annotation['category_id']}"))
+    reader.close()
+    return findings, digests
+
+
+def _check_bytes(shard: Shard) -> list[Finding]:
+    size = shard.path.stat().st_size
+    if size != shard.bytes:
+        return [Finding("wrong bytes", shard.name, f"{size} bytes instead of {shard.bytes}")]
+    findings = []
+    if file_sha256(shard.path) != shard.sha256:
+        findings.append(Finding("wrong bytes", shard.name, "its sha256 is not the one in the index"))
+    try:
+        keys = list(tar_members(shard.path))
+    except (tarfile.TarError, EOFError) as error:
+        return [*findings, Finding("wrong bytes", shard.name, f"not a readable tar: {error}")]
+    if keys != [shard.key(row) for row in range(len(shard.samples))]:
+        findings.append(Finding("wrong bytes", shard.name, "its samples are not those of the index"))
+    return findings
+
+
+def _duplicate_keys(shards: Iterable[Shard]) -> list[Finding]:
+    findings = []
+    first: dict[str, str] = {}
+    for shard in shards:
+        for row in range(len(shard.samples)):
+            key = shard.key(row)
+            if key in first:
+                findings.append(Finding("duplicate id", f"{shard.name}, sample {key}", f"also in {first[key]}"))
+            first.setdefault(key, shard.name)
+    return findings
+
+
+def _duplicates(digests: Iterable[Digest]) -> list[Finding]:
+    findings = []
+    first: dict[bytes, str] = {}
+    for where, digest in digests:
+        if digest in first:
+            findings.append(Finding("duplicate content", where, f"the same bytes as {first[digest]}", "warning"))
+        first.setdefault(digest, where)
+    return findings
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
