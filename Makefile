@@ -83,7 +83,7 @@ else
 	@echo 'ddetr: installing torch and the other requirements into $(VENV) (5 GB, a few minutes)'
 	$(PIP) install -c constraints.txt --upgrade pip setuptools wheel ninja torch
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*p["dependencies"], *p["optional-dependencies"]["test"], *p["optional-dependencies"]["lint"], sep="\n")' \
+		print(*p["dependencies"], *sum(p["optional-dependencies"].values(), []), sep="\n")' \
 		>$(VENV)/requirements.txt
 	$(PIP) install -c constraints.txt --no-build-isolation -r $(VENV)/requirements.txt
 endif

@@ -35,7 +35,7 @@ def ddetr(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Complet
 def assert_one_message(result: subprocess.CompletedProcess[str], *parts: str) -> None:
     """Exit status 2, one message on stderr that holds all parts, no traceback."""
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("ddetr: "), result.stderr
+    assert result.stderr.lstrip().startswith("ddetr: "), result.stderr
     assert "Traceback" not in result.stderr
     for part in parts:
         assert part in result.stderr
