@@ -133,11 +133,11 @@ def _write(folder: Path, contents: dict[str, Any]) -> None:
 def _print(
     console: Console, detector: TrainedDetector, index: ShardIndex, metrics: dict[str, float], folder: Path
 ) -> None:
-    step = "" if detector.step is None else f", step {detector.step}"
-    table = Table(title=f"{detector.path.parent}{step}: {index.num_samples} images of {index.folder}")
+    console.print(f"{detector.path} on {index.num_samples} images of {index.folder}", soft_wrap=True)
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)
-    console.print(f"Written to {folder}")
+    console.print(f"Written to {folder}", soft_wrap=True)

@@ -1,0 +1,214 @@
+"""`ddetr checkpoint`: what a checkpoint holds, and its weights in other formats."""
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..core.attention import MultiScaleDeformableAttention
+from ..core.checkpoint import TrainedDetector, export_published, load_detector, save_weights
+from ..core.config import dump
+from ..core.detector import DeformableDetr
+from ..data.batch import normalised
+from ..data.categories import Categories
+from ..ops import reference
+from .predict import category_names
+
+SUFFIXES = {"safetensors": ".safetensors", "published": ".pth", "onnx": ".onnx"}
+
+# Parts of the model by the beginning of a tensor's name; the first that fits counts.
+PARTS = {
+    "backbone": "backbone.",
+    "feature projections": "input_proj.",
+    "encoder": "transformer.encoder.",
+    "decoder": "transformer.decoder.",
+    "queries and proposals": ("transformer.", "query_embed."),
+    "class heads": "class_embed.",
+    "box heads": "bbox_embed.",
+}
+
+
+def inspect(path: Path) -> None:
+    """Print step, sizes by part of the model, categories, the last evaluation and the configuration.
+
+    Nothing in the file is executed. Raises what `load_detector` raises.
+    """
+    detector = load_detector(path)
+    console = Console(soft_wrap=True)
+    facts = {
+        "file": f"{detector.path} ({_bytes(detector.path.stat().st_size)})",
+        "position": "published weights" if detector.step is None else f"step {detector.step}, epoch {detector.epoch}",
+        "stored as": _stored_types(detector.path),
+        "categories": _categories(detector),
+        "evaluated": _evaluated(detector) or "not yet (ddetr eval)",
+    }
+    for name, value in facts.items():
+        console.print(f"[bold]{name:>10}[/bold]  {value}", highlight=False)
+    table = Table("part", "tensors", "values", "float32")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    tensors = detector.model.state_dict()
+    parts = [(title, [t for name, t in tensors.items() if _part(name) == title]) for title in PARTS]
+    for title, held in [*parts, ("total", list(tensors.values()))]:
+        values = sum(tensor.numel() for tensor in held)
+        table.add_row(title, str(len(held)), f"{values:,}", _bytes(4 * values))
+    console.print(table)
+    console.print("[bold]configuration[/bold]")
+    console.print(dump(detector.config), highlight=False, markup=False)
+
+
+def export(path: Path, output: Path, format: str, image_size: tuple[int, int] | None = None) -> None:
+    """Write the weights of the checkpoint at `path` to the file `output`.
+
+    format: safetensors (ours: one file with configuration and categories), published (the layout of the paper's
+    code) or onnx, for images of exactly `image_size` (height, width), by default a square of
+    data.validation_short_side. Raises ValueError for an unfit file name, ImportError without the extra of ONNX.
+    """
+    if format not in SUFFIXES:
+        raise ValueError(f"format {format!r}: expected one of {', '.join(SUFFIXES)}")
+    if output.suffix != SUFFIXES[format]:
+        raise ValueError(f"{output}: the name of a {format} file must end in {SUFFIXES[format]}")
+    detector = load_detector(path)
+    if output.exists() and output.resolve() == detector.path.resolve():
+        raise ValueError(f"{output} is the checkpoint itself; choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    writers: dict[str, Callable[[TrainedDetector, Path], str]] = {
+        "safetensors": _write_safetensors,
+        "published": _write_published,
+        "onnx": lambda detector, file: _write_onnx(detector, file, image_size),
+    }
+    partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    try:
+        note = writers[format](detector, partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{output}: {_bytes(output.stat().st_size)}{note}")
+
+
+class FixedSizeDetector(nn.Module):
+    """The detector for one image of one size, in plain torch: what the ONNX file computes.
+
+    The op's reference takes the place of the kernel, which ONNX does not know.
+    """
+
+    def __init__(self, model: DeformableDetr, height: int, width: int) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for module in self.model.modules():
+            if isinstance(module, MultiScaleDeformableAttention):
+                module.attend = reference.fused_deform_attn
+        self.register_buffer("padding_mask", torch.zeros(1, height, width, dtype=torch.bool))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (1, 3, H, W) uint8 RGB; returns logits (1, Q, K) and boxes (1, Q, 4) cxcywh in [0, 1]."""
+        predictions = self.model(normalised(images, self.padding_mask), self.padding_mask)
+        return predictions.logits, predictions.boxes
+
+
+def _write_safetensors(detector: TrainedDetector, file: Path) -> str:
+    names = category_names(detector)
+    categories = detector.categories or Categories(tuple(range(len(names))), names)
+    save_weights(
+        file, detector.model.state_dict(), detector.config, categories, detector.step or 0, detector.epoch or 0
+    )
+    return ""
+
+
+def _write_published(detector: TrainedDetector, file: Path) -> str:
+    export_published(detector.model, file)
+    config = detector.config.model
+    if config.backbone_norm != "frozen_batch" or not config.backbone.startswith("resnet50."):
+        return (
+            f"; the names are the published ones, but the paper's code cannot build {config.backbone!r} as it is here"
+        )
+    return "; read it with torch.load(..., weights_only=True)['model']"
+
+
+def _write_onnx(detector: TrainedDetector, file: Path, image_size: tuple[int, int] | None) -> str:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter needs it and would fail late)
+    except ImportError as error:
+        raise ImportError(f"ONNX export needs the extra: pip install 'ddetr[export]' ({error})") from error
+    height, width = image_size or (detector.config.data.validation_short_side,) * 2
+    images = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            FixedSizeDetector(detector.model, height, width).eval(),
+            (images,),
+            dynamo=True,
+            external_data=False,
+            input_names=["images"],
+            output_names=["logits", "boxes"],
+            verbose=False,
+        )
+    assert program is not None, "dynamo=True returns a program"
+    model = program.model_proto
+    names = category_names(detector)
+    ids = detector.categories.ids if detector.categories else tuple(range(len(names)))
+    onnx.helper.set_model_props(
+        model,
+        {
+            "images": f"uint8 RGB, (1, 3, {height}, {width}), the whole image resized to this size",
+            "boxes": "cxcywh relative to the image",
+            "logits": "one per query and class; sigmoid gives the score",
+            "categories": json.dumps(Categories(ids, names).to_json()),
+        },
+    )
+    onnx.checker.check_model(model)
+    onnx.save(model, str(file))
+    return f", for uint8 images of exactly {height}x{width} pixels; outputs logits and boxes (cxcywh in [0, 1])"
+
+
+def _part(name: str) -> str:
+    return next(title for title, beginning in PARTS.items() if name.startswith(beginning))
+
+
+def _stored_types(file: Path) -> str:
+    if file.suffix != ".safetensors":
+        return "a published checkpoint, read as float32"
+    with safe_open(file, framework="pt") as opened:
+        types = Counter(opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118
+    return "safetensors, " + ", ".join(f"{count} tensors {name}" for name, count in types.items())
+
+
+def _categories(detector: TrainedDetector) -> str:
+    if detector.categories is None:
+        return f"{detector.config.model.num_classes}, labels are category ids"
+    pairs = zip(detector.categories.ids, detector.categories.names, strict=True)
+    return f"{len(detector.categories)}: " + ", ".join(f"{name} ({id_})" for id_, name in pairs)
+
+
+def _evaluated(detector: TrainedDetector) -> str | None:
+    """The numbers that `ddetr eval`, or else the trainer, has computed for this checkpoint of a run."""
+    step = detector.path.parent
+    run = step.parent.parent
+    written, recorded = run / "eval" / step.name / "metrics.json", run / "metrics.jsonl"
+    metrics = None
+    if step.parent.name != "checkpoints":
+        return None
+    if written.is_file():
+        metrics = json.loads(written.read_text())
+    elif recorded.is_file():
+        for line in recorded.read_text().splitlines():
+            row = json.loads(line)
+            if row["kind"] == "evaluation" and row["step"] == detector.step:
+                metrics = row["metrics"]
+    return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
