@@ -24,6 +24,8 @@ from .config import Config, ModelConfig, dump
 from .detector import DeformableDetr
 
 WEIGHTS = "model.safetensors"
+_PUBLISHED = {"transformer.level_embed.weight": "transformer.level_embed"}
+_OURS = {published: ours for ours, published in _PUBLISHED.items()}
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -120,7 +122,7 @@ def to_published(model: DeformableDetr) -> dict[str, Tensor]:
     config = model.config
     weights = {}
     for name, tensor in model.state_dict().items():
-        name = re.sub(r"^backbone\.body\.", "backbone.0.body.", name)
+        name = _PUBLISHED.get(name) or re.sub(r"^backbone\.body\.", "backbone.0.body.", name)
         head = re.match(r"(class_embed|bbox_embed)\.0\.(.*)", name)
         if head and not config.box_refine:  # one shared head, listed under every layer
             for layer in range(config.decoder_layers):
@@ -196,7 +198,7 @@ def _from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if not refined and re.match(r"(class_embed|bbox_embed)\.[1-9]", name):
             continue
-        weights[re.sub(r"^backbone\.0\.body\.", "backbone.body.", name)] = tensor
+        weights[_OURS.get(name) or re.sub(r"^backbone\.0\.body\.", "backbone.body.", name)] = tensor
     return weights
 
 

@@ -54,14 +54,17 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The parts that exist once beside the layers, under the published names."""
+    """The parts that exist once beside the layers.
+
+    Embeddings are modules, called for their rows: ZeRO-3 gathers a parameter only when its own module is called.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config.hidden_dim
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.level_embed = nn.Parameter(torch.empty(config.levels, c))
+        self.level_embed = nn.Embedding(config.levels, c)
         if config.two_stage:
             self.enc_output = nn.Linear(c, c)
             self.enc_output_norm = nn.LayerNorm(c)
@@ -110,7 +113,8 @@ class DeformableDetr(nn.Module):
         if self.config.two_stage:
             proposals, queries, query_position, reference = self._propose(memory, shapes, mask)
         else:
-            query_position, queries = self.query_embed.weight.expand(len(images), -1, -1).chunk(2, dim=-1)
+            embedding = self.query_embed(torch.arange(self.config.queries, device=images.device))
+            query_position, queries = embedding.expand(len(images), -1, -1).chunk(2, dim=-1)
             reference = self.transformer.reference_points(query_position).float().sigmoid()
 
         outputs = []
@@ -141,7 +145,8 @@ class DeformableDetr(nn.Module):
             maps.append(source)
 
         tokens, positions, shapes, masks, ratios = [], [], [], [], []
-        for feature, level_embed in zip(maps, self.transformer.level_embed, strict=True):
+        level_embeds = self.transformer.level_embed(torch.arange(len(maps), device=images.device))
+        for feature, level_embed in zip(maps, level_embeds, strict=True):
             mask = F.interpolate(padding_mask[:, None].float(), size=feature.shape[-2:])[:, 0].bool()
             position = sine_position(mask, self.config.hidden_dim).to(feature.dtype)
             height, width = feature.shape[-2:]
@@ -188,7 +193,7 @@ class DeformableDetr(nn.Module):
                 module.reset_parameters()
         if not self.config.two_stage:
             nn.init.zeros_(self.transformer.reference_points.bias)
-        nn.init.normal_(self.transformer.level_embed)
+        nn.init.normal_(self.transformer.level_embed.weight)
         for project in self.input_proj:
             nn.init.xavier_uniform_(project[0].weight)
             nn.init.zeros_(project[0].bias)

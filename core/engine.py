@@ -120,7 +120,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optim.clip_norm,
+        "gradient_clipping": 0.0 if _clips_itself(config) else config.optim.clip_norm,
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "initial_scale_power": 16},
@@ -141,10 +141,12 @@ class Engine:
         self.config, self.world = config, world
         self.dtype = DTYPES[config.train.precision]
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # frozen norms: never change
-        self._names = {name: parameter for name, parameter in model.named_parameters()}
-        self.run, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, config.optim), config=deepspeed_config(config)
-        )
+        self._names = dict(model.named_parameters())
+        optimizer = adamw(model, config.optim)
+        self._own_norm: float | None = None
+        if _clips_itself(config):
+            optimizer.register_step_pre_hook(self._clip)
+        self.run, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
 
     def set_learning_rate(self, base: float) -> None:
         for group in self.run.optimizer.param_groups:
@@ -153,12 +155,15 @@ class Engine:
     @property
     def gradient_norm(self) -> float:
         """Of the last optimizer step, before clipping."""
-        norm = self.run.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self.run.get_global_grad_norm() if self._own_norm is None else self._own_norm)
 
     @property
     def loss_scale(self) -> float:
         return float(getattr(self.run.optimizer, "cur_scale", 1.0)) if self.config.train.precision == "fp16" else 1.0
+
+    def _clip(self, *_: object) -> None:
+        limit = self.config.optim.clip_norm or float("inf")
+        self._own_norm = float(torch.nn.utils.clip_grad_norm_(self._names.values(), limit))
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model in float32 on the host of rank 0 (the other ranks get an empty dictionary). Collective."""
@@ -181,9 +186,7 @@ class Engine:
         self.run.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
         weights = self.weights()
         if self.world.rank == 0:
-            save_weights(
-                partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"]
-            )
+            save_weights(partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
             (partial / STATE).write_text(json.dumps({**position, "world_size": self.world.size}))
         dist.barrier()
         if self.world.rank == 0:
@@ -206,6 +209,11 @@ class Engine:
         if loaded is None:
             raise ValueError(f"{checkpoint}: DeepSpeed found no state for ZeRO stage {self.config.train.zero_stage}")
         return position
+
+
+def _clips_itself(config: Config) -> bool:
+    """DeepSpeed tells the gradient norm of every combination but this one, so here the clipping is ours."""
+    return config.train.zero_stage == 0 and config.train.precision == "fp32"
 
 
 def _full_parameter(parameter: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def train(
         load_weights(model, checkpoint)
     engine = Engine(model.train(), config, world)
     step = engine.load(checkpoint)["step"] if checkpoint else 0
-    progress = _Progress(config, step, int(last_step), per_epoch)
+    progress = _Progress(config, step, int(last_step), per_epoch, quiet=world.rank > 0)
     metrics = None
 
     def save() -> None:
@@ -245,7 +245,7 @@ def _peak_memory_bytes(device: torch.device) -> int:
 def _stop_requested() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or SIGINT came: the loop saves after the current step and stops, on all ranks together."""
     came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only that one receives signals; Ray Tune ends a trial
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main one only; as under Ray Tune
         yield lambda: False
         return
 
@@ -265,13 +265,15 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 class _Progress:
     """One readable line every few steps, with the rate since the last line and the time left."""
 
-    def __init__(self, config: Config, step: int, last_step: int, per_epoch: int) -> None:
+    def __init__(self, config: Config, step: int, last_step: int, per_epoch: int, quiet: bool) -> None:
+        self.quiet = quiet
         self.config, self.last_step, self.per_epoch = config, last_step, per_epoch
         self._since = (time.perf_counter(), step)
         self._wait = 0.0
 
     def line(self, text: str) -> None:
-        log.info(text)
+        if not self.quiet:
+            log.info(text)
 
     def step(self, report: StepReport) -> None:
         self._wait += report.data_wait_seconds

@@ -51,7 +51,9 @@ def run(
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
             stack.enter_context(_announced(exporter.address, run_directory, world))
-        record = stack.enter_context(_Record(run_directory, config, resume is not None) if world.rank == 0 else _Quiet())
+        record = stack.enter_context(
+            _Record(run_directory, config, resume is not None) if world.rank == 0 else _Quiet()
+        )
 
         def observe(item: Report) -> None:
             if isinstance(item, CheckpointReport):
@@ -62,7 +64,9 @@ def run(
             if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
                 report(item)
 
-        record.event("resume" if resume else "start", ranks=world.size, device=str(world.device), torch=torch.__version__)
+        record.event(
+            "resume" if resume else "start", ranks=world.size, device=str(world.device), torch=torch.__version__
+        )
         train(
             config,
             run_directory=run_directory,
@@ -79,7 +83,7 @@ def run(
 def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
     if config.data.train is None:
         raise ValueError(
-            "data.train is not set: give the folder of training shards, data.train=FOLDER (written by `ddetr data pack`)"
+            "data.train is not set: give the folder of training shards that `ddetr data pack` wrote, data.train=FOLDER"
         )
     train_index = ShardIndex.load(config.data.train)
     validation_index = ShardIndex.load(config.data.validation) if config.data.validation else None
@@ -151,7 +155,7 @@ def _announced(address: str, run_directory: Path, world: World):
 class _Record:
     """metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
 
-    def __init__(self, run_directory: Path, config: Config, append: bool) -> None:
+    def __init__(self, run_directory: Path, config: Config) -> None:
         self._every = config.train.log_every_steps
         self._metrics = self._open(run_directory / "metrics.jsonl")
         self._events = self._open(run_directory / "events.jsonl")
