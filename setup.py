@@ -59,6 +59,7 @@ class BuildOperators(build_ext):
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-maybe-uninitialized",
+            "-Wno-psabi",
             "-fno-math-errno",
             "-fno-trapping-math",
         ]

@@ -44,6 +44,16 @@ struct Simd {
   static void store(T* target, V vector) { _mm256_storeu_ps(target, vector); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  // x0 y0 x1 y1 ... to vectors of x and of y, and back.
+  static void split(const T* pairs, V& x, V& y) {
+    const V a = load(pairs), b = load(pairs + 8);
+    const V low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    x = _mm256_shuffle_ps(low, high, 0x88), y = _mm256_shuffle_ps(low, high, 0xdd);
+  }
+  static void merge(V x, V y, T* pairs) {
+    const V low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);
+    store(pairs, _mm256_permute2f128_ps(low, high, 0x20)), store(pairs + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
   static T sum(V v) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));

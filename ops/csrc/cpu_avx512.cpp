@@ -46,6 +46,18 @@ struct Simd {
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static __m256 halves(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  // x0 y0 x1 y1 ... to vectors of x and of y, and back.
+  static void split(const T* pairs, V& x, V& y) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const V a = load(pairs), b = load(pairs + 16);
+    x = _mm512_permutex2var_ps(a, even, b);
+    y = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+  }
+  static void merge(V x, V y, T* pairs) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    store(pairs, _mm512_permutex2var_ps(x, low, y));
+    store(pairs + 16, _mm512_permutex2var_ps(x, _mm512_add_epi32(low, _mm512_set1_epi32(8)), y));
+  }
   static T sum(V v) { return _mm512_reduce_add_ps(v); }
   static T largest(V v) { return _mm512_reduce_max_ps(v); }
   static void sums(const V (&v)[4], T (&sums)[4]) {

@@ -116,6 +116,7 @@ class Kernel {
   using I = typename Simd::I;
   using Index = std::remove_cvref_t<decltype(I{}[0])>;
   static constexpr int W = Simd::kWidth;
+  static constexpr T kNothing = -std::numeric_limits<T>::infinity();
 
  public:
   explicit Kernel(const Problem& problem)
@@ -123,6 +124,8 @@ class Kernel {
         points_(problem.levels * problem.points),
         padded_((points_ + kPad - 1) / kPad * kPad),
         stride_((problem.channels + W - 1) / W * W),
+        inverse_width_(problem.levels),
+        inverse_height_(problem.levels),
         width_(padded_, T(1)),
         height_(padded_, T(1)),
         columns_(padded_, 1),
@@ -131,6 +134,7 @@ class Kernel {
     int64_t start = 0;
     for (int64_t level = 0; level < p_.levels; ++level) {
       const int64_t height = p_.shapes[2 * level], width = p_.shapes[2 * level + 1];
+      inverse_width_[level] = 1 / static_cast<T>(width), inverse_height_[level] = 1 / static_cast<T>(height);
       for (int64_t i = level * p_.points; i < (level + 1) * p_.points; ++i) {
         width_[i] = static_cast<T>(width), height_[i] = static_cast<T>(height);
         columns_[i] = static_cast<Index>(width), rows_[i] = static_cast<Index>(height);
@@ -169,9 +173,11 @@ class Kernel {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, last - query));
           for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, scratch);
           for (int q = 0; q < count; ++q) {
-            sum_points(values, scratch, q);
-            store(scratch.channels.data(), p_.value_type, output,
-                  ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels, p_.channels);
+            const int64_t place = ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
+            T* const spare = scratch.channels.data();
+            T* const sums = writable(output, p_.value_type, whole_channels(), place, spare);
+            sum_points(values, scratch, q, sums);
+            finish(sums, spare, p_.value_type, output, place, p_.channels);
           }
         }
       }
@@ -199,8 +205,9 @@ class Kernel {
           for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, scratch);
           for (int q = 0; q < count; ++q) {
             const int64_t pair_index = (batch * p_.queries + query + q) * p_.heads + head;
-            load(gradients.output, p_.value_type, pair_index * p_.channels, p_.channels, scratch.channels.data());
-            spread_gradient(values, grads, scratch, q);
+            const T* const gradient_of_sums = readable(gradients.output, p_.value_type, whole_channels(),
+                                                       pair_index * p_.channels, p_.channels, scratch.channels.data());
+            spread_gradient(values, grads, gradient_of_sums, scratch, q);
             store_gradients(gradients, batch, query + q, head, scratch, q);
           }
         }
@@ -226,26 +233,29 @@ class Kernel {
           integers(static_cast<size_t>(kBlock) * kernel.padded_ * 4),
           dots(4 * kernel.padded_),
           pairs(2 * kernel.padded_),
-          moved(2 * kernel.padded_),
+          scores(kernel.padded_, kNothing),  // the padding stays: a softmax weight of zero
+          expanded(4 * (kernel.padded_ + 4)),
+          reference(4 * kernel.p_.levels),
           zeros(kernel.stride_),
           waste(kernel.stride_),
-          channels(kernel.stride_),
-          references(4 * kernel.p_.levels),
-          scales(2 * kernel.p_.levels) {
+          channels(kernel.stride_) {
       const int64_t count = kBlock * kernel.padded_;
       T* next = floats.data();
       for (T** array : {&x, &y, &score, &fraction_x, &fraction_y, &poison, &offset_x, &offset_y}) {
         *array = next, next += count;
       }
       for (int k = 0; k < 4; ++k) weight[k] = next + k * count, row[k] = integers.data() + k * count;
+      next = expanded.data();
+      for (T** array : {&reference_x, &reference_y, &scale_x, &scale_y}) *array = next, next += kernel.padded_ + 4;
     }
     std::vector<T> floats;
     std::vector<Index> integers;
-    std::vector<T> dots, pairs, moved, zeros, waste, channels, references, scales;
+    std::vector<T> dots, pairs, scores, expanded, reference, zeros, waste, channels;
     T *x, *y, *score;                // location in [0, 1], attention weight
     T *fraction_x, *fraction_y;      // of the pixel, right of and below the top left corner
     T *poison;                       // 0, or NaN where location or weight is not finite
     T *offset_x, *offset_y;          // fused operator
+    T *reference_x, *reference_y, *scale_x, *scale_y;  // fused operator, of one query
     T *weight[4];                    // attention times bilinear: top left, top right, bottom left, bottom right
     Index* row[4];                 // of that corner, or the index that stands for "outside"
   };
@@ -263,6 +273,22 @@ class Kernel {
   Rows rows_of(const T* base, T* outside) const {
     return {const_cast<T*>(base), outside, row_stride(), static_cast<Index>(p_.positions)};
   }
+
+  // Where to read `count` numbers from index `first` on: in the tensor itself if they are of type T and fill whole
+  // vectors (`whole`), else widened into scratch. writable() is the same for results; finish() then narrows them.
+  const T* readable(const void* tensor, ScalarType type, bool whole, int64_t first, int64_t count, T* scratch) const {
+    if (whole && type == p_.sum_type) return static_cast<const T*>(tensor) + first;
+    load(tensor, type, first, count, scratch);
+    return scratch;
+  }
+  T* writable(void* tensor, ScalarType type, bool whole, int64_t first, T* scratch) const {
+    return whole && type == p_.sum_type ? static_cast<T*>(tensor) + first : scratch;
+  }
+  static void finish(const T* result, const T* scratch, ScalarType type, void* tensor, int64_t first, int64_t count) {
+    if (result == scratch) store(scratch, type, tensor, first, count);
+  }
+  bool whole_points() const { return points_ == padded_; }
+  bool whole_channels() const { return p_.channels == stride_; }
 
   static void load(const void* source, ScalarType type, int64_t first, int64_t count, T* target) {
     with_storage<T>(type, [&](auto* storage) { widen(static_cast<decltype(storage)>(const_cast<void*>(source)) + first, target, count); });
@@ -326,49 +352,57 @@ class Kernel {
   // Locations and attention weights of one query; for the fused operator from offsets and logits.
   void load_points(int64_t batch, int64_t query, int64_t head, int64_t slot, Scratch& s) const {
     const int64_t first = ((batch * p_.queries + query) * p_.heads + head) * points_;
-    T *const x = s.x + slot, *const y = s.y + slot, *const score = s.score + slot;
-    load(p_.coordinates, p_.point_type, 2 * first, 2 * points_, s.pairs.data());
-    load(p_.scores, p_.point_type, first, points_, score);
-    const T* const pairs = s.pairs.data();
-    if (p_.reference_size == 0) {
-      for (int64_t i = 0; i < points_; ++i) x[i] = pairs[2 * i], y[i] = pairs[2 * i + 1];
-      return;
+    const T* const pairs =
+        readable(p_.coordinates, p_.point_type, whole_points(), 2 * first, 2 * points_, s.pairs.data());
+    const T* const scores = readable(p_.scores, p_.point_type, whole_points(), first, points_, s.scores.data());
+    if (p_.reference_size != 0) {
+      softmax(scores, s.score + slot);
+      load_reference(batch, query, s);
     }
-    softmax(score);
-    load_references(batch, query, s);
-    T *const offset_x = s.offset_x + slot, *const offset_y = s.offset_y + slot;
-    const T *reference = s.references.data(), *scale = s.scales.data();
-    for (int64_t level = 0, i = 0; level < p_.levels; ++level, reference += p_.reference_size, scale += 2) {
-      for (int64_t end = i + p_.points; i < end; ++i) {
-        offset_x[i] = pairs[2 * i], offset_y[i] = pairs[2 * i + 1];
-        x[i] = reference[0] + offset_x[i] * scale[0], y[i] = reference[1] + offset_y[i] * scale[1];
+    for (int64_t i = 0; i < padded_; i += W) {
+      V x, y;
+      Simd::split(pairs + 2 * i, x, y);
+      if (p_.reference_size == 0) {
+        Simd::store(s.score + slot + i, Simd::load(scores + i));
+      } else {
+        Simd::store(s.offset_x + slot + i, x), Simd::store(s.offset_y + slot + i, y);
+        x = Simd::fma(x, Simd::load(s.scale_x + i), Simd::load(s.reference_x + i));
+        y = Simd::fma(y, Simd::load(s.scale_y + i), Simd::load(s.reference_y + i));
+      }
+      Simd::store(s.x + slot + i, x), Simd::store(s.y + slot + i, y);
+    }
+  }
+
+  // Reference point and what an offset is multiplied with, for every point of one query.
+  void load_reference(int64_t batch, int64_t query, Scratch& s) const {
+    const int64_t size = p_.reference_size;
+    const T share = T(0.5) / static_cast<T>(p_.points);
+    const T* reference = s.reference.data();
+    load(p_.reference, p_.point_type, (batch * p_.queries + query) * p_.levels * size, p_.levels * size,
+         s.reference.data());
+    for (int64_t level = 0; level < p_.levels; ++level, reference += size) {
+      const int64_t start = level * p_.points, end = start + p_.points;
+      const T scale_x = size == 4 ? reference[2] * share : inverse_width_[level];
+      const T scale_y = size == 4 ? reference[3] * share : inverse_height_[level];
+      // Four at a time: what spills over belongs to the next level, which overwrites it, or to the padding.
+      for (int64_t i = start; i < end; i += 4) {
+        for (int j = 0; j < 4; ++j) {
+          s.reference_x[i + j] = reference[0], s.reference_y[i + j] = reference[1];
+          s.scale_x[i + j] = scale_x, s.scale_y[i + j] = scale_y;
+        }
       }
     }
   }
 
-  // Reference points of one query, and what an offset is multiplied with.
-  void load_references(int64_t batch, int64_t query, Scratch& s) const {
-    const int64_t size = p_.reference_size;
-    load(p_.reference, p_.point_type, (batch * p_.queries + query) * p_.levels * size, p_.levels * size,
-         s.references.data());
-    for (int64_t level = 0; level < p_.levels; ++level) {
-      const T* const reference = s.references.data() + level * size;
-      const T share = T(0.5) / static_cast<T>(p_.points);
-      s.scales[2 * level] = size == 4 ? reference[2] * share : 1 / static_cast<T>(p_.shapes[2 * level + 1]);
-      s.scales[2 * level + 1] = size == 4 ? reference[3] * share : 1 / static_cast<T>(p_.shapes[2 * level]);
-    }
-  }
-
-  void softmax(T* score) const {
-    for (int64_t i = points_; i < padded_; ++i) score[i] = -std::numeric_limits<T>::infinity();
-    V largest = Simd::set(-std::numeric_limits<T>::infinity()), sum = Simd::zero();
+  void softmax(const T* logits, T* score) const {
+    V largest = Simd::set(kNothing), sum = Simd::zero();
     for (int64_t i = 0; i < padded_; i += W) {
-      const V next = Simd::load(score + i);
+      const V next = Simd::load(logits + i);
       largest = next > largest ? next : largest;
     }
     const V top = Simd::set(Simd::largest(largest));
     for (int64_t i = 0; i < padded_; i += W) {
-      const V next = exponential<Simd>(Simd::load(score + i) - top);
+      const V next = exponential<Simd>(Simd::load(logits + i) - top);
       Simd::store(score + i, next);
       sum = sum + next;
     }
@@ -376,8 +410,8 @@ class Kernel {
     for (int64_t i = 0; i < padded_; i += W) Simd::store(score + i, Simd::load(score + i) * inverse);
   }
 
-  // Phase two, forward: the weighted sum of all corners, into scratch.channels.
-  void sum_points(const Rows& values, Scratch& s, int q) const {
+  // Phase two, forward: the weighted sum of all corners.
+  void sum_points(const Rows& values, const Scratch& s, int q, T* target) const {
     for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
       V sums[4][C];
       for (int k = 0; k < 4; ++k) {
@@ -391,17 +425,17 @@ class Kernel {
         }
       }
       for (int c = 0; c < C; ++c) {
-        Simd::store(s.channels.data() + channel + c * W,
+        Simd::store(target + channel + c * W,
                     Simd::add(Simd::add(sums[0][c], sums[1][c]), Simd::add(sums[2][c], sums[3][c])));
       }
     });
   }
 
   // Phase two, backward: adds weight * gradient to the corners' rows, and leaves gradient . value in scratch.dots.
-  void spread_gradient(const Rows& values, const Rows& grads, Scratch& s, int q) const {
+  void spread_gradient(const Rows& values, const Rows& grads, const T* grad_output, Scratch& s, int q) const {
     for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
       V gradient[C];
-      for (int c = 0; c < C; ++c) gradient[c] = Simd::load(s.channels.data() + channel + c * W);
+      for (int c = 0; c < C; ++c) gradient[c] = Simd::load(grad_output + channel + c * W);
       T* dots = s.dots.data();
       for (int64_t i = q * padded_, end = i + points_; i < end; ++i, ++dots) {
         V products[4];
@@ -440,10 +474,7 @@ class Kernel {
       Simd::store(grad_x + i, weight * Simd::load(&width_[i]) * ((d1 - d0) + fy * ((d3 - d2) - (d1 - d0))));
       Simd::store(grad_y + i, weight * Simd::load(&height_[i]) * (bottom - top));
     }
-    T* const moved = s.moved.data();
-    if (p_.reference_size == 0) {
-      for (int64_t i = 0; i < points_; ++i) moved[2 * i] = grad_x[i], moved[2 * i + 1] = grad_y[i];
-    } else {
+    if (p_.reference_size != 0) {
       V mean = Simd::zero();
       for (int64_t i = 0; i < padded_; i += W) {  // the padding's weights are zero
         mean = Simd::fma(Simd::load(score + i), Simd::load(grad_score + i), mean);
@@ -452,18 +483,21 @@ class Kernel {
       for (int64_t i = 0; i < padded_; i += W) {
         Simd::store(grad_score + i, Simd::load(score + i) * (Simd::load(grad_score + i) - mean));
       }
-      load_references(batch, query, s);
-      for (int64_t level = 0, i = 0; level < p_.levels; ++level) {
-        for (int64_t end = i + p_.points; i < end; ++i) {
-          moved[2 * i] = grad_x[i] * s.scales[2 * level], moved[2 * i + 1] = grad_y[i] * s.scales[2 * level + 1];
-        }
-      }
       if (gradients.reference != nullptr) {
         const int64_t size = p_.reference_size;
         sum_reference_gradient(s, slot, static_cast<T*>(gradients.reference) + pair * p_.levels * size);
       }
+      load_reference(batch, query, s);
+      for (int64_t i = 0; i < padded_; i += W) {
+        Simd::store(grad_x + i, Simd::load(grad_x + i) * Simd::load(s.scale_x + i));
+        Simd::store(grad_y + i, Simd::load(grad_y + i) * Simd::load(s.scale_y + i));
+      }
     }
-    store(moved, p_.point_type, gradients.coordinates, 2 * pair * points_, 2 * points_);
+    T* const pairs = writable(gradients.coordinates, p_.point_type, whole_points(), 2 * pair * points_, s.pairs.data());
+    for (int64_t i = 0; i < padded_; i += W) {
+      Simd::merge(Simd::load(grad_x + i), Simd::load(grad_y + i), pairs + 2 * i);
+    }
+    finish(pairs, s.pairs.data(), p_.point_type, gradients.coordinates, 2 * pair * points_, 2 * points_);
     store(grad_score, p_.point_type, gradients.scores, pair * points_, points_);
   }
 
@@ -500,7 +534,8 @@ class Kernel {
   const int64_t padded_;
   const int64_t stride_;  // channels, padded to vectors
   bool in_place_;
-  std::vector<T> width_, height_;  // by point, as are the next three
+  std::vector<T> inverse_width_, inverse_height_;  // by level
+  std::vector<T> width_, height_;                  // by point, as are the next three
   std::vector<Index> columns_, rows_, start_;
 };
 

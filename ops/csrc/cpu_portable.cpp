@@ -30,6 +30,13 @@ struct Simd {
   static void store(T* target, V vector) { std::memcpy(target, &vector, sizeof(V)); }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
+  // x0 y0 x1 y1 ... to vectors of x and of y, and back.
+  static void split(const T* pairs, V& x, V& y) {
+    for (int lane = 0; lane < kWidth; ++lane) x[lane] = pairs[2 * lane], y[lane] = pairs[2 * lane + 1];
+  }
+  static void merge(V x, V y, T* pairs) {
+    for (int lane = 0; lane < kWidth; ++lane) pairs[2 * lane] = x[lane], pairs[2 * lane + 1] = y[lane];
+  }
   static T sum(V v) {
     T sum = 0;
     for (int lane = 0; lane < kWidth; ++lane) sum += v[lane];
