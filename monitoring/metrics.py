@@ -62,7 +62,7 @@ PROCESS_MEMORY = Metric(
     "ddetr_process_memory_bytes", "gauge", "Resident memory of the training process, read at each scrape (Linux)."
 )
 DEVICE_MEMORY = Metric(
-    "ddetr_device_memory_bytes", "gauge", "Memory of the last step: peak allocated on the GPU, resident on a CPU."
+    "ddetr_device_memory_bytes", "gauge", "Largest memory so far: allocated on the GPU, or resident on a CPU."
 )
 SCORE = Metric(
     "ddetr_evaluation_score_ratio",

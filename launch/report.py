@@ -1,0 +1,327 @@
+"""`ddetr report`: one HTML page of a run, built from its config.yaml, metrics.jsonl, events.jsonl and eval/ alone."""
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .charts import Line, chart, number
+from .page import figure, page, picture, table, tile
+
+PICTURES = 12
+PARTS = ("class", "l1", "giou")
+SCORES = {
+    "AP": "precision, IoU 0.50 to 0.95",
+    "AP50": "precision, IoU 0.50",
+    "AP75": "precision, IoU 0.75",
+    "AP_small": "precision, area under 32² px",
+    "AP_medium": "precision, 32² to 96² px",
+    "AP_large": "precision, over 96² px",
+    "AR1": "recall, 1 box per image",
+    "AR10": "recall, 10 boxes per image",
+    "AR100": "recall, 100 boxes per image",
+    "AR_small": "recall, area under 32² px",
+    "AR_medium": "recall, 32² to 96² px",
+    "AR_large": "recall, over 96² px",
+}
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a run directory says. Steps and evaluations are in order and each occurs once."""
+
+    name: str
+    config: dict[str, Any]
+    config_text: str
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    unreadable: list[str]  # "FILE line N" of what is no JSON object, such as a line cut off by a crash
+
+
+def report(run_directory: Path) -> Path:
+    """Write RUN_DIR/report.html and return its path. Raises FileNotFoundError for a folder that is not a run's."""
+    run = read(Path(run_directory))
+    body = [_head(run), _precision(run), _curves(run), _by_epoch(run), _pictures(Path(run_directory) / "eval")]
+    body += [_events(run), _settings(run)]
+    path = Path(run_directory) / "report.html"
+    unfinished = path.with_suffix(".html.unfinished")
+    unfinished.write_text(page(f"{run.name} · ddetr", filter(None, body)), encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def read(run_directory: Path) -> RunLog:
+    """The run's records. A resumed run repeats steps: what comes later in the file replaces what it went back over."""
+    settings = run_directory / "config.yaml"
+    if not settings.is_file():
+        raise FileNotFoundError(
+            f"{run_directory} is not a run directory: it has no config.yaml. `ddetr train` prints where its run is"
+        )
+    unreadable: list[str] = []
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    for record in _json_lines(run_directory / "metrics.jsonl", unreadable):
+        if record.get("kind") == "step":
+            if steps and record["step"] <= steps[-1]["step"]:
+                steps = [earlier for earlier in steps if earlier["step"] < record["step"]]
+                evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
+            steps.append(record)
+        elif record.get("kind") == "evaluation":
+            evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
+            evaluations.append(record)
+    text = settings.read_text()
+    return RunLog(
+        name=run_directory.resolve().name,
+        config=yaml.safe_load(text),
+        config_text=text,
+        steps=steps,
+        evaluations=evaluations,
+        events=_json_lines(run_directory / "events.jsonl", unreadable),
+        unreadable=unreadable,
+    )
+
+
+def _json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
+    """The objects of a file, one a line; the places of other lines are added to `unreadable`."""
+    records = []
+    if path.exists():
+        for place, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            elif line.strip():
+                unreadable.append(f"{path.name} line {place}")
+    return records
+
+
+def _weights(steps: Sequence[dict[str, Any]]) -> list[int]:
+    """How many steps each record stands for: those since the one before, because not every step is recorded."""
+    numbers = [0, *(record["step"] for record in steps)]
+    return [after - before for before, after in itertools.pairwise(numbers)]
+
+
+def _head(run: RunLog) -> str:
+    parts = [f'<header><p class="soft">ddetr training run</p><h1>{html.escape(run.name)}</h1>']
+    parts.append(f"<p>{html.escape(_in_short(run.config))}</p>")
+    moments = [record["time"] for record in (*run.events, *run.steps, *run.evaluations)]
+    if moments:
+        times = f"{_date(min(moments))} to {_date(max(moments))}, {_state(run)}"
+        parts.append(f'<p class="soft">{html.escape(times)}{html.escape(_hardware(run))}</p>')
+    if run.unreadable:
+        places = ", ".join(run.unreadable[:5]) + (" and more" if len(run.unreadable) > 5 else "")
+        count = f"{len(run.unreadable)} line{'s' if len(run.unreadable) > 1 else ''}"
+        parts.append(f'<p class="warning">{count} could not be read: {html.escape(places)}.</p>')
+    parts.append("</header>")
+    if not run.steps:
+        return "".join([*parts, '<p class="card empty below">No step has been recorded yet.</p>'])
+    last = run.steps[-1]
+    loss = last["losses"]["total"]
+    weights = _weights(run.steps)
+    images = sum(record["images"] * weight for record, weight in zip(run.steps, weights, strict=True))
+    seconds = sum(record["step_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True))
+    waited = sum(record["data_wait_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True))
+    tiles = []
+    if run.evaluations:
+        metrics = run.evaluations[-1]["metrics"]
+        note = f"AP50 {_percent(metrics['AP50'])}"
+        tiles.append(tile("AP, last evaluation", _percent(metrics["AP"]), note=note))
+    epochs = run.config.get("train", {}).get("epochs")
+    tiles += [
+        tile("Steps", number(last["step"]), note=f"epoch {last['epoch'] + 1}" + (f" of {epochs}" if epochs else "")),
+        tile("Images trained on", number(images)),
+        tile("Throughput", number(images / seconds), "images/s", f"{_percent(waited / seconds)} waiting for data"),
+        tile("Time in steps", _duration(seconds), note="training alone"),
+        tile("Loss, last step", number(loss), note=f"{number(run.steps[0]['losses']['total'])} at first"),
+    ]
+    return "".join([*parts, f'<div class="tiles">{"".join(tiles)}</div>'])
+
+
+def _in_short(config: dict[str, Any]) -> str:
+    """The settings by which people tell runs apart, as far as the file has them."""
+    model, train, optim = (config.get(section, {}) for section in ("model", "train", "optim"))
+    kind = [name for key, name in (("two_stage", "two-stage"), ("box_refine", "box refinement")) if model.get(key)]
+    facts = [
+        "Deformable DETR" + (f" ({', '.join(kind)})" if kind else ""),
+        model.get("backbone"),
+        f"{model['queries']} queries" if "queries" in model else None,
+        f"batch {train['batch_size']}" if "batch_size" in train else None,
+        f"learning rate {number(optim['learning_rate'])}" if "learning_rate" in optim else None,
+        train.get("precision"),
+        f"ZeRO {train['zero_stage']}" if "zero_stage" in train else None,
+    ]
+    return " · ".join(fact for fact in facts if fact)
+
+
+def _hardware(run: RunLog) -> str:
+    """What the last start recorded of machine and software, such as device and number of ranks."""
+    starts = [event for event in run.events if event.get("event") in ("start", "resume")]
+    details = {} if not starts else {k: v for k, v in starts[-1].items() if k not in ("time", "event", "step", "path")}
+    return "".join(f" · {key} {value}" for key, value in details.items())
+
+
+def _state(run: RunLog) -> str:
+    resumed = sum(event.get("event") == "resume" for event in run.events)
+    again = f", resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else ""
+    ends = {"stop": "ended in order", "error": "ended by an error"}
+    last = run.events[-1].get("event") if run.events else None
+    return ends.get(str(last), "running, or ended without a word") + again
+
+
+def _precision(run: RunLog) -> str:
+    if not run.evaluations:
+        return '<h2>Precision</h2><p class="card empty">No evaluation has been recorded yet.</p>'
+    last = run.evaluations[-1]
+    rows = []
+    for name, meaning in SCORES.items():
+        values = [(record["metrics"][name], record["epoch"] + 1) for record in run.evaluations]
+        best, epoch = max(values)
+        rows.append((name, meaning, _percent(values[-1][0]), _percent(best), str(epoch) if best >= 0 else "–"))
+    scores = table(("", "COCO metric", "last", "best", "epoch"), rows, numbers=(2, 3, 4))
+    epochs = [record["epoch"] + 1 for record in run.evaluations]
+
+    def lines(*names: str) -> list[Line]:
+        """Names without any objects to be computed on are left out."""
+        values = {name: [record["metrics"][name] for record in run.evaluations] for name in names}
+        return [
+            Line(name, epochs, [100 * value if value >= 0 else math.nan for value in values[name]])
+            for name in names
+            if max(values[name]) >= 0
+        ]
+
+    over_iou = chart(lines("AP", "AP50", "AP75"), title="AP", x_name="epoch", from_zero=True)
+    sizes = lines("AP_small", "AP_medium", "AP_large")
+    over_size = chart(sizes, title="AP by object size", x_name="epoch", from_zero=True)
+    note = (
+        f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {_duration(last['seconds'])}. "
+        "A dash means that the images have no such objects."
+    )
+    return (
+        f'<h2>Precision</h2><div class="pair"><div class="card">{scores}<p class="note">{html.escape(note)}</p></div>'
+        f'<div class="column">{figure("AP over epochs", "percent, by the overlap that counts as found", over_iou)}'
+        f"{figure('AP by object size', 'percent, classes of area as in COCO', over_size)}</div></div>"
+    )
+
+
+def _curves(run: RunLog) -> str:
+    if not run.steps:
+        return ""
+    x = [record["step"] for record in run.steps]
+    resumed = [(step, "resumed") for step in _resumed_after(run)]
+
+    def curve(title: str, note: str, lines: Sequence[Line], **how: Any) -> str:
+        return figure(title, note, chart(lines, title=title, x_name="step", marks=resumed, **how))
+
+    def of(key: str, name: str, factor: float = 1) -> Line:
+        return Line(name, x, [_finite(record[key]) * factor for record in run.steps])
+
+    def loss(part: str) -> Line:
+        return Line(part, x, [_finite(record["losses"][part]) for record in run.steps])
+
+    step_time = [of("step_seconds", "step"), of("data_wait_seconds", "data wait")]
+    memory = [of("memory_bytes", "memory", 2**-30)]
+    charts = [
+        curve("Loss", "weighted sum over all layers", [loss("total")], from_zero=True),
+        curve("Parts of the loss", "weighted, summed over layers", [loss(part) for part in PARTS], from_zero=True),
+        curve("Learning rate", "of the transformer", [of("learning_rate", "rate")], from_zero=True),
+        curve("Gradient norm", "before clipping; logarithmic", [of("gradient_norm", "norm")], log=True),
+        curve("Step time", "seconds, and how many of them were spent waiting for data", step_time, from_zero=True),
+        curve("Memory", "GiB; largest so far on rank 0", memory, from_zero=True),
+    ]
+    if len({record["loss_scale"] for record in run.steps}) > 1:
+        charts.append(curve("Loss scale", "fp16; logarithmic", [of("loss_scale", "scale")], log=True))
+    skipped = sum(bool(record["skipped"]) for record in run.steps)
+    note = (
+        "Lines with many steps are means of neighbouring steps, bands reach from the smallest to the largest. "
+        "Hover a chart for its values. Red marks stand where a value is not finite. "
+        f"Steps recorded as skipped: {skipped}."
+    )
+    return f'<h2>Training</h2><div class="pair">{"".join(charts)}</div><p class="note below">{note}</p>'
+
+
+def _resumed_after(run: RunLog) -> list[int]:
+    """The last step recorded before each time the run was resumed."""
+    moments = [event["time"] for event in run.events if event.get("event") == "resume"]
+    before = [[record["step"] for record in run.steps if record["time"] < moment] for moment in moments]
+    return sorted({steps[-1] for steps in before if steps})
+
+
+def _by_epoch(run: RunLog) -> str:
+    """The curves as numbers, one row an epoch."""
+    if not run.steps:
+        return ""
+    precision = {record["epoch"]: record["metrics"]["AP"] for record in run.evaluations}
+    rows = []
+    for epoch in sorted({record["epoch"] for record in run.steps}):
+        steps = [record for record in run.steps if record["epoch"] == epoch]
+        losses = [sum(record["losses"][part] for record in steps) / len(steps) for part in ("total", *PARTS)]
+        seconds = sum(record["step_seconds"] for record in steps)
+        row = [str(epoch + 1), number(steps[-1]["step"]), *(f"{value:.3f}" for value in losses)]
+        row += [number(steps[-1]["learning_rate"]), number(sum(record["images"] for record in steps) / seconds)]
+        row += [_percent(sum(record["data_wait_seconds"] for record in steps) / seconds)]
+        rows.append([*row, _percent(precision[epoch]) if epoch in precision else ""])
+    heads = ("epoch", "last step", "loss", "class", "l1", "giou", "learning rate", "images/s", "data wait", "AP")
+    numbers = table(heads, rows, numbers=range(1, len(heads)))
+    return f'<details class="card below"><summary>Numbers by epoch</summary>{numbers}</details>'
+
+
+def _pictures(folder: Path) -> str:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        return ""
+    shown = "".join(picture(path, str(path.relative_to(folder))) for path in paths[:PICTURES])
+    more = len(paths) - PICTURES
+    rest = f'<p class="note">{more} more in {html.escape(folder.name)}/.</p>' if more > 0 else ""
+    return f'<h2>Pictures</h2><div class="pictures">{shown}</div>{rest}'
+
+
+def _events(run: RunLog) -> str:
+    if not run.events:
+        return ""
+    rows = []
+    for event in run.events:
+        details = (f"{key} {_short(value)}" for key, value in event.items() if key not in ("time", "event"))
+        rows.append((_date(event["time"]), str(event.get("event")), ", ".join(details)))
+    return f'<h2>Events</h2><div class="card scroll">{table(("time", "event", "details"), rows)}</div>'
+
+
+def _settings(run: RunLog) -> str:
+    text = html.escape(run.config_text)
+    return f'<h2>Settings</h2><details class="card"><summary>config.yaml</summary><pre>{text}</pre></details>'
+
+
+def _short(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _finite(value: float | None) -> float:
+    """JSON written by others may hold null for what is not a number."""
+    return math.nan if value is None else value
+
+
+def _percent(share: float) -> str:
+    """A share as percent; pycocotools gives -1 for what cannot be computed."""
+    return f"{100 * share:.1f} %" if share >= 0 else "–"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _date(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
