@@ -304,6 +304,13 @@ def checkpoint_export(
         Literal["safetensors", "published", "onnx"],
         typer.Option(help="`published` is the layout of the paper's code; `onnx` needs the extra `ddetr[export]`."),
     ] = "safetensors",
+    image_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="HEIGHT WIDTH",
+            help="onnx: size of the images in pixels.  [default: a square of data.validation_short_side]",
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint's weights in another format.
 
@@ -311,7 +318,7 @@ def checkpoint_export(
     """
     from .checkpoint import export
 
-    export(path, output, format)
+    export(path, output, format, image_size)
 
 
 @app.command()
@@ -319,7 +326,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) ->
     """Write RUN_DIR/report.html: one self-contained page with curves, AP, events and settings of a run."""
     from .report import report as write_report
 
-    write_report(run_directory)
+    typer.echo(write_report(run_directory))
 
 
 @app.command()
@@ -339,8 +346,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         app(normalised_arguments(arguments))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "ddetr").startswith("ddetr"):
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if isinstance(error, ImportError) and (error.name or "").startswith("ddetr"):
             raise  # not a missing requirement but a defect of ours
         if "--traceback" in arguments:
             traceback_module.print_exc()

@@ -47,14 +47,15 @@ def demo(folder: Path) -> None:
         raise RuntimeError(f"no metrics could be scraped while training ({run_directory}/targets.json)")
 
     stage("evaluate on the held-out images with Ray")
-    ddetr("eval", run_directory, "--ray", "--output", folder / "evaluation")
-    metrics = json.loads((folder / "evaluation/metrics.json").read_text())
+    ddetr("eval", run_directory, "--ray")
+    metrics = json.loads(max(run_directory.glob("eval/step_*/metrics.json")).read_text())
 
     stage("detect objects in held-out images, draw them")
     images = sorted((folder / "coco_val/images").iterdir())[:8]
-    ddetr("predict", run_directory, *images, "--output", folder / "predictions")
+    predictions = run_directory / "eval/predictions"  # where the report finds them
+    ddetr("predict", run_directory, *images, "--output", predictions)
     picture = folder / "detections.png"
-    grid(sorted((folder / "predictions").glob("*_detections.*")), picture)
+    grid(sorted(predictions.glob("*_detections.*")), picture)
 
     stage("write the report")
     ddetr("report", run_directory)
