@@ -67,7 +67,7 @@ svg .name { font-size: 13px; }
 .pictures img { width: 100%; height: auto; display: block; border-radius: 6px; }
 .pictures figcaption { margin-top: 6px; overflow-wrap: anywhere; }
 .empty { color: var(--soft); padding: 40px 0; text-align: center; max-width: none; }
-@media (max-width: 600px) { svg .tick { font-size: 15px; } svg .name { font-size: 16px; } }
+@media (max-width: 600px) { svg .tick { font-size: 15px; } svg .name { font-size: 14px; } }
 @media print { body { background: none; } .card, figure { break-inside: avoid; } .scroll { max-height: none; } }
 """
 PICTURE_PIXELS = 720  # of the longer side, once embedded

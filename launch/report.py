@@ -292,7 +292,9 @@ def _events(run: RunLog) -> str:
     for event in run.events:
         details = (f"{key} {_short(value)}" for key, value in event.items() if key not in ("time", "event"))
         rows.append((_date(event["time"]), str(event.get("event")), ", ".join(details)))
-    return f'<h2>Events</h2><div class="card scroll">{table(("time", "event", "details"), rows)}</div>'
+    # A region that scrolls takes the focus, so that it can be scrolled from the keyboard.
+    region = '<div class="card scroll" tabindex="0" role="region" aria-label="Events">'
+    return f"<h2>Events</h2>{region}{table(('time', 'event', 'details'), rows)}</div>"
 
 
 def _settings(run: RunLog) -> str:
