@@ -27,12 +27,24 @@ def draw_boxes(image: Image.Image, boxes: list[DrawnBox]) -> Image.Image:
     draw = ImageDraw.Draw(image)
     line = max(3, round(max(image.size) / 270))
     font = ImageFont.load_default(size=max(16, round(max(image.size) / 48)))
-    corners = [tuple(value * scale for value in box.box_xyxy) for box in boxes]
+    corners = [_inside(box.box_xyxy, scale, image.size) for box in boxes]
     for (x0, y0, x1, y1), box in zip(corners, boxes, strict=True):
-        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(box.label), width=line)
+        edge = max(1, line // 3)  # dark, so that the colour shows on every background
+        draw.rectangle((x0 - edge, y0 - edge, x1 + edge, y1 + edge), outline="black", width=line + 2 * edge)
+        draw.rectangle((x0, y0, x1, y1), outline=colour(box.label), width=line)
     for (x0, y0, _, _), box in zip(corners, boxes, strict=True):  # after all lines, so that none crosses a text
         _draw_text(draw, image.size, (x0, y0), box.text, colour(box.label), font, padding=line)
     return image
+
+
+def _inside(
+    box_xyxy: tuple[float, float, float, float], scale: float, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """The box in pixels of the drawn image, its lines not beyond the border."""
+    x0, y0, x1, y1 = (value * scale for value in box_xyxy)
+    right, bottom = size[0] - 1, size[1] - 1
+    x0, y0 = min(max(x0, 0), right), min(max(y0, 0), bottom)
+    return x0, y0, min(max(x0, x1), right), min(max(y0, y1), bottom)
 
 
 def colour(label: int) -> tuple[int, int, int]:
