@@ -186,7 +186,6 @@ def test_the_training_job_meets_at_its_service() -> None:
     ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
     assert ports == {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports["rendezvous"] == int(options["master-port"])
-    assert ports["metrics"] == int(pod["metadata"]["annotations"]["prometheus.io/port"])
     assert int(options["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["spec"]["volumes"]
