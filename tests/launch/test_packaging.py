@@ -166,3 +166,13 @@ def test_the_wheel_holds_everything_and_works_on_its_own(tmp_path: Path) -> None
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1e-5
+
+
+def test_the_tour_of_the_code_names_every_file() -> None:
+    tour = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    for folder in FOLDERS:
+        section = tour.split(f"### {folder}:")[1].split("\n### ")[0]
+        for path in sorted((REPOSITORY / folder).rglob("*")):
+            name = str(path.relative_to(REPOSITORY / folder))
+            if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".h", ".cu", ".cuh") and path.name != "__init__.py":
+                assert f"`{name}`" in section, f"CONTRIBUTING.md: the tour of {folder} lacks {name}"
