@@ -22,6 +22,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("ops/csrc")
+CPU_SOURCES = ("library.cpp", "cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
+CUDA_SOURCES = ("cuda.cpp", "cuda_tuned.cu", "cuda_generic.cu")
 # The oldest torch that the binaries run in: the headers then offer nothing newer.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
@@ -51,30 +53,21 @@ class BuildOperators(build_ext):
         partial.replace(target)
 
     def _compile(self, source: str) -> str:
-        include = self.torch_folder / "include"
-        # -fno-trapping-math lets floor and comparisons become vector code. Never -ffast-math: it drops NaN, and
-        # linking with it turns on flush-to-zero in the whole process. Never -march=native: a wheel travels.
-        host = [
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wno-maybe-uninitialized",
-            "-Wno-psabi",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-        ]
+        # -fno-trapping-math lets comparisons become vector code. Never -ffast-math: it drops NaN, and linking with it
+        # turns on flush-to-zero in the whole process. Never -march=native: a wheel travels.
+        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+        host += ["-fno-math-errno", "-fno-trapping-math"]
         shared = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        shared += ["-isystem", str(self.torch_folder / "include")]
+        nvcc = _nvcc()
         if source.endswith(".cu"):
-            architectures = _cuda_architectures()
-            command = [
-                *(str(_nvcc()), *shared, "-DUSE_CUDA", "-isystem", str(include)),
-                f'-DDDETR_CUDA_ARCHITECTURES="{";".join(architectures)}"',
-                *(f"-Xcompiler={flag}" for flag in host),
-                *("--expt-relaxed-constexpr", "-lineinfo", "--threads=2", "-Xcudafe=--diag_suppress=20012"),
-                *_gencode(architectures),
-            ]
+            command = [str(nvcc), *shared, "--threads=2", *_gencode(), *(f"-Xcompiler={flag}" for flag in host)]
         else:
-            command = [_cxx(), *shared, *host, "-isystem", str(include)]
+            command = [_cxx(), *shared, *host]
+            if Path(source).name == "cuda.cpp":
+                home = nvcc.parent.parent
+                command += ["-DUSE_CUDA", "-isystem", str(home / "include")]
+                command += [f'-DDDETR_CUDA_ARCHITECTURES="{";".join(_cuda_architectures())}"']
         # An object is named by all that went into it: a rebuild compiles only what changed.
         digest = hashlib.sha256(repr((command, self.torch_folder)).encode())
         for path in sorted(SOURCES.iterdir()):
@@ -119,9 +112,9 @@ def _cuda_architectures() -> list[str]:
     return chosen.replace(" ", ";").split(";")
 
 
-def _gencode(architectures: list[str]) -> list[str]:
+def _gencode() -> list[str]:
     flags = []
-    for architecture in architectures:
+    for architecture in _cuda_architectures():
         number = architecture.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):
@@ -130,12 +123,11 @@ def _gencode(architectures: list[str]) -> list[str]:
 
 
 def _extensions() -> list[Extension]:
-    names = ("library.cpp", "cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
-    extensions = [Extension("ddetr.ops._C", [str(SOURCES / name) for name in names])]
+    extensions = [Extension("ddetr.ops._C", [str(SOURCES / name) for name in CPU_SOURCES])]
     if _nvcc() is None:
         print("ddetr: nvcc was not found, so the operators are built for the CPU only", file=sys.stderr)
     else:
-        extensions.append(Extension("ddetr.ops._C_cuda", [str(path) for path in sorted(SOURCES.glob("*.cu"))]))
+        extensions.append(Extension("ddetr.ops._C_cuda", [str(SOURCES / name) for name in CUDA_SOURCES]))
     return extensions
 
 

@@ -31,7 +31,7 @@ def deform_attn(
     shapes = _pairs(spatial_shapes)
     dtype = _working_dtype(value)
     batch, _, heads, channels = value.shape
-    _, queries, _, levels, points, _ = sampling_locations.shape
+    _, queries, _, _, points, _ = sampling_locations.shape
 
     finite = sampling_locations.isfinite()
     locations = torch.where(finite, sampling_locations, _OUTSIDE).to(dtype)
