@@ -1,7 +1,9 @@
 """The backbone: a timm model that returns C3, C4 and C5, the feature maps at strides 8, 16 and 32 (section 4.1)."""
 
+import math
+
 import timm
-from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, Format, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
@@ -20,15 +22,12 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        options = {"norm_layer": GroupNorm} if config.backbone_norm == "group" else {}
         try:
-            body = timm.create_model(
-                config.backbone, features_only=True, pretrained=config.pretrained_backbone, **options
-            )
+            body = timm.create_model(config.backbone, features_only=True, pretrained=config.pretrained_backbone)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"model.backbone={config.backbone!r} with backbone_norm={config.backbone_norm!r}: timm cannot build "
-                f"it as a feature extractor ({error}); timm.list_models() names the models"
+                f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor ({error}); "
+                f"timm.list_models() names the models"
             ) from error
         reductions = body.feature_info.reduction()
         missing = [stride for stride in STRIDES if stride not in reductions]
@@ -38,7 +37,9 @@ class Backbone(nn.Module):
         self.strides = kept
         self.channels = tuple(body.feature_info.channels()[reductions.index(stride)] for stride in kept)
         self._indices = tuple(reductions.index(stride) for stride in kept)
-        if config.backbone_norm == "frozen_batch":
+        if config.backbone_norm == "group":
+            _replace_batch_norms(body)
+        else:
             body = freeze_batch_norm_2d(body)
             _freeze_before_c3(body, body.feature_info)
         self._channels_last = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC  # as Swin returns them
@@ -48,6 +49,19 @@ class Backbone(nn.Module):
         features = self.body(images)
         features = [features[index] for index in self._indices]
         return [feature.permute(0, 3, 1, 2) for feature in features] if self._channels_last else features
+
+
+def _replace_batch_norms(module: nn.Module) -> None:
+    """Group norms of eight channels a group, which every width of timm's models allows."""
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            _replace_batch_norms(child)
+            continue
+        channels = child.num_features
+        norm: nn.Module = nn.GroupNorm(channels // math.gcd(channels, 8), channels)
+        if isinstance(child, BatchNormAct2d):  # some models fold their activation into the norm
+            norm = nn.Sequential(norm, child.drop, child.act)
+        setattr(module, name, norm)
 
 
 def _freeze_before_c3(body: nn.Module, feature_info: FeatureInfo) -> None:
