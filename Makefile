@@ -58,7 +58,7 @@ lint: setup build/typed/.unpacked
 
 wheel: setup
 	rm -rf dist
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	PYTHONWARNINGS=ignore $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 setup: $(VENV)/.built
@@ -91,10 +91,10 @@ endif
 
 $(VENV)/.built: setup.py $(wildcard ops/csrc/*) $(VENV)/.requirements
 	@echo 'ddetr: compiling the op'
-	$(PIP) install --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 build/typed/.unpacked: $(SOURCES) $(VENV)/.built
 	rm -rf build/typed
-	$(PIP) install --no-deps --no-build-isolation --target build/typed .
+	PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation --target build/typed .
 	@touch $@

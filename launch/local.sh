@@ -33,4 +33,5 @@ if [[ -z $ranks ]]; then
     ranks=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
+python -m ddetr.launch.cli train "$@" --dry-run >/dev/null # a mistake is told once, not by every rank
 exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module ddetr.launch.cli train "$@"
