@@ -41,8 +41,8 @@ class ShardWorker:
             index = ShardIndex.load(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"node {socket.gethostname()} cannot read the shards in {folder}: {error}. "
-                "Every node of the cluster must see them under this path"
+                f"node {socket.gethostname()} cannot read the shards; every node of the cluster must see them "
+                f"under the same path. {error}"
             ) from error
         device = device_for(detector.config.train, local_rank=0)
         detector.model.to(device)

@@ -1,0 +1,201 @@
+"""COCO's numbers against cases worked out by hand, and detections against a plain loop over single images."""
+
+import contextlib
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ddetr.core.checkpoint import TrainedDetector
+from ddetr.core.config import load
+from ddetr.core.detector import DeformableDetr
+from ddetr.core.evaluator import METRICS, ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ddetr.data.batch import IMAGE_MEAN, IMAGE_STD
+from ddetr.data.categories import Categories
+from ddetr.data.index import ShardIndex, ShardReader
+from ddetr.data.stream import load_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def truth(*boxes: tuple[int, list[float]], category: int = 5) -> dict[str, Any]:
+    """A COCO dictionary with one object per (image id, xywh)."""
+    annotations = [
+        {"id": number + 1, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3]}
+        | {"iscrowd": 0}
+        for number, (image, box) in enumerate(boxes)
+    ]
+    images = [{"id": image, "width": 640, "height": 480} for image in sorted({image for image, _ in boxes})]
+    return {"images": images, "annotations": annotations, "categories": [{"id": category, "name": "thing"}]}
+
+
+def found(image: int, box: list[float], score: float, category: int = 5) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+def test_ground_truth_fed_back_is_perfect() -> None:
+    boxes = [(1, [10.0, 20.0, 20.0, 20.0]), (1, [100.0, 50.0, 60.0, 50.0]), (2, [30.0, 30.0, 200.0, 150.0])]
+    metrics = coco_metrics(truth(*boxes), [found(image, box, 0.9) for image, box in boxes])
+    assert tuple(metrics) == METRICS
+    expected = dict.fromkeys(METRICS, 1.0) | {"AR1": 2 / 3}  # one detection of the first image's two objects
+    assert metrics == pytest.approx(expected)
+
+
+def test_one_box_of_known_overlap() -> None:
+    # Shifted by 20 of 100 pixels: intersection 80, union 120, overlap 2/3: right at 0.50, 0.55, 0.60 and 0.65.
+    metrics = coco_metrics(truth((1, [100.0, 100.0, 100.0, 100.0])), [found(1, [120.0, 100.0, 100.0, 100.0], 0.5)])
+    assert metrics["AP"] == pytest.approx(0.4)
+    assert metrics["AP50"] == pytest.approx(1.0)
+    assert metrics["AP75"] == 0.0
+    assert metrics["AP_large"] == pytest.approx(0.4)
+    assert metrics["AP_small"] == metrics["AP_medium"] == metrics["AR_small"] == -1.0
+
+
+def test_a_false_positive_ahead_halves_the_precision() -> None:
+    box = [100.0, 100.0, 100.0, 100.0]
+    metrics = coco_metrics(truth((1, box)), [found(1, [400.0, 300.0, 50.0, 50.0], 0.9), found(1, box, 0.8)])
+    assert metrics["AP"] == pytest.approx(0.5)
+    assert metrics["AR1"] == 0.0
+    assert metrics["AR10"] == 1.0
+
+
+def test_half_of_the_objects_found() -> None:
+    first, second = [10.0, 10.0, 50.0, 50.0], [300.0, 200.0, 50.0, 50.0]
+    metrics = coco_metrics(truth((1, first), (2, second)), [found(1, first, 0.9)])
+    assert metrics["AP"] == pytest.approx(51 / 101)  # recall thresholds 0, 0.01 .. 0.5 of the 101
+    assert metrics["AR100"] == 0.5
+
+
+def test_no_detections_and_no_objects() -> None:
+    assert coco_metrics(truth((1, [10.0, 10.0, 50.0, 50.0])), [])["AP"] == 0.0
+    empty = {**truth((1, [10.0, 10.0, 50.0, 50.0])), "annotations": []}
+    assert set(coco_metrics(empty, [found(1, [1.0, 1.0, 5.0, 5.0], 0.3)]).values()) == {-1.0}
+    assert set(coco_metrics(empty, []).values()) == {-1.0}
+
+
+def test_nothing_is_printed_or_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    ground_truth, detections = truth((1, [10.0, 10.0, 50.0, 50.0])), [found(1, [10.0, 10.0, 50.0, 50.0], 0.9)]
+    before = copy.deepcopy((ground_truth, detections))
+    coco_metrics(ground_truth, detections)
+    assert (ground_truth, detections) == before
+    assert capsys.readouterr().out == ""
+
+
+@given(st.permutations(range(6)))
+@settings(max_examples=20, deadline=None)
+def test_merged_in_one_order_whatever_the_arrival(order: list[int]) -> None:
+    results = [ShardResult(shard, [{"image_id": shard * 10 + n} for n in range(shard % 3)], 1) for shard in range(6)]
+    expected = [detection for result in results for detection in result.detections]
+    assert merge([results[shard] for shard in order]) == expected
+
+
+def test_a_shard_counted_twice_is_refused() -> None:
+    with pytest.raises(AssertionError, match="counted twice"):
+        merge([ShardResult(1, [], 1), ShardResult(1, [], 1)])
+
+
+@pytest.fixture(scope="module")
+def index(synthetic_shards: Path) -> ShardIndex:
+    return ShardIndex.load(synthetic_shards)
+
+
+@pytest.fixture(scope="module")
+def detector(index: ShardIndex) -> TrainedDetector:
+    overrides = ["model.hidden_dim=64", "model.encoder_layers=1", "model.decoder_layers=2", "eval.top_k=20"]
+    config = load("tiny", [*overrides, "data.validation_short_side=64", "data.long_side=96"])
+    torch.manual_seed(3)
+    model = DeformableDetr(config.model).eval().requires_grad_(False)
+    for head in model.class_embed:
+        head.weight.normal_(std=0.5)
+    return TrainedDetector(model, config, index.categories, step=7, epoch=1, path=Path("detector"))
+
+
+def test_detections_are_those_of_single_images_in_pixels_of_the_file(
+    index: ShardIndex, detector: TrainedDetector
+) -> None:
+    counted: list[int] = []
+    result = evaluate_shard(detector, index, 0, "cpu", counted.append)
+    samples = index.shards[0].samples
+    assert result.num_images == len(samples) == sum(counted)
+    by_image: dict[int, list[dict]] = {}
+    for row in result.detections:
+        by_image.setdefault(row["image_id"], []).append(row)
+    assert set(by_image) == set(samples["image_id"].tolist()), "an image without objects has detections too"
+    assert {row["category_id"] for row in result.detections} <= set(index.categories.ids)
+
+    reader = ShardReader(index)
+    for number in range(0, len(samples), 5):
+        pixels = load_image(reader.image(0, number))
+        height, width = pixels.shape[:2]
+        scale = min(64 / min(height, width), 96 / max(height, width))
+        size = (round(width * scale), round(height * scale))
+        assert max(size) <= 96
+        resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+        normal = (resized - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+        images = torch.from_numpy(normal).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            predictions = detector.model(images, torch.zeros(1, size[1], size[0], dtype=torch.bool))
+        scores = predictions.logits[0].sigmoid()
+        queries, labels = np.unravel_index(scores.flatten().argsort(descending=True)[:20].numpy(), scores.shape)
+        rows = by_image[int(samples[number]["image_id"])]
+        assert [row["score"] for row in rows] == pytest.approx(scores[queries, labels].tolist(), abs=1e-4)
+        for row, query, label in list(zip(rows, queries, labels, strict=True))[:5]:
+            cx, cy, w, h = predictions.boxes[0, query].tolist()
+            expected = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+            same_score = [r for r in rows if r["score"] == pytest.approx(row["score"], abs=1e-4)]
+            ids = {r["category_id"] for r in same_score}
+            assert index.categories.ids[label] in ids
+            assert any(r["bbox"] == pytest.approx(expected, abs=0.05) for r in same_score)
+    reader.close()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_size_changes_no_detection(index: ShardIndex, detector: TrainedDetector, batch_size: int) -> None:
+    def by_image(config_batch_size: int) -> dict[int, list[dict]]:
+        config = detector.config.model_copy(
+            update={"eval": detector.config.eval.model_copy(update={"batch_size": config_batch_size})}
+        )
+        rows: dict[int, list[dict]] = {}
+        for row in evaluate_shard(replace(detector, config=config), index, 0, "cpu").detections:
+            rows.setdefault(row["image_id"], []).append(row)
+        return rows
+
+    expected, got = by_image(4), by_image(batch_size)
+    assert expected.keys() == got.keys()
+    for image_id, rows in expected.items():
+        assert [r["score"] for r in got[image_id]] == pytest.approx([r["score"] for r in rows], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "names", "message"),
+    [
+        ((1, 23, 56), ("disc", "triangle", "star"), r"'cross' \(id 56\) is 'star' in the checkpoint"),
+        (
+            (1, 23),
+            ("disc", "triangle"),
+            r"'cross' \(id 56\) is not in it; it knows 'disc' \(id 1\), 'triangle' \(id 23\)",
+        ),
+        ((1, 23, 56, 90), ("disc", "triangle", "cross", "brush"), None),  # a part of what the checkpoint knows
+        ((56, 1, 23), ("cross", "disc", "triangle"), None),  # another order of the labels
+    ],
+)
+def test_categories_must_correspond(
+    index: ShardIndex, detector: TrainedDetector, ids: tuple[int, ...], names: tuple[str, ...], message: str | None
+) -> None:
+    assert index.categories == Categories((1, 23, 56), ("disc", "triangle", "cross"))
+    other = replace(detector, categories=Categories(ids, names))
+    expectation = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with expectation:
+        check_categories(other, index)
+
+
+def test_a_published_checkpoints_label_is_the_category_id(index: ShardIndex, detector: TrainedDetector) -> None:
+    published = replace(detector, categories=None)
+    with pytest.raises(ValueError, match=r"'triangle' has id 23, 'cross' has id 56; .*below 3"):
+        check_categories(published, index)
+    ids = {row["category_id"] for row in evaluate_shard(published, index, 0, "cpu").detections}
+    assert ids <= {0, 1, 2}

@@ -1,0 +1,146 @@
+"""`ddetr checkpoint`: what inspect prints, and that exported weights compute the same."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ddetr.core.checkpoint import WEIGHTS, load_detector, load_weights
+from ddetr.core.detector import DeformableDetr
+from ddetr.launch.checkpoint import FixedSizeDetector, export, inspect
+
+
+def outputs(model: DeformableDetr) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        predictions = model(torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool))
+    return predictions.logits, predictions.boxes
+
+
+def test_inspect_tells_what_is_inside(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(run_directory)
+    text = capsys.readouterr().out
+    for expected in ("step 20, epoch 2", "disc (1), triangle (23), cross (56)", "hidden_dim: 64", "tensors F32", "MiB"):
+        assert expected in text
+    model = load_detector(run_directory).model
+    assert f"{sum(tensor.numel() for tensor in model.state_dict().values()):,}" in text
+    assert f"{sum(p.numel() for p in model.transformer.encoder.parameters()):,}" in text
+
+
+def test_inspect_shows_the_evaluation(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = tmp_path / "checkpoints/step_00000020"
+    step.mkdir(parents=True)
+    (step / WEIGHTS).symlink_to(run_directory / "checkpoints/step_00000020" / WEIGHTS)
+    inspect(tmp_path)
+    assert "not yet" in capsys.readouterr().out
+    metrics = {"AP": 0.123, "AP50": 0.456, "AP75": 0.1}
+    rows = [{"kind": "step", "step": 20}, {"kind": "evaluation", "step": 20, "metrics": metrics}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspect(tmp_path)
+    assert "AP 0.1230, AP50 0.4560" in capsys.readouterr().out
+    (tmp_path / "eval/step_00000020").mkdir(parents=True)
+    (tmp_path / "eval/step_00000020/metrics.json").write_text(json.dumps({**metrics, "AP": 0.789}))
+    inspect(tmp_path)
+    assert "AP 0.7890" in capsys.readouterr().out
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return Path.mkdir, (tmp_path / "executed",)  # type: ignore[return-value]
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Harmful()}))
+    with pytest.raises(ValueError, match="neither safetensors nor a checkpoint of plain tensors"):
+        inspect(tmp_path / "evil.pth")
+    torch.save({"model": Harmful()}, tmp_path / "evil2.pth")
+    with pytest.raises(ValueError, match="neither safetensors nor a checkpoint of plain tensors"):
+        inspect(tmp_path / "evil2.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_safetensors_carry_everything(run_directory: Path, tmp_path: Path) -> None:
+    export(run_directory, tmp_path / "new/detector.safetensors", "safetensors")
+    before, after = load_detector(run_directory), load_detector(tmp_path / "new/detector.safetensors")
+    assert (after.config, after.categories, after.step) == (before.config, before.categories, before.step)
+    for expected, got in zip(outputs(before.model), outputs(after.model), strict=True):
+        assert torch.equal(expected, got)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["detector.safetensors"], "no partial file is left"
+
+
+def test_published_layout_and_back(
+    run_directory: Path, make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(run_directory, tmp_path / "small.pth", "published")
+    assert "cannot build 'resnet18" in capsys.readouterr().out
+    detector = load_detector(run_directory)
+    other = DeformableDetr(detector.config.model).eval().requires_grad_(False)
+    load_weights(other, tmp_path / "small.pth")
+    for expected, got in zip(outputs(detector.model), outputs(other), strict=True):
+        assert torch.equal(expected, got)
+
+    overrides = ("model.backbone=resnet50.tv_in1k", "model.backbone_norm=frozen_batch", "model.two_stage=false")
+    run = make_run(tmp_path / "run", run_directory.parent / "shards", (1,), *overrides)
+    export(run, tmp_path / "r50.pth", "published")
+    state = torch.load(tmp_path / "r50.pth", weights_only=True)["model"]
+    assert "transformer.encoder.layers.0.self_attn.sampling_offsets.weight" in state
+    assert "backbone.0.body.layer1.0.conv1.weight" in state
+    export(tmp_path / "r50.pth", tmp_path / "back.safetensors", "safetensors")
+    for expected, got in zip(
+        outputs(load_detector(run).model), outputs(load_detector(tmp_path / "back.safetensors").model), strict=True
+    ):
+        assert torch.equal(expected, got)
+
+
+def test_unfit_names_are_refused(run_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.onnx"):
+        export(run_directory, tmp_path / "detector.pth", "onnx")
+    with pytest.raises(ValueError, match="expected one of safetensors, published, onnx"):
+        export(run_directory, tmp_path / "detector.pth", "torchscript")
+    file = run_directory / "checkpoints/step_00000020" / WEIGHTS
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        export(run_directory, file, "safetensors")
+
+
+def test_the_fixed_size_detector_is_the_detector(run_directory: Path) -> None:
+    model = load_detector(run_directory).model
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    mask = torch.zeros(1, 64, 96, dtype=torch.bool)
+    from ddetr.data.batch import normalised
+
+    with torch.no_grad():
+        expected = model(normalised(images, mask), mask)
+        logits, boxes = FixedSizeDetector(model, 64, 96)(images)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(boxes, expected.boxes, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["two_stage", "plain"])
+def test_onnxruntime_computes_the_same(
+    run_directory: Path, make_run: Callable[..., Path], tmp_path: Path, variant: str
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="ddetr[export] is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="ddetr[export] is not installed")
+    run = run_directory
+    if variant == "plain":
+        plain = ("model.two_stage=false", "model.box_refine=false", "model.encoder_layers=2")
+        run = make_run(tmp_path / "plain", run_directory.parent / "shards", (3,), *plain)
+    detector = load_detector(run)
+    export(run, tmp_path / "detector.onnx", "onnx", (64, 96))
+    properties = {entry.key: entry.value for entry in onnx.load(tmp_path / "detector.onnx").metadata_props}
+    assert [c["id"] for c in json.loads(properties["categories"])] == [1, 23, 56]
+    session = runtime.InferenceSession(str(tmp_path / "detector.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [1, 3, 64, 96]
+    from ddetr.data.batch import normalised
+
+    for seed in range(3):
+        images = np.random.default_rng(seed).integers(0, 256, (1, 3, 64, 96), dtype=np.uint8)
+        logits, boxes = session.run(["logits", "boxes"], {"images": images})
+        mask = torch.zeros(1, 64, 96, dtype=torch.bool)
+        with torch.no_grad():
+            expected = detector.model(normalised(torch.from_numpy(images), mask), mask)
+        np.testing.assert_allclose(logits, expected.logits.numpy(), atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(boxes, expected.boxes.numpy(), atol=2e-4)

@@ -1,0 +1,165 @@
+"""`ddetr eval`: real processes, a real Ray, real files."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ddetr.core.checkpoint import load_detector
+from ddetr.core.evaluator import METRICS, merge
+from ddetr.data.index import ShardIndex
+from ddetr.launch.cluster import cluster
+from ddetr.launch.evaluate import CPU_THREADS, evaluate
+from ddetr.launch.workers import ShardWorkers
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+
+def by_hand(folder: Path) -> list[float]:
+    """pycocotools on the written files, as anyone would use it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / "ground_truth.json"))
+        evaluation = COCOeval(truth, truth.loadRes(str(folder / "detections.json")), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("detections.json", "ground_truth.json", "metrics.json")}
+
+
+@pytest.fixture(scope="module")
+def local(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of results of an evaluation in this process."""
+    folder = tmp_path_factory.mktemp("local")
+    evaluate(run_directory, [], output=folder)
+    return folder
+
+
+def test_the_written_files_give_the_numbers_by_hand(local: Path) -> None:
+    metrics = json.loads((local / "metrics.json").read_text())
+    assert list(metrics) == list(METRICS)
+    assert list(metrics.values()) == by_hand(local)
+    assert 0.05 < metrics["AP"] < 0.95, "the set is made so that a wrong box or label changes AP"
+    ids = {row["category_id"] for row in json.loads((local / "detections.json").read_text())}
+    truth = json.loads((local / "ground_truth.json").read_text())
+    assert ids <= {category["id"] for category in truth["categories"]}
+    assert ids != set(range(len(ids))), "labels instead of category ids would show"
+
+
+def test_every_checkpoint_is_evaluated_into_the_run(run_directory: Path, local: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_directory / "checkpoints", run / "checkpoints")
+    newest = evaluate(run, [], all_checkpoints=True)
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["step_00000010", "step_00000020"]
+    assert written(run / "eval/step_00000020") == written(local)
+    assert newest == json.loads((local / "metrics.json").read_text())
+    assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
+
+
+def test_ray_gives_the_local_files_and_is_shut_down(run_directory: Path, local: Path, tmp_path: Path) -> None:
+    evaluate(run_directory, [], ray_address="local", output=tmp_path)
+    assert written(tmp_path) == written(local)
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+class TestTwoNodes:
+    """One cluster of two nodes on loopback for all of these; each node offers one CPU, so each holds one worker."""
+
+    @pytest.fixture(scope="class")
+    def address(self) -> Iterator[str]:
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            nodes.add_node(num_cpus=1, include_dashboard=False)
+            nodes.wait_for_nodes()
+            yield nodes.address
+        finally:
+            nodes.shutdown()
+
+    def test_same_files_as_local(
+        self, address: str, run_directory: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        evaluate(run_directory, [], ray_address=address, output=tmp_path)
+        assert written(tmp_path) == written(local)
+        assert "2 worker(s)" in capsys.readouterr().out
+        assert not ray.is_initialized(), "the command leaves the cluster"
+
+    def test_a_killed_workers_shard_is_evaluated_elsewhere(
+        self, address: str, run_directory: Path, local: Path
+    ) -> None:
+        detector = load_detector(run_directory)
+        index = ShardIndex.load(str(detector.config.data.validation))
+        reports: list[str] = []
+        killed: list[str] = []
+        with cluster(address):
+            workers = ShardWorkers(index.folder, len(index.shards), "cpu", CPU_THREADS, reports.append)
+
+            def kill_one(images: int) -> None:
+                if not killed and workers.running:
+                    worker, shard = next(iter(workers.running.values()))
+                    os.kill(worker.process, signal.SIGKILL)
+                    killed.append(index.shards[shard].name)
+
+            try:
+                results = workers.evaluate(detector, index, kill_one)
+            finally:
+                workers.close()
+        assert killed
+        assert any(killed[0] in report and "died" in report for report in reports), reports
+        assert sorted(result.shard for result in results) == list(range(len(index.shards)))
+        assert merge(results) == json.loads((local / "detections.json").read_text())
+
+    def test_a_node_without_the_shards_is_named(self, address: str, run_directory: Path, tmp_path: Path) -> None:
+        detector = load_detector(run_directory)
+        index = ShardIndex.load(str(detector.config.data.validation))
+        with cluster(address):
+            workers = ShardWorkers(tmp_path / "elsewhere", len(index.shards), "cpu", CPU_THREADS, print)
+            try:
+                with pytest.raises(
+                    ValueError, match=r"node \S+ cannot read the shards; every node .*elsewhere: no such folder"
+                ):
+                    workers.evaluate(detector, index, lambda images: None)
+            finally:
+                workers.close()
+
+
+def test_an_address_without_ray_is_one_message(run_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 .*ray start --head"):
+        evaluate(run_directory, [], ray_address="127.0.0.1:1", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_categories_are_named(run_directory: Path, tmp_path: Path) -> None:
+    shards = Path(str(load_detector(run_directory).config.data.validation))
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    values = json.loads((other / "index.json").read_text())
+    values["categories"][1] = {"id": 77, "name": "zebra"}
+    (other / "index.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"'zebra' \(id 77\) is not in it"):
+        evaluate(run_directory, [], data=other, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_of_the_user_are_named(run_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval\.topk: no such key\. Did you mean eval\.top_k"):
+        evaluate(run_directory, ["eval.topk=3"])
+    with pytest.raises(ValueError, match=r"model\.queries: the weights in .* fix the model"):
+        evaluate(run_directory, ["model.queries=31"])
+    with pytest.raises(ValueError, match=r"--data SHARDS"):
+        evaluate(run_directory, ["data.validation=null"])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        evaluate(run_directory, [], data=tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="no checkpoint here"):
+        evaluate(tmp_path, [])

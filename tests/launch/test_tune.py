@@ -1,0 +1,159 @@
+"""`ddetr tune`: sweep files are checked as a whole; trials are real training runs with the values they were given."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from ddetr.core.config import ConfigError, load
+from ddetr.launch.sweep import Sweep, override, read_sweep
+from ddetr.launch.tune import tune
+
+
+@pytest.fixture
+def sweep(run_directory: Path, tmp_path: Path) -> dict:
+    """A valid sweep: two short trainings of a small model on one CPU each."""
+    shards = str(run_directory.parent / "shards")
+    overrides = [
+        f"data.train={shards}", f"data.validation={shards}", "data.short_sides=[64]", "data.validation_short_side=64",
+        "data.long_side=96", "model.hidden_dim=32", "model.encoder_layers=1", "model.decoder_layers=1", "model.heads=4",
+        "model.feedforward_dim=64", "train.batch_size=6", "train.epochs=3", "train.device=cpu", "train.zero_stage=0",
+        "monitor.enabled=false", "eval.top_k=10",
+    ]  # fmt: skip
+    return {
+        "base": "tiny",
+        "overrides": overrides,
+        "samples": 3,
+        "search": {
+            "optim.learning_rate": {"loguniform": [1e-5, 1e-3]},
+            "model.queries": {"integer": [10, 20]},
+            "optim.clip_norm": {"choice": [0.1, 0.5]},
+        },
+        "output": str(tmp_path / "out"),
+    }
+
+
+def mistakes(sweep: dict, tmp_path: Path) -> list[str]:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    with pytest.raises(ConfigError) as raised:
+        read_sweep(path)
+    head, *lines = str(raised.value).splitlines()
+    assert head == f"{len(lines)} mistake(s) in {path}:"
+    return [line.strip() for line in lines]
+
+
+def test_a_valid_sweep_is_read(sweep: dict, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    read, base = read_sweep(path)
+    assert (read.metric, read.mode, read.concurrent) == ("AP", "max", 1)
+    assert base.model.hidden_dim == 32
+
+
+def test_misspelt_keys_are_all_listed_with_the_near_ones(sweep: dict, tmp_path: Path) -> None:
+    del sweep["samples"]
+    sweep |= {"sample": 3, "metric": "mAP", "gpus_per_trial": 2}
+    sweep["search"]["optim.learning_rate"] = {"logunifrom": [1e-5, 1e-3]}
+    sweep["scheduler"] = {"asha": {"grace_epoch": 1}}
+    found = mistakes(sweep, tmp_path)
+    assert "samples: Field required" in found
+    assert "sample: no such key. Did you mean samples?" in found
+    assert any(line.startswith("metric: Input should be 'AP'") and "got 'mAP'" in line for line in found)
+    assert any(line.startswith("gpus_per_trial:") and "got 2" in line for line in found)
+    assert "search.optim.learning_rate.logunifrom: no such key. Did you mean loguniform?" in found
+    assert "scheduler.asha.grace_epoch: no such key. Did you mean grace_epochs?" in found
+
+
+def test_searched_keys_and_values_are_tried_on_the_configuration(sweep: dict, tmp_path: Path) -> None:
+    sweep["search"] = {
+        "optim.learning_rat": {"uniform": [0.1, 0.2]},
+        "model.queries": {"choice": [20, -5]},
+        "optim.clip_norm": {"uniform": [-1.0, 1.0]},
+        "train.output": {"choice": ["elsewhere"]},
+        "train.epochs": {"choice": [2, 3]},
+    }
+    sweep["scheduler"] = {"asha": {}}
+    sweep["overrides"].append("data.validation=null")
+    found = mistakes(sweep, tmp_path)
+    assert "optim.learning_rat: no such key. Did you mean optim.learning_rate?" in found
+    assert any(line.startswith("model.queries:") and "got -5" in line for line in found)
+    assert any(line.startswith("optim.clip_norm:") and "got -1.0" in line for line in found)
+    assert any(line.startswith("search.train.output: the sweep sets it") for line in found)
+    assert any("asha decides how many epochs" in line for line in found)
+    assert any("set data.train and data.validation" in line for line in found)
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        ({}, "give one of choice, uniform, loguniform, integer, got none"),
+        ({"choice": [1], "uniform": [0, 1]}, "got ['choice', 'uniform']"),
+        ({"uniform": [2.0, 1.0]}, "the lower end must be below the upper one, got [2.0, 1.0]"),
+        ({"loguniform": [0.0, 1.0]}, "both ends must be positive, got [0.0, 1.0]"),
+    ],
+)
+def test_distributions_are_checked(sweep: dict, tmp_path: Path, distribution: dict, message: str) -> None:
+    sweep["search"] = {"optim.learning_rate": distribution}
+    (found,) = mistakes(sweep, tmp_path)
+    assert found.startswith("search.optim.learning_rate: ")
+    assert message in found
+
+
+@pytest.mark.parametrize("value", [1e-5, 30, True, None, "runs/a b", [480, 512], {"a": {"b": 1e-9}}, "1e-3", "no"])
+def test_an_override_keeps_its_value_and_type(value: object) -> None:
+    key, _, text = override("section.key", value).partition("=")
+    assert key == "section.key"
+    assert yaml.safe_load(text) == value
+
+
+def test_the_sweep_in_the_docstring_is_valid(tmp_path: Path) -> None:
+    import ddetr.launch.sweep
+
+    example = str(ddetr.launch.sweep.__doc__).split("\n\n", 2)[2]
+    assert Sweep.model_validate(yaml.safe_load(example)).scheduler.asha is not None
+
+
+def test_too_large_a_trial_is_refused_at_once(sweep: dict, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**sweep, "cpus_per_trial": 5000}))
+    with pytest.raises(ValueError, match=r"cpus_per_trial=5000 .*no node of the Ray cluster has that much"):
+        tune(tmp_path / "sweep.yaml")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_trials_train_with_the_values_they_were_given(sweep: dict, tmp_path: Path) -> None:
+    sweep["scheduler"] = {"asha": {"grace_epochs": 1, "reduction_factor": 2}}
+    # One of these makes a model that cannot be built: its trial fails, the others go on.
+    sweep["search"]["model.hidden_dim"] = {"choice": [32, 96]}
+    sweep["search"]["model.heads"] = {"choice": [4, 64]}
+    sweep |= {"samples": 4, "concurrent": 2, "seed": 1}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    results = json.loads(tune(tmp_path / "sweep.yaml").read_text())
+    trials = results["trials"]
+    assert len(trials) == 4
+    succeeded = [trial for trial in trials if trial["error"] is None]
+    failed = [trial for trial in trials if trial["error"] is not None]
+    assert succeeded
+    assert failed
+    for trial in succeeded:
+        config = load(Path(trial["run_directory"]) / "config.yaml").model_dump()
+        for key, value in trial["parameters"].items():
+            section, name = key.split(".")
+            assert config[section][name] == value, key
+        lines = (Path(trial["run_directory"]) / "metrics.jsonl").read_text().splitlines()
+        evaluations = [row for row in map(json.loads, lines) if row["kind"] == "evaluation"]
+        reported = evaluations[: trial["epochs"]]  # a stopped trial may have begun the next epoch
+        assert max(row["metrics"]["AP"] for row in reported) == pytest.approx(trial["best"])
+        assert trial["stopped_early"] == (trial["epochs"] < 3)
+    assert len({trial["parameters"]["optim.learning_rate"] for trial in trials}) == 4
+    assert any(trial["epochs"] == 3 for trial in succeeded)
+    assert all("heads" in trial["error"] for trial in failed)
+    bests = [trial["best"] for trial in succeeded]
+    assert bests == sorted(bests, reverse=True)
+    with (tmp_path / "out/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == [trial["trial"] for trial in trials]
+    assert float(rows[0]["optim.learning_rate"]) == trials[0]["parameters"]["optim.learning_rate"]
