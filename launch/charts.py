@@ -132,9 +132,13 @@ def _axis(low: float, high: float, log: bool, from_zero: bool) -> tuple[float, f
     """Limits that hold low and high, and the round values between them."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        within = [f * 10.0**d for d in decades for f in (1, 2, 5) if low <= f * 10.0**d <= high]
-        ticks = within if len(within) <= 6 else [tick for tick in within if math.log10(tick) % 1 < 1e-9]
-        return low / 1.1, high * 1.1, ticks
+        steps = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+        low = max((step for step in steps if step <= low), default=low)
+        high = min((step for step in steps if step >= high), default=high)
+        if low == high:
+            low, high = low / 2, high * 2
+        ticks = [step for step in steps if low <= step <= high]
+        return low, high, ticks if len(ticks) <= 7 else [tick for tick in ticks if _is_decade(tick)]
     if from_zero:
         low = min(low, 0.0)
     if low == high:
@@ -142,6 +146,11 @@ def _axis(low: float, high: float, log: bool, from_zero: bool) -> tuple[float, f
     room = 0.04 * (high - low)
     low, high = (low if from_zero and low == 0 else low - room), high + room
     return low, high, _round_values(low, high, 5)
+
+
+def _is_decade(value: float) -> bool:
+    exponent = math.log10(value)
+    return abs(exponent - round(exponent)) < 1e-9
 
 
 def _round_values(low: float, high: float, count: int, least: float = 0) -> list[float]:
