@@ -101,7 +101,7 @@ class EvalConfig(_Section):
     """Evaluation and prediction."""
 
     batch_size: int = Field(4, gt=0, description="images of one exact size per forward pass")
-    top_k: int = Field(100, gt=0, description="detections kept per image, over all queries and classes")
+    top_k: int = Field(100, gt=0, description="most detections of an image, over all queries and classes")
     score_threshold: float = Field(0.4, ge=0, le=1, description="least score that `ddetr predict` draws")
 
 
@@ -123,11 +123,6 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        candidates = self.model.queries * self.model.num_classes
-        if self.eval.top_k > candidates:
-            raise ValueError(
-                f"eval.top_k must be at most model.queries * model.num_classes = {candidates}, got {self.eval.top_k}"
-            )
         if self.train.batch_size % self.train.accumulation:
             raise ValueError(
                 f"train.batch_size must be a multiple of train.accumulation, "

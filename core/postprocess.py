@@ -23,12 +23,10 @@ class Detections:
 def detections(predictions: Predictions, original_sizes: Tensor, top_k: int) -> list[Detections]:
     """The `top_k` best (query, class) pairs of each image; a query may appear under several classes.
 
-    original_sizes (N, 2) as (height, width) in pixels. Raises ValueError when there are fewer than top_k pairs.
+    original_sizes (N, 2) as (height, width) in pixels. There are fewer when queries * classes is less.
     """
     images, queries, classes = predictions.logits.shape
-    if top_k > queries * classes:
-        raise ValueError(f"top_k must be at most queries * classes = {queries * classes}, got {top_k}")
-    scores, index = predictions.logits.sigmoid().view(images, -1).topk(top_k, dim=1)
+    scores, index = predictions.logits.sigmoid().view(images, -1).topk(min(top_k, queries * classes), dim=1)
     query, labels = index // classes, index % classes
     boxes = cxcywh_to_xyxy(predictions.boxes).gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * original_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (width, height, width, height)

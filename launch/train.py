@@ -51,9 +51,7 @@ def run(
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
             stack.enter_context(_announced(exporter.address, run_directory, world))
-        record = stack.enter_context(
-            _Record(run_directory, config, resume is not None) if world.rank == 0 else _Quiet()
-        )
+        record = stack.enter_context(_Record(run_directory, config) if world.rank == 0 else _Quiet())
 
         def observe(item: Report) -> None:
             if isinstance(item, CheckpointReport):

@@ -1,0 +1,86 @@
+"""Presets, overrides, and the one error that lists every mistake."""
+
+from pathlib import Path
+
+import pytest
+from ddetr.core import config
+from ddetr.core.config import Config, ConfigError
+
+
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_every_preset_survives_a_round_trip(preset: str, tmp_path: Path) -> None:
+    loaded = config.load(preset)
+    (tmp_path / "written.yaml").write_text(config.dump(loaded))
+    assert config.load(tmp_path / "written.yaml") == loaded
+
+
+def test_r50_has_the_published_hyperparameters() -> None:
+    """Section 4 and appendix A.4 of the paper; the released arguments where the paper is silent."""
+    published = config.load("r50")
+    model, optim, train = published.model, published.optim, published.train
+    assert (model.hidden_dim, model.heads, model.levels, model.points) == (256, 8, 4, 4)
+    assert (model.encoder_layers, model.decoder_layers, model.feedforward_dim, model.queries) == (6, 6, 1024, 300)
+    assert (optim.learning_rate, optim.weight_decay, optim.betas, optim.clip_norm) == (2e-4, 1e-4, (0.9, 0.999), 0.1)
+    assert (optim.backbone_multiplier, optim.sampling_multiplier, optim.drop_epochs) == (0.1, 0.1, (40,))
+    assert (optim.class_weight, optim.l1_weight, optim.giou_weight) == (2.0, 5.0, 2.0)
+    assert (train.epochs, train.batch_size, published.data.long_side) == (50, 32, 1333)
+    assert published.data.short_sides == tuple(range(480, 801, 32))
+
+
+def test_overrides_are_yaml() -> None:
+    changed = config.load(
+        "r50", ["model.queries=100", "optim.drop_epochs=[30, 40]", "data.train=null", "data.crop=off"]
+    )
+    assert changed.model.queries == 100
+    assert changed.optim.drop_epochs == (30, 40)
+    assert changed.data.train is None
+    assert changed.data.crop is False
+
+
+def test_one_error_lists_every_mistake_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.load(
+            "tiny", ["model.querys=3", "train.zero_stage=7", "optim.batch_size=3", "nonsense", "modle.queries=1"]
+        )
+    message = str(raised.value)
+    assert message.startswith("5 mistake(s) in tiny:")
+    assert "model.querys: no such key. Did you mean model.queries?" in message
+    assert "optim.batch_size: no such key. Did you mean train.batch_size?" in message
+    assert "modle: no such key. Did you mean model?" in message
+    assert "train.zero_stage: " in message
+    assert "got 7" in message
+    assert "'nonsense': an override is written section.key=value" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hidden_dim=100", "hidden_dim must be a multiple of heads"),
+        ("model.levels=2", "levels must be 1"),
+        ("model.two_stage=true", "two_stage needs box_refine=true"),
+        ("train.accumulation=3", "train.batch_size must be a multiple of train.accumulation"),
+        ("data.short_sides=[]", "short_sides must hold positive sizes"),
+    ],
+)
+def test_values_that_do_not_fit_together(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        config.load("r50", [override])
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean r50_refine"):
+        config.load("r50_refin")
+
+
+def test_file_that_is_not_a_mapping(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected sections"):
+        config.load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("model: {")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(tmp_path / "broken.yaml")
+
+
+def test_configuration_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.epochs = 3  # type: ignore[misc]

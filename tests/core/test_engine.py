@@ -1,0 +1,81 @@
+"""The DeepSpeed JSON, devices, and the lock of a build that was killed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ddetr.core import config
+from ddetr.core.engine import _prepare_compilation, deepspeed_config, device_for
+
+
+def test_deepspeed_json_follows_from_the_configuration() -> None:
+    loaded = config.load(
+        "r50",
+        [
+            "train.zero_stage=3",
+            "train.precision=bf16",
+            "train.batch_size=64",
+            "train.accumulation=2",
+            "optim.clip_norm=0.5",
+            "train.deepspeed_extra={zero_optimization: {overlap_comm: true}, comms_logger: {enabled: true}}",
+        ],
+    )
+    written = deepspeed_config(loaded)
+    assert written["train_batch_size"] == 64
+    assert written["gradient_accumulation_steps"] == 2
+    assert written["gradient_clipping"] == 0.5
+    assert written["zero_optimization"] == {"stage": 3, "overlap_comm": True}
+    assert (written["bf16"]["enabled"], written["fp16"]["enabled"]) == (True, False)
+    assert written["comms_logger"] == {"enabled": True}
+    assert deepspeed_config(loaded) == written  # a pure function: the configuration was not changed
+    assert deepspeed_config(config.load("r50", ["train.precision=fp16"]))["fp16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("extra", "instead"),
+    [
+        ("{bf16: {enabled: true}}", "set train.precision instead"),
+        ("{train_batch_size: 3}", "set train.batch_size instead"),
+        ("{zero_optimization: {stage: 1}}", "set train.zero_stage instead"),
+    ],
+)
+def test_what_the_configuration_decides_cannot_be_set_twice(extra: str, instead: str) -> None:
+    loaded = config.load("r50", [f"train.deepspeed_extra={extra}"])
+    with pytest.raises(ValueError, match=instead):
+        deepspeed_config(loaded)
+
+
+def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, cuda = (config.load("tiny", [f"train.device={name}"]).train for name in ("auto", "cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device_for(auto, 0).type == "cpu"
+    with pytest.raises(ValueError, match="needs a GPU for local rank 0"):
+        device_for(cuda, 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_for(auto, 1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="at most one rank per GPU"):
+        device_for(auto, 2)
+
+
+def test_lock_of_a_killed_build_is_removed_and_a_live_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm/lock"
+    lock.parent.mkdir()
+    # As torch takes it: the process keeps the file open while it builds.
+    hold = (
+        "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); time.sleep(60)"
+    )
+    builder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert builder.stdout is not None
+    assert builder.stdout.readline() == "held\n"
+    _prepare_compilation(announce=False)
+    assert lock.exists()
+    builder.kill()
+    builder.communicate()
+    assert lock.exists()
+    _prepare_compilation(announce=False)
+    assert not lock.exists()

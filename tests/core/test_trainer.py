@@ -1,0 +1,269 @@
+"""Real training runs in real processes: ranks, ZeRO stages, accumulation, killing and resuming."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from ddetr.core.checkpoint import find_checkpoint, load_detector
+from ddetr.core.detector import DeformableDetr
+from safetensors.torch import load_file
+
+# Half a million parameters, everything switched on; batches of 4 of the 24 images of `synthetic_shards`.
+SMALL = (
+    "model.backbone=test_resnet.r160_in1k",
+    "model.hidden_dim=64",
+    "model.heads=4",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.feedforward_dim=64",
+    "model.queries=12",
+    "model.dropout=0.1",
+    "data.short_sides=[96]",
+    "data.validation_short_side=96",
+    "train.batch_size=4",
+    "train.log_every_steps=1",
+    "train.evaluate_every_epochs=0",
+    "train.threads=1",
+    "train.precision=fp32",
+    "optim.warmup_steps=0",
+    "monitor.port=0",
+)
+
+
+@dataclass
+class Run:
+    directory: Path
+    output: str
+    exit_status: int
+    steps: list[dict] = field(default_factory=list)
+    events: list[dict] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["losses"]["total"] for step in self.steps]
+
+
+def command(ranks: int, *arguments: str) -> list[str]:
+    start = [sys.executable, "-m", "ddetr.launch.cli"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start += ["-m", "ddetr.launch.cli"]
+    return [*start, "train", *arguments]
+
+
+def collect(directory: Path, output: str, exit_status: int) -> Run:
+    def lines(name: str) -> list[dict]:
+        file = directory / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    steps = [line for line in lines("metrics.jsonl") if line["kind"] == "step"]
+    return Run(directory, output, exit_status, steps, lines("events.jsonl"))
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def train(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs `ddetr train` on the small model once for each set of arguments."""
+    output = tmp_path_factory.mktemp("runs")
+    done: dict[tuple, Run] = {}
+
+    def run(ranks: int, *overrides: str, steps: int = 4) -> Run:
+        key = (ranks, overrides, steps)
+        if key not in done:
+            name = f"run{len(done)}"
+            arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={output}"]
+            arguments += [f"train.name={name}", f"train.max_steps={steps}", *overrides]
+            finished = subprocess.run(command(ranks, *arguments), capture_output=True, text=True, timeout=600)
+            done[key] = collect(output / name, finished.stdout + finished.stderr, finished.returncode)
+        return done[key]
+
+    return run
+
+
+def succeeded(run: Run) -> Run:
+    assert run.exit_status == 0, run.output[-3000:]
+    return run
+
+
+def assert_same_losses(run: Run, reference: Run, rel: float) -> None:
+    assert len(run.losses) == len(reference.losses) > 0
+    assert run.losses == pytest.approx(reference.losses, rel=rel)
+    norms = [step["gradient_norm"] for step in run.steps]
+    assert norms == pytest.approx([step["gradient_norm"] for step in reference.steps], rel=10 * rel)
+
+
+def test_two_ranks_take_the_same_steps_as_one(train: Train) -> None:
+    one = succeeded(train(1, "train.zero_stage=0", "model.dropout=0"))
+    two = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
+    assert_same_losses(two, one, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_take_the_same_steps(train: Train, stage: int) -> None:
+    reference = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
+    run = succeeded(train(2, f"train.zero_stage={stage}", "model.dropout=0"))
+    assert_same_losses(run, reference, rel=1e-4)
+    expected = load_file(find_checkpoint(reference.directory) / "model.safetensors")
+    for name, tensor in load_file(find_checkpoint(run.directory) / "model.safetensors").items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_accumulation_takes_the_same_steps(train: Train) -> None:
+    whole = succeeded(train(1, "train.zero_stage=0", "model.dropout=0"))
+    halves = succeeded(train(1, "train.zero_stage=0", "model.dropout=0", "train.accumulation=2"))
+    assert_same_losses(halves, whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bfloat16_stays_near_float32(train: Train, stage: int) -> None:
+    exact = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
+    half = succeeded(train(2, f"train.zero_stage={stage}", "model.dropout=0", "train.precision=bf16"))
+    assert half.losses == pytest.approx(exact.losses, rel=0.05)
+    assert half.losses != exact.losses
+
+
+def test_the_run_directory_tells_everything(train: Train) -> None:
+    run = succeeded(train(2, "train.zero_stage=2", "model.dropout=0"))
+    assert [step["step"] for step in run.steps] == [1, 2, 3, 4]
+    for step in run.steps:
+        losses = step["losses"]
+        assert losses["total"] == pytest.approx(losses["class"] + losses["l1"] + losses["giou"])
+        assert losses["class"] == pytest.approx(losses["class_0"] + losses["class_1"] + losses["class_proposals"])
+        assert step["images"] == 4
+        assert 0 <= step["data_wait_seconds"] <= step["step_seconds"]
+        assert step["memory_bytes"] > 100 << 20
+    assert [event["event"] for event in run.events] == ["start", "checkpoint", "stop"]
+    assert json.loads((run.directory / "targets.json").read_text()) == []  # the run is over
+    assert "images/s" in (run.directory / "log.txt").read_text()
+    detector = load_detector(run.directory)
+    assert detector.step == 4
+    assert detector.categories is not None
+    assert detector.categories.ids == (1, 23, 56)
+    assert detector.config.model.queries == 12
+
+
+def test_warm_up_and_drop_are_followed(train: Train) -> None:
+    run = succeeded(train(1, "optim.warmup_steps=2", "optim.drop_epochs=[1]", "optim.learning_rate=1e-4", steps=8))
+    rates = [step["learning_rate"] for step in run.steps]
+    assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-5])  # 24 images: 6 steps an epoch
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1, seconds: float = 300) -> None:
+    """Until `path` exists and, if a file, has so many lines."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() or (path.is_file() and len(path.read_text().splitlines()) < lines):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"{path} did not appear in {seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (1, 0)])
+def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
+    train: Train, synthetic_shards: Path, tmp_path: Path, ranks: int, stage: int
+) -> None:
+    """SIGKILL somewhere after the checkpoint of step 4; dropout is on, so the random numbers must agree as well."""
+    uninterrupted = succeeded(train(ranks, f"train.zero_stage={stage}", "train.checkpoint_every_steps=4", steps=9))
+    arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=killed"]
+    arguments += ["train.max_steps=9", f"train.zero_stage={stage}", "train.checkpoint_every_steps=4"]
+    process = start(command(ranks, *arguments))
+    directory = tmp_path / "killed"
+    wait_for(directory / "checkpoints/step_00000004", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = collect(directory, "", 0)
+    assert before.steps[-1]["step"] < 9, "the run ended before it could be killed"
+
+    resumed = subprocess.run(command(ranks, "--resume", str(directory)), capture_output=True, text=True, timeout=600)
+    after = succeeded(collect(directory, resumed.stdout + resumed.stderr, resumed.returncode))
+    last = {step["step"]: step for step in after.steps}  # a step taken twice: the second time counts
+    assert sorted(last) == list(range(1, 10))
+    for expected in uninterrupted.steps:
+        assert last[expected["step"]]["losses"] == expected["losses"]
+    expected_weights = load_file(find_checkpoint(uninterrupted.directory) / "model.safetensors")
+    for name, tensor in load_file(find_checkpoint(directory) / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, number: signal.Signals) -> None:
+    arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=stopped"]
+    process = start(command(1, *arguments, "train.epochs=1000"))
+    wait_for(tmp_path / "stopped/metrics.jsonl", process, lines=3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    assert f"{number.name}: saving after this step" in output
+    assert "Traceback" not in output
+    run = collect(tmp_path / "stopped", output, 0)
+    assert load_detector(run.directory).step == run.steps[-1]["step"]
+    assert [event["event"] for event in run.events] == ["start", "checkpoint", "stop"]
+
+
+def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, synthetic_shards: Path) -> None:
+    from ddetr.core.evaluator import coco_metrics, evaluate_shard, merge
+    from ddetr.data.index import ShardIndex
+
+    run = succeeded(train(2, f"data.validation={synthetic_shards}", "train.evaluate_every_epochs=1", steps=6))
+    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    (evaluation,) = [row for row in rows if row["kind"] == "evaluation"]
+    assert (evaluation["step"], evaluation["images"]) == (6, 24)
+    index, detector = ShardIndex.load(synthetic_shards), load_detector(run.directory)
+    torch.set_num_threads(1)
+    found = merge(evaluate_shard(detector, index, shard, "cpu") for shard in range(len(index.shards)))
+    assert evaluation["metrics"] == coco_metrics(index.ground_truth(), found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.learning_rate=1e30", "optim.clip_norm=0"], "the loss of step"),
+        (["train.precision=fp16"], "train.precision=fp16 needs a GPU"),
+        (["model.num_classes=4"], "set model.num_classes=3"),
+        (["train.batch_size=25"], "batch_size"),
+        (["train.deepspeed_extra={fp16: {enabled: true}}"], "set train.precision instead"),
+        (["data.train=nowhere"], "nowhere: no such folder"),
+        (["model.backbone=resnet5000"], "model.backbone='resnet5000'"),
+    ],
+)
+def test_mistakes_are_one_clear_message(train: Train, overrides: list[str], message: str) -> None:
+    if message.startswith("train.precision=fp16") and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this CPU computes in float16")
+    run = train(1, *overrides)
+    assert run.exit_status == 2, run.output[-3000:]
+    assert message in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+def test_gpu_asked_for_but_absent(train: Train) -> None:
+    run = train(1, "train.device=cuda")
+    assert run.exit_status == 2
+    assert "train.device=cuda needs a GPU" in run.output
+    assert "set train.device=cpu" in run.output
+    assert "Traceback" not in run.output
+    assert not run.directory.exists()
+
+
+def test_learning_makes_the_loss_smaller(train: Train) -> None:
+    run = succeeded(train(1, "optim.learning_rate=1e-3", "model.dropout=0", steps=24))
+    assert all(math.isfinite(loss) for loss in run.losses)
+    assert sum(run.losses[-6:]) < 0.8 * sum(run.losses[:6])
