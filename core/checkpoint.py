@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.categories import Categories
-from .config import Config, ModelConfig, dump
+from .config import Config, EvalConfig, ModelConfig, dump
 from .detector import DeformableDetr
 
 WEIGHTS = "model.safetensors"
@@ -101,7 +101,9 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Train
     file = _weights_file(path)
     if file.suffix != ".safetensors":
         published = _read_published(file)
-        config = Config(model=_published_config(published, file))
+        model_config = _published_config(published, file)
+        top_k = min(EvalConfig().top_k, model_config.queries * model_config.num_classes)
+        config = Config(model=model_config, eval=EvalConfig(top_k=top_k))
         return TrainedDetector(_build(config, _from_published(published), file, device), config, None, None, None, file)
     weights, metadata = _read_safetensors(file)
     if metadata.get("format") != "ddetr":
