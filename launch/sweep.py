@@ -20,7 +20,9 @@ It looks like this (all keys but base, samples and search have defaults):
     output: runs/sweep                # default: runs/<name of this file>-<time>
 """
 
+import contextlib
 import difflib
+import random
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -122,11 +124,8 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
         if key in RESERVED:
             found.append(f"search.{key}: the sweep sets it for each trial")
             continue
-        for value in distribution.extremes():
-            try:
-                changed(base, [override(key, value)], "search")
-            except ConfigError as error:
-                found += [line.strip() for line in str(error).splitlines()[1:]]
+        others = {name: other for name, other in sweep.search.items() if name not in (key, *RESERVED)}
+        found += [mistake for value in distribution.extremes() for mistake in _tried(base, key, value, others)]
     if sweep.scheduler.asha and {"train.epochs", "train.evaluate_every_epochs"} & set(sweep.search):
         found.append("search: asha decides how many epochs a trial runs; take train.epochs out, or the scheduler")
     if base.data.train is None or base.data.validation is None:
@@ -138,6 +137,22 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     for shards in (base.data.train, base.data.validation):
         ShardIndex.load(str(shards))
     return sweep, base
+
+
+def _tried(base: Config, key: str, value: Any, others: dict[str, Distribution]) -> list[str]:
+    """What is wrong with a value of a searched key, given the base; nothing when values of the other keys mend it."""
+    try:
+        changed(base, [override(key, value)], "search")
+        return []
+    except ConfigError as error:
+        found = [line.strip() for line in str(error).splitlines()[1:]]
+    draw = random.Random(0)
+    for _ in range(64 if others else 0):
+        drawn = [override(name, draw.choice(other.extremes())) for name, other in others.items()]
+        with contextlib.suppress(ConfigError):
+            changed(base, [override(key, value), *drawn], "search")
+            return []
+    return found
 
 
 def _mistakes(path: Path, found: list[str]) -> ConfigError:

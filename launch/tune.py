@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,12 @@ def tune(sweep_file: Path, ray_address: str | None = None) -> Path:
     folder = Path(sweep.output or f"runs/{sweep_file.stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another output in {sweep_file}")
-    console = Console()
     with cluster(ray_address or "local"):
         _check_resources(sweep)
-        rows = _run_trials(sweep, base, folder, console)
+        rows = _run_trials(sweep, base, folder)
     rows.sort(key=lambda row: _rank(row, sweep.mode))
     _write(folder, rows, sweep)
-    _print(console, rows, sweep, folder)
+    _print(rows, sweep, folder)
     if rows[0]["best"] is None:
         raise RuntimeError(f"no trial succeeded; the first error: {rows[0]['error']}")
     return folder / "results.json"
@@ -54,26 +55,26 @@ def _check_resources(sweep: Sweep) -> None:
         )
 
 
-def _run_trials(sweep: Sweep, base: Config, folder: Path, console: Console) -> list[dict[str, Any]]:
+def _run_trials(sweep: Sweep, base: Config, folder: Path) -> list[dict[str, Any]]:
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     class Progress(ray_tune.Callback):
-        """One line for each evaluation and for each trial that ends."""
+        """One line for each evaluation and for each trial that ends. Tune pickles it, so it holds no console."""
 
         ended = 0
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-            console.print(f"{trial} epoch {result['epoch']}: {sweep.metric} {result[sweep.metric]:.4f}")
+            print(f"{trial} epoch {result['epoch']}: {sweep.metric} {result[sweep.metric]:.4f}")
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             self.ended += 1
-            console.print(f"{trial} ended ({self.ended} of {sweep.samples})")
+            print(f"{trial} ended ({self.ended} of {sweep.samples})")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             self.ended += 1
-            console.print(f"{trial} failed ({self.ended} of {sweep.samples}); the others go on")
+            print(f"{trial} failed ({self.ended} of {sweep.samples}); the others go on")
 
     scheduler = FIFOScheduler()
     if asha := sweep.scheduler.asha:
@@ -81,6 +82,8 @@ def _run_trials(sweep: Sweep, base: Config, folder: Path, console: Console) -> l
         scheduler = ASHAScheduler(
             time_attr="epoch", max_t=longest, grace_period=asha.grace_epochs, reduction_factor=asha.reduction_factor
         )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with it verbose=0 is silent
     trial = ray_tune.with_parameters(_trial, base=_placed(base, sweep), folder=str(folder))
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trial, {"cpu": sweep.cpus_per_trial, "gpu": sweep.gpus_per_trial}),
@@ -137,6 +140,7 @@ def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str) -> 
 def _row(result: Any, sweep: Sweep, base: Config, folder: Path) -> dict[str, Any]:
     """What became of one trial."""
     name = Path(result.path).name
+    run_directory = folder / "trials" / name
     history = result.metrics_dataframe
     if history is None or sweep.metric not in history:
         best = best_epoch = epochs = None
@@ -156,7 +160,7 @@ def _row(result: Any, sweep: Sweep, base: Config, folder: Path) -> dict[str, Any
         "epochs": epochs,
         "stopped_early": error is None and epochs is not None and epochs < base.train.epochs,
         "error": error,
-        "run_directory": str(folder / "trials" / name),
+        "run_directory": str(run_directory) if run_directory.is_dir() else None,
     }
 
 
@@ -178,21 +182,28 @@ def _write(folder: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
     write_whole(folder / "results.csv", text.getvalue().encode())
 
 
-def _print(console: Console, rows: list[dict[str, Any]], sweep: Sweep, folder: Path) -> None:
-    table = Table(title=f"{len(rows)} trials, by their best {sweep.metric}")
-    for column in ("trial", *sweep.search, sweep.metric, "at epoch", "epochs", "ended"):
-        table.add_column(column, overflow="fold")
+def _print(rows: list[dict[str, Any]], sweep: Sweep, folder: Path) -> None:
+    names = [key.rpartition(".")[2] for key in sweep.search]
+    titles = [name if names.count(name) == 1 else key for name, key in zip(names, sweep.search, strict=True)]
+    table = Table("trial", *titles, sweep.metric, "at epoch", "ended", title=f"{len(rows)} trials, the best first")
+    for column in table.columns:
+        column.no_wrap = True
     for row in rows:
-        ended = "as planned"
-        if row["error"]:
-            ended = row["error"].splitlines()[0]
-        elif row["stopped_early"]:
-            ended = "stopped early"
-        numbers = ["-" if row["best"] is None else f"{row['best']:.4f}"]
-        numbers += ["-" if row[key] is None else str(row[key]) for key in ("best_epoch", "epochs")]
-        table.add_row(row["trial"], *(_short(row["parameters"].get(key)) for key in sweep.search), *numbers, ended)
+        values = [_short(row["parameters"].get(key)) for key in sweep.search]
+        best = ["-", "-"] if row["best"] is None else [f"{row['best']:.4f}", str(row["best_epoch"])]
+        ended = f"{'stopped at' if row['stopped_early'] else 'epoch'} {row['epochs']}"
+        table.add_row(row["trial"].removeprefix("trial_"), *values, *best, "failed" if row["error"] else ended)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
     console.print(table)
-    console.print(f"Written to {folder}/results.json and results.csv; each trial's run is in {folder}/trials")
+    for row in rows:
+        if row["error"]:
+            console.print(f"{row['trial']} failed: {row['error']}", markup=False, soft_wrap=True)
+            console.print(f"  traceback: {folder}/ray/{row['trial']}/error.txt", soft_wrap=True)
+    console.print(
+        f"The trials' runs are in {folder}/trials, the table in {folder}/results.json and .csv", soft_wrap=True
+    )
 
 
 def _short(value: Any) -> str:

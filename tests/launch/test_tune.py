@@ -17,9 +17,9 @@ def sweep(run_directory: Path, tmp_path: Path) -> dict:
     shards = str(run_directory.parent / "shards")
     overrides = [
         f"data.train={shards}", f"data.validation={shards}", "data.short_sides=[64]", "data.validation_short_side=64",
-        "data.long_side=96", "model.hidden_dim=32", "model.encoder_layers=1", "model.decoder_layers=1", "model.heads=4",
+        "data.long_side=96", "model.hidden_dim=64", "model.encoder_layers=1", "model.decoder_layers=1", "model.heads=4",
         "model.feedforward_dim=64", "train.batch_size=6", "train.epochs=3", "train.device=cpu", "train.zero_stage=0",
-        "monitor.enabled=false", "eval.top_k=10",
+        "monitor.enabled=false", "eval.top_k=30",
     ]  # fmt: skip
     return {
         "base": "tiny",
@@ -49,7 +49,7 @@ def test_a_valid_sweep_is_read(sweep: dict, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(sweep))
     read, base = read_sweep(path)
     assert (read.metric, read.mode, read.concurrent) == ("AP", "max", 1)
-    assert base.model.hidden_dim == 32
+    assert base.model.hidden_dim == 64
 
 
 def test_misspelt_keys_are_all_listed_with_the_near_ones(sweep: dict, tmp_path: Path) -> None:
@@ -102,6 +102,15 @@ def test_distributions_are_checked(sweep: dict, tmp_path: Path, distribution: di
     assert message in found
 
 
+def test_values_that_fit_only_together_are_not_refused(sweep: dict, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    sweep["search"] = {"model.hidden_dim": {"choice": [64, 96]}, "model.heads": {"choice": [4, 3]}}
+    path.write_text(yaml.safe_dump(sweep))
+    read_sweep(path)  # 3 heads do not fit the base's 64 channels, but 96
+    sweep["search"]["model.heads"]["choice"].append(5)
+    assert mistakes(sweep, tmp_path) == ["model: hidden_dim must be a multiple of heads, got 64 and 5"]
+
+
 @pytest.mark.parametrize("value", [1e-5, 30, True, None, "runs/a b", [480, 512], {"a": {"b": 1e-9}}, "1e-3", "no"])
 def test_an_override_keeps_its_value_and_type(value: object) -> None:
     key, _, text = override("section.key", value).partition("=")
@@ -126,10 +135,10 @@ def test_too_large_a_trial_is_refused_at_once(sweep: dict, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_trials_train_with_the_values_they_were_given(sweep: dict, tmp_path: Path) -> None:
     sweep["scheduler"] = {"asha": {"grace_epochs": 1, "reduction_factor": 2}}
-    # One of these makes a model that cannot be built: its trial fails, the others go on.
-    sweep["search"]["model.hidden_dim"] = {"choice": [32, 96]}
-    sweep["search"]["model.heads"] = {"choice": [4, 64]}
-    sweep |= {"samples": 4, "concurrent": 2, "seed": 1}
+    # 64 channels do not divide among 3 heads: such a trial fails, the others go on.
+    sweep["search"]["model.hidden_dim"] = {"choice": [64, 96]}
+    sweep["search"]["model.heads"] = {"choice": [4, 3]}
+    sweep |= {"samples": 4, "concurrent": 2, "seed": 4, "metric": "AR100"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     results = json.loads(tune(tmp_path / "sweep.yaml").read_text())
     trials = results["trials"]
@@ -146,7 +155,7 @@ def test_trials_train_with_the_values_they_were_given(sweep: dict, tmp_path: Pat
         lines = (Path(trial["run_directory"]) / "metrics.jsonl").read_text().splitlines()
         evaluations = [row for row in map(json.loads, lines) if row["kind"] == "evaluation"]
         reported = evaluations[: trial["epochs"]]  # a stopped trial may have begun the next epoch
-        assert max(row["metrics"]["AP"] for row in reported) == pytest.approx(trial["best"])
+        assert max(row["metrics"]["AR100"] for row in reported) == pytest.approx(trial["best"])
         assert trial["stopped_early"] == (trial["epochs"] < 3)
     assert len({trial["parameters"]["optim.learning_rate"] for trial in trials}) == 4
     assert any(trial["epochs"] == 3 for trial in succeeded)
