@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("ops/csrc")
+OBJECTS = Path("build/operators")
 CPU_SOURCES = ("library.cpp", "cpu.cpp", "cpu_portable.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
 CUDA_SOURCES = ("cuda.cpp", "cuda_tuned.cu", "cuda_generic.cu")
 # The oldest torch that the binaries run in: the headers then offer nothing newer.
@@ -46,11 +47,21 @@ class BuildOperators(build_ext):
         libraries = ["-ltorch_cpu"]
         if ext.name.endswith("_cuda"):
             home = _nvcc().parent.parent
-            libraries += ["-ltorch_cuda", f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt", "-ldl"]
+            libraries += [*self._libtorch_cuda(), f"-L{home / 'lib64'}", f"-L{home / 'lib'}"]
+            libraries += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         # Linked beside the target and renamed: a process that has the old file open keeps it whole.
         partial = target.with_suffix(".so.partial")
         _run([_cxx(), "-shared", "-o", str(partial), *objects, f"-L{self.torch_folder / 'lib'}", *libraries])
         partial.replace(target)
+
+    def _libtorch_cuda(self) -> list[str]:
+        if (self.torch_folder / "lib/libtorch_cuda.so").exists():
+            return ["-ltorch_cuda"]
+        # A CPU-only torch has none to link. An empty library of that name records the need for the real one.
+        stub = OBJECTS / "stub/libtorch_cuda.so"
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        _run([_cxx(), "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(stub), "-x", "c++", os.devnull])
+        return [f"-L{stub.parent}", "-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
 
     def _compile(self, source: str) -> str:
         # -fno-trapping-math lets comparisons become vector code. Never -ffast-math: it drops NaN, and linking with it
@@ -68,15 +79,16 @@ class BuildOperators(build_ext):
                 home = nvcc.parent.parent
                 command += ["-DUSE_CUDA", "-isystem", str(home / "include")]
                 command += [f'-DDDETR_CUDA_ARCHITECTURES="{";".join(_cuda_architectures())}"']
-        # An object is named by all that went into it: a rebuild compiles only what changed.
+        # An object is named by all that went into it, so that a rebuild compiles only what changed. Not in build_temp:
+        # an editable install throws that away.
         digest = hashlib.sha256(repr((command, self.torch_folder)).encode())
         for path in sorted(SOURCES.iterdir()):
             if path.suffix in (".h", ".cuh") or path == Path(source):
                 digest.update(path.read_bytes())
-        target = Path(self.build_temp) / f"{Path(source).name}.{digest.hexdigest()[:16]}.o"
+        target = OBJECTS / f"{Path(source).name}.{digest.hexdigest()[:16]}.o"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(".partial.o")
+            partial = target.with_suffix(f".{os.getpid()}.o")
             _run([*command, "-c", source, "-o", str(partial)])
             partial.replace(target)
         return str(target)
@@ -89,10 +101,13 @@ class WheelForAnyPython(bdist_wheel):
 
 def _run(command: list[str]) -> None:
     print(" ".join(command), file=sys.stderr)
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise CompileError(f"{command[0]} was not found: install a C++20 compiler, or set CXX to yours") from error
     sys.stderr.write(result.stderr)
     if result.returncode != 0:
-        raise CompileError(f"{command[0]} failed on {command[-3]}:\n{result.stderr[-4000:]}")
+        raise CompileError(f"the command above failed:\n{result.stderr[-4000:]}")
 
 
 def _cxx() -> str:
