@@ -98,8 +98,8 @@ def join(config: TrainConfig) -> World:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
-    if device.type == "cpu":
-        _prepare_compilation(announce=local_rank == 0)
+    if device.type == "cpu" and local_rank == 0:
+        _prepare_compilation()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
     )
@@ -242,21 +242,25 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _prepare_compilation(announce: bool) -> None:
-    """DeepSpeed compiles its shared-memory collective on first use: say so, and clear a dead build's lock.
+def _prepare_compilation() -> None:
+    """DeepSpeed compiles its shared-memory collective on first use: say so, and clear a dead build's lock."""
+    from torch.utils import cpp_extension
 
-    The lock is a file whose mere existence makes some torch versions wait for ever. It is stale when no process
-    has it open, as /proc tells.
+    folder = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False))
+    if hasattr(cpp_extension, "FileBaton"):  # newer versions of torch let go of the lock when the process dies
+        _clear_stale_lock(folder / "lock")
+    if not (folder / "deepspeed_shm_comm.so").exists():
+        log.info("DeepSpeed compiles its CPU communication op, once on this machine: 1 to 4 minutes")
+
+
+def _clear_stale_lock(lock: Path) -> None:
+    """The mere existence of this file makes every later build wait for ever, so one that no process holds must go.
+
+    A process keeps it open while it builds.
     """
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-    lock = folder / "lock"
     if lock.exists() and not _is_open(lock):
         log.info("removing %s, left behind by a build that was killed", lock)
         lock.unlink(missing_ok=True)
-    if announce and not (folder / "deepspeed_shm_comm.so").exists():
-        log.info("DeepSpeed compiles its CPU communication op, once on this machine: 1 to 4 minutes")
 
 
 def _is_open(path: Path) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.batch import Batch, normalised
+from ..data.categories import Categories
 from ..data.index import ShardIndex
 from ..data.stream import TrainStream
 from .checkpoint import find_checkpoint, load_detector, load_weights
@@ -96,12 +97,26 @@ def train_step(engine: Engine, micro_batches: list[Batch], config: Config, world
     return Losses(torch.stack(values).mean(0), layers)
 
 
+def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStream:
+    """This rank's batches. Raises ValueError when train.batch_size does not divide among ranks and micro-batches."""
+    return TrainStream(
+        index,
+        config.data,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+    )
+
+
 def train(
     config: Config,
     *,
     run_directory: Path,
     world: World,
-    train_index: ShardIndex,
+    stream: TrainStream,
+    categories: Categories,
     validation_index: ShardIndex | None,
     resume: bool,
     observe: Observe,
@@ -110,15 +125,6 @@ def train(
 
     Raises FloatingPointError, before another checkpoint is written, when the loss is not finite.
     """
-    stream = TrainStream(
-        train_index,
-        config.data,
-        batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-    )
     per_epoch = stream.steps_per_epoch
     last_step = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
@@ -135,7 +141,7 @@ def train(
     def save() -> None:
         started = time.perf_counter()
         position = {"step": step, "epoch": step // per_epoch, "step_in_epoch": step % per_epoch}
-        path = engine.save(run_directory, position, train_index.categories)
+        path = engine.save(run_directory, position, categories)
         seconds = time.perf_counter() - started
         progress.line(f"saved {path} in {seconds:.1f} s")
         observe(CheckpointReport(step, position["epoch"], str(path), seconds))

@@ -5,17 +5,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
+from ..core.checkpoint import find_checkpoint
 from ..core.config import Config, dump
 from ..core.detector import DeformableDetr
 from ..core.engine import World, deepspeed_config, device_for, join
-from ..core.trainer import CheckpointReport, EvaluationReport, Report, StepReport, as_json, train
+from ..core.trainer import CheckpointReport, EvaluationReport, Report, StepReport, as_json, train, training_stream
 from ..data.index import ShardIndex
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
@@ -39,19 +40,25 @@ def run(
     _log_to_console()
     train_index, validation_index = _open_data(config)
     deepspeed_json = deepspeed_config(config)
+    model = _without_weights(config)
     if dry_run:
-        _print_plan(config, train_index, deepspeed_json)
+        _print_plan(config, train_index, model, deepspeed_json)
         return Path(config.train.output)
     with contextlib.ExitStack() as stack:
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
-        run_directory = _agree(lambda: resume or _new_run_directory(config), world)
+        stream = training_stream(config, train_index, world)
+        run_directory = _agree(lambda: _run_directory(config, resume), world)
         metrics = RunMetrics(run_directory.name, world.rank)
+        addresses: list[str] = []
         if config.monitor.enabled:
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
-            stack.enter_context(_announced(exporter.address, run_directory, world))
-        record = stack.enter_context(_Record(run_directory, config) if world.rank == 0 else _Quiet())
+            addresses = _gathered(exporter.address, world)
+        record: _Record | _Quiet = _Quiet()
+        if world.rank == 0:  # the first thing written: all that can be checked beforehand has been
+            record = stack.enter_context(_Record(run_directory, config))
+            stack.enter_context(_announced(addresses, run_directory))
 
         def observe(item: Report) -> None:
             if isinstance(item, CheckpointReport):
@@ -69,7 +76,8 @@ def run(
             config,
             run_directory=run_directory,
             world=world,
-            train_index=train_index,
+            stream=stream,
+            categories=train_index.categories,
             validation_index=validation_index,
             resume=resume is not None,
             observe=observe,
@@ -95,10 +103,14 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
     return train_index, validation_index
 
 
-def _print_plan(config: Config, index: ShardIndex, deepspeed_json: dict[str, Any]) -> None:
-    device = device_for(config.train, local_rank=0)
+def _without_weights(config: Config) -> DeformableDetr:
+    """The model's shape alone: names a backbone that timm does not have before anything is written."""
     with torch.device("meta"):
-        model = DeformableDetr(config.model.model_copy(update={"pretrained_backbone": False}))
+        return DeformableDetr(config.model.model_copy(update={"pretrained_backbone": False}))
+
+
+def _print_plan(config: Config, index: ShardIndex, model: DeformableDetr, deepspeed_json: dict[str, Any]) -> None:
+    device = device_for(config.train, local_rank=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     steps = index.num_samples // config.train.batch_size
@@ -122,38 +134,41 @@ def _agree(choose: Callable[[], Path], world: World) -> Path:
     return choice[0]
 
 
-def _new_run_directory(config: Config) -> Path:
-    name = config.train.name or time.strftime("%Y%m%d-%H%M%S")
-    path = Path(config.train.output) / name
+def _run_directory(config: Config, resume: Path | None) -> Path:
+    if resume is not None:
+        find_checkpoint(resume)  # says so now if there is none
+        return resume.resolve()
+    path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
     if path.exists():
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(dump(config))
     return path
 
 
-@contextlib.contextmanager
-def _announced(address: str, run_directory: Path, world: World):
-    """Write every rank's address into targets.json for Prometheus, and empty it when the run ends."""
+def _gathered(address: str, world: World) -> list[str]:
     addresses: list[Any] = [None] * world.size
     dist.all_gather_object(addresses, address)
+    return addresses
+
+
+@contextlib.contextmanager
+def _announced(addresses: list[str], run_directory: Path) -> Iterator[None]:
+    """Write every rank's address into targets.json for Prometheus, and empty it when the run ends as it should."""
     targets = run_directory / "targets.json"
-    if world.rank == 0:
-        labels = [{"run": run_directory.name, "rank": str(rank)} for rank in range(world.size)]
-        write_targets(targets, zip(addresses, labels, strict=True))
-        log.info("run directory %s", run_directory)
-        log.info("metrics at %s", ", ".join(f"http://{item}/metrics" for item in addresses))
-    try:
-        yield
-    finally:
-        if world.rank == 0:
-            write_targets(targets, [])
+    labels = [{"run": run_directory.name, "rank": str(rank)} for rank in range(len(addresses))]
+    write_targets(targets, zip(addresses, labels, strict=True))
+    log.info("run directory %s", run_directory)
+    if addresses:
+        log.info("metrics at %s", ", ".join(f"http://{address}/metrics" for address in addresses))
+    yield
+    write_targets(targets, [])  # not after an error: Prometheus should report the ranks of a broken run as missing
 
 
 class _Record:
-    """metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
+    """config.yaml, metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
 
     def __init__(self, run_directory: Path, config: Config) -> None:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        (run_directory / "config.yaml").write_text(dump(config))
         self._every = config.train.log_every_steps
         self._metrics = self._open(run_directory / "metrics.jsonl")
         self._events = self._open(run_directory / "events.jsonl")
@@ -191,12 +206,6 @@ class _Record:
 
 class _Quiet:
     """The record of the ranks that keep none."""
-
-    def __enter__(self) -> "_Quiet":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def event(self, name: str, **details: Any) -> None:
         pass

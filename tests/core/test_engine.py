@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core import config
-from ddetr.core.engine import _prepare_compilation, deepspeed_config, device_for
+from ddetr.core.engine import _clear_stale_lock, deepspeed_config, device_for
 
 
 def test_deepspeed_json_follows_from_the_configuration() -> None:
@@ -59,12 +59,8 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         device_for(auto, 2)
 
 
-def test_lock_of_a_killed_build_is_removed_and_a_live_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "deepspeed_shm_comm/lock"
-    lock.parent.mkdir()
+def test_lock_of_a_killed_build_is_removed_and_a_live_one_is_not(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
     # As torch takes it: the process keeps the file open while it builds.
     hold = (
         "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); time.sleep(60)"
@@ -72,10 +68,10 @@ def test_lock_of_a_killed_build_is_removed_and_a_live_one_is_not(
     builder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True)
     assert builder.stdout is not None
     assert builder.stdout.readline() == "held\n"
-    _prepare_compilation(announce=False)
+    _clear_stale_lock(lock)
     assert lock.exists()
     builder.kill()
     builder.communicate()
     assert lock.exists()
-    _prepare_compilation(announce=False)
+    _clear_stale_lock(lock)
     assert not lock.exists()

@@ -114,11 +114,14 @@ def test_zero_stages_take_the_same_steps(train: Train, stage: int) -> None:
     reference = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
     run = succeeded(train(2, f"train.zero_stage={stage}", "model.dropout=0"))
     assert_same_losses(run, reference, rel=1e-4)
-    expected = load_file(find_checkpoint(reference.directory) / "model.safetensors")
-    for name, tensor in load_file(find_checkpoint(run.directory) / "model.safetensors").items():
-        torch.testing.assert_close(
-            tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    # Adam magnifies rounding where a gradient is nearly zero, so parameters are compared by how far they moved.
+    detector = load_detector(reference.directory)
+    torch.manual_seed(detector.config.train.seed)
+    initial = DeformableDetr(detector.config.model).state_dict()
+    expected, weights = detector.model.state_dict(), load_detector(run.directory).model.state_dict()
+    moved = torch.stack([(expected[name] - initial[name]).norm() for name in initial]).norm()
+    apart = torch.stack([(expected[name] - weights[name]).norm() for name in initial]).norm()
+    assert apart < 0.02 * moved
 
 
 def test_accumulation_takes_the_same_steps(train: Train) -> None:
