@@ -49,7 +49,7 @@ bench: setup
 bench-gpu: setup gpu
 	@set -e; for file in benchmarks/*.py; do echo "== $$file --device cuda"; $(BIN)/python $$file --device cuda; done
 
-# pyright cannot follow the import hook of an editable install, so it reads the wheel unpacked under build/typed.
+# pyright cannot follow the import hook of an editable install, so it reads the package as a wheel lays it out.
 lint: setup build/typed/.unpacked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -96,5 +96,5 @@ $(VENV)/.built: setup.py $(wildcard ops/csrc/*) $(VENV)/.requirements
 
 build/typed/.unpacked: $(SOURCES) $(VENV)/.built
 	rm -rf build/typed
-	PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation --target build/typed .
+	$(BIN)/python setup.py --quiet build_py --build-lib build/typed
 	@touch $@

@@ -58,11 +58,11 @@ def test_wrong_use_is_one_message() -> None:
 
 def test_bootstrap_says_what_the_machine_lacks(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    for environment, message in (
-        ({"PYTHON": "false"}, "Python >= 3.11 is needed"),
-        ({"PYTHON": sys.executable, "CXX": "false"}, "apt-get install g++"),
+    for python, compiler, message in (
+        ("false", "g++", "Python >= 3.11 is needed"),
+        (sys.executable, "false", "apt-get install g++"),
     ):
-        result = run("bash", LAUNCH / "bootstrap.sh", venv, **environment)
+        result = run("bash", LAUNCH / "bootstrap.sh", venv, PYTHON=python, CXX=compiler)
         assert result.returncode == 1
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
@@ -194,15 +194,16 @@ def test_the_training_job_meets_at_its_service() -> None:
 
 
 def test_the_settings_of_the_training_job_are_valid() -> None:
-    from ddetr.core.config import MonitorConfig, load
+    from ddetr.core.config import load
 
     (container,) = manifests("train.yaml")[1]["spec"]["template"]["spec"]["containers"]
     command, preset, *overrides = container["args"]
     assert command == "train"
     assert overrides.pop() == "--continue"
-    assert load(preset, overrides).train.name is not None
+    config = load(preset, overrides)
+    assert config.train.name is not None
     metrics = next(port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
-    assert metrics == MonitorConfig().port
+    assert metrics == config.monitor.port
 
 
 def test_the_ray_cluster_runs_the_pinned_ray() -> None:
