@@ -84,6 +84,11 @@ def _check_shard(index: ShardIndex, number: int) -> tuple[list[Finding], list[Di
         finding = inspect_image(image, data)[0]
         findings += [Finding(finding.kind, where, finding.what)] if finding else []
         digests.append((where, _digest(data)))
+        indexed = tuple(int(shard.samples[row][name]) for name in ("image_id", "height", "width", "num_boxes"))
+        stored = (image.image_id, image.height, image.width, len(image.annotations))
+        if indexed != stored:
+            what = f"(id, height, width, boxes) is {indexed} in the index, {stored} in the shard"
+            findings.append(Finding("wrong bytes", where, what))
         for annotation in image.annotations:
             place = f"{where}, annotation {annotation['id']}"
             fault = box_fault(annotation["bbox"], image.height, image.width)

@@ -2,13 +2,14 @@
 
 A folder holds `shard-000000.tar`, ... and `index.json`. A shard is an ordinary WebDataset tar: for each image
 `<key>.jpg` (or .png, ...: the original bytes) and `<key>.json` with its annotations. The index names every shard with
-its size and sha256, and every sample with its size in pixels and the place of its two members in the tar.
+its size and sha256, and every sample with its size in pixels and the places and checksums of its two members.
 """
 
 import hashlib
 import json
 import os
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ SAMPLE_DTYPE = np.dtype(
         ("image_bytes", np.int64),
         ("annotations_offset", np.int64),
         ("annotations_bytes", np.int64),
+        ("image_crc32", np.uint32),
+        ("annotations_crc32", np.uint32),
     ]
 )
 
@@ -184,17 +187,11 @@ class ShardReader:
 
     def image(self, shard: int, row: int) -> bytes:
         """The original bytes of an image file."""
-        place = self._index.shards[shard].samples[row]
-        return self._read(shard, row, int(place["image_offset"]), int(place["image_bytes"]))
+        return self._read(shard, row, "image")
 
     def annotations(self, shard: int, row: int) -> dict[str, Any]:
         """{"image_id", "file_name", "height", "width", "annotations"} as packed."""
-        place = self._index.shards[shard].samples[row]
-        data = self._read(shard, row, int(place["annotations_offset"]), int(place["annotations_bytes"]))
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise self.error(shard, row, f"its annotations are not valid JSON ({error})") from error
+        return json.loads(self._read(shard, row, "annotations"))
 
     def error(self, shard: int, row: int, what: object) -> SampleError:
         """The one message for a sample that cannot be used."""
@@ -208,15 +205,20 @@ class ShardReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read(self, shard: int, row: int, offset: int, size: int) -> bytes:
+    def _read(self, shard: int, row: int, member: str) -> bytes:
         if shard not in self._files:
             if len(self._files) >= self.MOST_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard] = os.open(self._index.shards[shard].path, os.O_RDONLY)
         self._files.move_to_end(shard)
-        data = os.pread(self._files[shard], size, offset)
+        place = self._index.shards[shard].samples[row]
+        size = int(place[f"{member}_bytes"])
+        data = os.pread(self._files[shard], size, int(place[f"{member}_offset"]))
         if len(data) != size:
             raise self.error(shard, row, f"the shard ends {size - len(data)} bytes early")
+        # Decoders overlook much damage: a JPEG with a zeroed half decodes, in grey.
+        if zlib.crc32(data) != place[f"{member}_crc32"]:
+            raise self.error(shard, row, f"the {member} in the shard is damaged (its checksum is wrong)")
         return data
 
 

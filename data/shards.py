@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,9 +62,10 @@ def pack(
     drop_degenerate: bool = False,
     progress: Progress | None = None,
 ) -> ShardIndex:
-    """Write the images that a COCO json names, with their annotations, as shards of about `shard_bytes` each.
+    """Write the images that a COCO json names, with their annotations, as shards of nearly equal size.
 
-    Every image is decoded once to be sure of it. workers: processes, 0 for one per core.
+    shard_bytes: size that shards do not exceed by more than a sample. workers: processes, 0 for one per core. Every
+    image is decoded once to be sure of it.
 
     Raises ValueError, listing what is wrong, for a json with errors (boxes without area too, unless
     `drop_degenerate` leaves them out) and for missing or undecodable images; FileExistsError when `output` holds
@@ -128,14 +130,17 @@ def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> 
     """
     images = sorted(coco.images, key=lambda image: hashlib.sha256(image.key.encode()).digest())
     files = [folder / image.file_name for image in images]
-    sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
-    num_shards = max(1, round(int(sizes.sum()) / shard_bytes))
+    file_sizes = [file.stat().st_size for file in files]
+    samples = [_sample_json(image) for image in images]
+    # In a tar each member takes a header of 512 bytes and whole blocks of 512.
+    sizes = np.array([1024 + _blocks(f) + _blocks(len(s)) for f, s in zip(file_sizes, samples, strict=True)])
+    num_shards = -(-int(sizes.sum()) // shard_bytes)
     # An image belongs to the shard in whose share of the total its middle byte lies.
-    shard_of_image = (sizes.cumsum() - sizes / 2) * num_shards // max(1, sizes.sum())
+    shard_of_image = (sizes.cumsum() - sizes / 2) * num_shards // sizes.sum()
     jobs = []
     for number, shard in enumerate(np.unique(shard_of_image)):
         chosen = np.flatnonzero(shard_of_image == shard).tolist()
-        made_from = [(int(sizes[i]), _sample_json(images[i]).decode()) for i in chosen]
+        made_from = [(file_sizes[i], samples[i].decode()) for i in chosen]
         jobs.append(
             ShardJob(
                 path=output / f"shard-{number:06d}.tar",
@@ -150,6 +155,7 @@ def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> 
 def write_shard(job: ShardJob) -> Shard | list[Finding]:
     """Write one shard and its sidecar, or return what is wrong with its images and leave nothing."""
     findings: list[Finding] = []
+    checksums: dict[int, tuple[int, int]] = {}
     partial = partial_path(job.path)
     try:
         # mtime 0, fixed owner and mode: equal content gives equal bytes.
@@ -160,13 +166,15 @@ def write_shard(job: ShardJob) -> Shard | list[Finding]:
                     finding, suffix = inspect_image(image, data)
                     if finding:
                         findings.append(finding)
-                    else:
-                        tar.write({"__key__": image.key, suffix: data, "json": _sample_json(image)})
+                        continue
+                    entry = _sample_json(image)
+                    tar.write({"__key__": image.key, suffix: data, "json": entry})
+                    checksums[image.image_id] = zlib.crc32(data), zlib.crc32(entry)
             file.flush()
             os.fsync(file.fileno())
         if findings:
             return findings
-        shard = replace(_describe(job, partial), path=job.path)
+        shard = replace(_describe(job, partial, checksums), path=job.path)
         partial.rename(job.path)
         write_whole(job.sidecar, json.dumps(shard.to_json()).encode())
         return shard
@@ -198,6 +206,10 @@ def _is_droppable(finding: Finding) -> bool:
     return finding.kind == "degenerate box"
 
 
+def _blocks(size: int) -> int:
+    return -(-size // 512) * 512
+
+
 def _sample_json(image: CocoImage) -> bytes:
     values: dict[str, Any] = {
         "image_id": image.image_id,
@@ -209,7 +221,7 @@ def _sample_json(image: CocoImage) -> bytes:
     return json.dumps(values, separators=(",", ":")).encode()
 
 
-def _describe(job: ShardJob, path: Path) -> Shard:
+def _describe(job: ShardJob, path: Path, checksums: dict[int, tuple[int, int]]) -> Shard:
     """The index entry of a tar just written, from the tar itself."""
     members = tar_members(path)
     rows = []
@@ -217,7 +229,8 @@ def _describe(job: ShardJob, path: Path) -> Shard:
         places = dict(members[sample_key(image.image_id)])
         annotations = places.pop("json")
         (pixels,) = places.values()
-        rows.append((image.image_id, image.height, image.width, len(image.annotations), *pixels, *annotations))
+        counts = (image.image_id, image.height, image.width, len(image.annotations))
+        rows.append((*counts, *pixels, *annotations, *checksums[image.image_id]))
     samples = np.array(rows, dtype=SAMPLE_DTYPE)
     return Shard(path, path.stat().st_size, file_sha256(path), job.fingerprint, samples)
 

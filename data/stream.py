@@ -4,9 +4,11 @@ Both are short lists of WebDataset stages. What flows through the training stage
 numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a packed `Batch`.
 """
 
+import atexit
 import signal
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +39,15 @@ __all__ = ["SampleError", "TrainStream", "evaluation_batches", "evaluation_sampl
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_streams: "weakref.WeakSet[TrainStream]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    # The workers ignore SIGTERM (see `_ignore_signals`), by which Python would end them when the program exits.
+    for stream in list(_streams):
+        stream.close()
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,9 @@ class TrainStream:
             window=config.shuffle_window,
         )
         self.steps_per_epoch = self._plan.steps_per_epoch
-        self._batches: Iterator[Batch | SampleError] = iter(())
+        self._batches: Generator[Batch | SampleError, None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the open loader gives next
+        _streams.add(self)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on.
@@ -92,6 +104,7 @@ class TrainStream:
         for step in range(first_step, self.steps_per_epoch):
             if self._position != (epoch, step):
                 self._open(epoch, step)
+            assert self._batches is not None
             self._position = None
             micro_batches = [self._checked(batch) for batch in islice(self._batches, self._plan.accumulation)]
             self._position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
@@ -99,8 +112,9 @@ class TrainStream:
 
     def close(self) -> None:
         """End the loader's worker processes."""
-        self._batches = iter(())  # the loader's iterator ends its workers when it is dropped
-        self._position = None
+        if self._batches is not None:
+            self._batches.close()  # drops the loader's iterator, which ends its workers
+        self._batches = self._position = None
 
     def _open(self, epoch: int, first_step: int) -> None:
         self.close()
@@ -115,7 +129,8 @@ class TrainStream:
             # model's random numbers depend on when the loader was opened.
             generator=torch.Generator(),
         )
-        self._batches = iter(loader)
+        batches: Any = iter(loader)  # a generator
+        self._batches = batches
         self._position = (epoch, first_step)
 
     def _checked(self, batch: Batch | SampleError) -> Batch:

@@ -1,0 +1,283 @@
+"""The streams on real shards: every sample exactly once, the same for any ranks and workers, resumable anywhere."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from ddetr.data.batch import Batch
+from ddetr.data.config import DataConfig
+from ddetr.data.index import ShardIndex
+from ddetr.data.shards import pack
+from ddetr.data.stream import SampleError, TrainStream, evaluation_batches
+from ddetr.data.transforms import evaluation_view
+
+CONFIG = DataConfig(
+    short_sides=(64, 80, 96),
+    validation_short_side=64,
+    long_side=128,
+    crop_resize_short_sides=(80, 96),
+    crop_sizes=(48, 72),
+    shuffle_window=16,
+    workers=0,
+)
+
+
+@pytest.fixture(scope="module")
+def index(synthetic_shards) -> ShardIndex:
+    index = ShardIndex.load(synthetic_shards)
+    assert index.num_samples == 24
+    assert len(index.shards) >= 2
+    return index
+
+
+def stream(index, workers=0, batch_size=4, accumulation=1, rank=0, world_size=1, seed=11, **changes) -> TrainStream:
+    config = CONFIG.model_copy(update={"workers": workers, **changes})
+    return TrainStream(
+        index, config, batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, seed=seed
+    )
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(Batch))
+
+
+def images_of(batch: Batch) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """image id -> (its unpadded pixels, boxes, labels)."""
+    result = {}
+    boxes = batch.boxes_cxcywh.split(batch.num_boxes.tolist())
+    labels = batch.labels.split(batch.num_boxes.tolist())
+    for n, image_id in enumerate(batch.image_ids.tolist()):
+        height, width = (~batch.padding_mask[n]).sum(0).max(), (~batch.padding_mask[n]).sum(1).max()
+        result[image_id] = (batch.images[n, :, :height, :width], boxes[n], labels[n])
+    return result
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "workers"), [(1, 2, 2), (2, 1, 0), (2, 2, 1), (4, 1, 3)])
+def test_any_number_of_ranks_and_workers_sees_the_same_images_at_each_step(index, world_size, accumulation, workers):
+    """Pixels, boxes and labels, against one rank without workers; and the order inside the global batch."""
+    whole = list(stream(index, batch_size=8).steps(epoch=2))
+    ranks = [stream(index, workers, 8, accumulation, rank, world_size) for rank in range(world_size)]
+    divided = [list(rank.steps(epoch=2)) for rank in ranks]
+    for rank in ranks:
+        rank.close()
+    assert len(whole) == 3
+    assert {len(steps) for steps in divided} == {3}
+    for step, (batch,) in enumerate(whole):
+        parts = [divided[rank][step][m] for m in range(accumulation) for rank in range(world_size)]
+        assert torch.cat([part.image_ids for part in parts]).tolist() == batch.image_ids.tolist()
+        expected = images_of(batch)
+        for part in parts:
+            for image_id, values in images_of(part).items():
+                assert all(torch.equal(a, b) for a, b in zip(values, expected[image_id], strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_each_sample_once_and_drops_the_remainder(index, workers):
+    everything = {int(i) for shard in index.shards for i in shard.samples["image_id"]}
+    for batch_size, steps in ((4, 6), (5, 4), (24, 1)):
+        with_workers = stream(index, workers, batch_size)
+        seen = Counter(i for (batch,) in with_workers.steps(0) for i in batch.image_ids.tolist())
+        with_workers.close()
+        assert set(seen.values()) == {1}
+        assert seen.total() == steps * batch_size == with_workers.steps_per_epoch * batch_size
+        assert set(seen) <= everything
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_resuming_gives_the_rest_of_the_epoch_and_the_next(index, workers):
+    whole = stream(index)
+    expected = [batch for epoch in (0, 1) for (batch,) in whole.steps(epoch)]
+    for first_step in (1, 4):
+        resumed = stream(index, workers)
+        batches = [b for (b,) in resumed.steps(0, first_step)] + [b for (b,) in resumed.steps(1)]
+        resumed.close()
+        assert len(batches) == len(expected) - first_step
+        assert all(same(a, b) for a, b in zip(batches, expected[first_step:], strict=True))
+
+
+def test_a_stream_can_be_left_and_entered_anywhere(index):
+    a_stream = stream(index, workers=1)
+    expected = [batch for (batch,) in stream(index).steps(0)]
+    steps = a_stream.steps(0)
+    assert same(next(steps)[0], expected[0])
+    assert same(next(a_stream.steps(0, 4))[0], expected[4])
+    assert same(next(a_stream.steps(0, 5))[0], expected[5])
+    assert same(next(steps)[0], expected[1])
+    a_stream.close()
+
+
+def test_epochs_and_seeds_change_order_and_augmentation(index):
+    first, second = ([batch for (batch,) in stream(index).steps(epoch)] for epoch in (0, 1))
+    other = [batch for (batch,) in stream(index, seed=12).steps(0)]
+    for one, two in ((first, second), (first, other)):
+        assert [b.image_ids.tolist() for b in one] != [b.image_ids.tolist() for b in two]
+        images = [{i: v for b in batches for i, v in images_of(b).items()} for batches in (one, two)]
+        different = [i for i in images[0] if not torch.equal(images[0][i][0], images[1][i][0])]
+        assert len(different) >= 16  # one in a dozen draws the same view of the whole image twice
+
+
+def test_the_global_random_numbers_are_left_alone(index):
+    """Else a model's dropout would depend on when its loader was opened."""
+    before = torch.get_rng_state()
+    a_stream = stream(index, workers=1)
+    next(a_stream.steps(0))
+    a_stream.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_closing_ends_the_workers(index):
+    before = set(multiprocessing.active_children())
+    a_stream = stream(index, workers=2)
+    next(a_stream.steps(0))
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    a_stream.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_bad_batch_sizes_are_named(index):
+    with pytest.raises(ValueError, match=r"train.batch_size must be a multiple .* got 6"):
+        stream(index, batch_size=6, world_size=4)
+    with pytest.raises(ValueError, match=r"train.batch_size must be at most .* 24, got 25"):
+        stream(index, batch_size=25)
+
+
+def cut_image(index: ShardIndex, image_id: int) -> tuple[str, str]:
+    """Zero the second half of an image inside its shard, which keeps its size; returns shard and key."""
+    for shard in index.shards:
+        for row in range(len(shard.samples)):
+            sample = shard.samples[row]
+            if sample["image_id"] == image_id:
+                half = int(sample["image_bytes"]) // 2
+                with shard.path.open("r+b") as file:
+                    file.seek(int(sample["image_offset"]) + half)
+                    file.write(bytes(int(sample["image_bytes"]) - half))
+                return shard.name, shard.key(row)
+    raise AssertionError(image_id)
+
+
+@pytest.fixture
+def own_index(synthetic_shards, tmp_path) -> ShardIndex:
+    return ShardIndex.load(shutil.copytree(synthetic_shards, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_one_clear_error_at_its_step(own_index, workers):
+    ids = [batch.image_ids.tolist() for (batch,) in stream(own_index).steps(0)]
+    shard, key = cut_image(own_index, ids[3][1])
+    a_stream = stream(own_index, workers)
+    steps = a_stream.steps(0)
+    assert [next(steps)[0].image_ids.tolist() for _ in range(3)] == ids[:3]
+    with pytest.raises(SampleError, match=rf"{shard}: sample {key}: the image .* is damaged.*data check") as error:
+        next(steps)
+    assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+    # Resuming behind it does not read it.
+    assert [batch.image_ids.tolist() for (batch,) in a_stream.steps(0, 4)] == ids[4:]
+    a_stream.close()
+
+
+def test_a_shard_cut_short_while_training_is_named(own_index):
+    os.truncate(own_index.shards[0].path, 2000)
+    with pytest.raises(SampleError, match=r"shard-000000.tar: sample \d{12}: the shard ends \d+ bytes early"):
+        list(stream(own_index).steps(0))
+
+
+def test_workers_end_with_their_trainer(synthetic_shards):
+    program = (
+        "import sys, time, multiprocessing;"
+        "from ddetr.data.config import DataConfig; from ddetr.data.index import ShardIndex;"
+        "from ddetr.data.stream import TrainStream;"
+        "s = TrainStream(ShardIndex.load(sys.argv[1]), DataConfig(short_sides=(64,), crop=False, workers=2),"
+        "                batch_size=4, accumulation=1, rank=0, world_size=1, seed=0);"
+        "next(s.steps(0));"
+        "print(*[p.pid for p in multiprocessing.active_children()], flush=True);"
+        "time.sleep(60 if sys.argv[2] == 'wait' else 0)"
+    )
+    for behaviour in ("wait", "leave"):  # killed, and ended without closing its stream
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(synthetic_shards), behaviour], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        if behaviour == "wait":
+            process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=30) == (-signal.SIGKILL if behaviour == "wait" else 0)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() and not _is_zombie(pid) for pid in workers):
+            assert time.monotonic() < deadline, "loader workers outlive their trainer"
+            time.sleep(0.1)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_evaluation_sees_each_image_once_in_batches_of_one_size(coco_free, tmp_path, workers):
+    index = pack(coco_free / "annotations_val.json", coco_free / "images", tmp_path, workers=1, shard_bytes=4 << 20)
+    config = DataConfig(validation_short_side=96, long_side=160, workers=workers)
+    seen: Counter[int] = Counter()
+    for number, shard in enumerate(index.shards):
+        batches = list(evaluation_batches(index, number, config, batch_size=4))
+        again = list(evaluation_batches(index, number, CONFIG.model_copy(update=dict(config)), batch_size=4))
+        assert all(same(a, b) for a, b in zip(batches, again, strict=True))
+        assert max(len(batch.image_ids) for batch in batches) == 4
+        size_of = {int(s["image_id"]): (int(s["height"]), int(s["width"])) for s in shard.samples}
+        for batch in batches:
+            assert not batch.padding_mask.any()
+            for image_id, size in zip(batch.image_ids.tolist(), batch.original_sizes.tolist(), strict=True):
+                assert tuple(size) == size_of[image_id]
+                assert evaluation_view(*size, config).size == tuple(batch.images.shape[2:])
+        seen.update(i for batch in batches for i in batch.image_ids.tolist())
+    assert len(seen) == 44
+    assert set(seen.values()) == {1}
+
+
+def test_evaluation_names_a_broken_image_and_can_be_left(own_index):
+    image_id = int(own_index.shards[0].samples[2]["image_id"])
+    shard, key = cut_image(own_index, image_id)
+    for workers in (0, 2):
+        config = CONFIG.model_copy(update={"workers": workers})
+        with pytest.raises(SampleError, match=rf"{shard}: sample {key}: the image in the shard is damaged"):
+            list(evaluation_batches(own_index, 0, config, batch_size=2))
+        left = evaluation_batches(own_index, 1, config, batch_size=2)
+        next(left)
+        left.close()
+
+
+def test_real_coco_with_the_published_augmentation(coco_free, tmp_path):
+    index = pack(coco_free / "annotations.json", coco_free / "images", tmp_path, workers=1)
+    truth = index.ground_truth()
+    single = Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
+    config = DataConfig(short_sides=(128, 160), long_side=320, crop_resize_short_sides=(100,), crop_sizes=(64, 100))
+    a_stream = TrainStream(index, config, batch_size=11, accumulation=1, rank=0, world_size=1, seed=0)
+    found: Counter[int] = Counter()
+    for (batch,) in a_stream.steps(0):
+        corners = torch.cat((batch.boxes_cxcywh[:, :2] - batch.boxes_cxcywh[:, 2:] / 2,), 1)
+        assert corners.min() >= -1e-6
+        assert (batch.boxes_cxcywh[:, :2] + batch.boxes_cxcywh[:, 2:] / 2).max() <= 1 + 1e-6
+        assert (batch.boxes_cxcywh[:, 2:] > 0).all()
+        assert batch.labels.min() >= 0
+        assert batch.labels.max() < len(index.categories) == 80
+        found.update(dict(zip(batch.image_ids.tolist(), batch.num_boxes.tolist(), strict=True)))
+        if 86 in batch.image_ids.tolist():  # a grayscale JPEG
+            pixels = images_of(batch)[86][0]
+            assert torch.equal(pixels[0], pixels[1])
+    a_stream.close()
+    assert len(found) == 121
+    assert found[508] == 0
+    assert all(found[image_id] <= single[image_id] for image_id in found)
+    assert found.total() > 0.8 * single.total()

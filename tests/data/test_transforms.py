@@ -1,0 +1,207 @@
+"""Decoding, the published sizes, and views against torchvision's transforms applied step by step."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from ddetr.data import transforms
+from ddetr.data.boxes import cxcywh_to_xyxy
+from ddetr.data.categories import Categories
+from ddetr.data.config import DataConfig
+from ddetr.data.plan import random_numbers
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+CATEGORIES = Categories(ids=(1, 23, 56), names=("disc", "triangle", "cross"))
+SIZES = [(480, 640), (640, 480), (427, 640), (333, 500), (500, 500), (375, 1242), (100, 900), (800, 1066), (37, 23)]
+
+
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Smooth enough to be resampled without aliasing."""
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def published_size(image_size, size, max_size=None):
+    """`get_size_with_aspect_ratio` of the published code; sizes are (width, height), the result is (height, width)."""
+    w, h = image_size
+    if max_size is not None:
+        min_original_size = float(min((w, h)))
+        max_original_size = float(max((w, h)))
+        if max_original_size / min_original_size * size > max_size:
+            size = round(max_size * min_original_size / max_original_size)
+    if (w <= h and w == size) or (h <= w and h == size):
+        return (h, w)
+    if w < h:
+        ow = size
+        oh = int(size * h / w)
+    else:
+        oh = size
+        ow = int(size * w / h)
+    return (oh, ow)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_sizes_are_the_published_ones(height, width):
+    for short_side in (128, 333, 480, 512, 600, 800):
+        for long_side in (None, 192, 1000, 1333):
+            expected = published_size((width, height), short_side, long_side)
+            assert transforms.resized_size(height, width, short_side, long_side) == expected
+
+
+def test_evaluation_sizes_of_common_coco_images():
+    config = DataConfig()
+    sizes = [
+        transforms.evaluation_view(h, w, config).size for h, w in [(480, 640), (640, 480), (427, 640), (300, 1000)]
+    ]
+    assert sizes == [(800, 1066), (1066, 800), (800, 1199), (400, 1333)]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (500, 375)])
+def test_a_cropped_view_agrees_with_resize_crop_resize_flip(height, width, flipped):
+    """The one resampling of a rectangle against the published chain of steps, for boxes and for pixels."""
+    random = np.random.default_rng(1)
+    corners = np.sort(random.uniform(-30, 670, (40, 2, 2)), axis=1).reshape(40, 4)
+    given = torch.tensor(corners, dtype=torch.float64)
+    first, (top, left, crop_height, crop_width) = transforms.resized_size(height, width, 500), (60, 90, 400, 384)
+    size = transforms.resized_size(crop_height, crop_width, 608, 1333)
+
+    image = tv_tensors.Image(torch.from_numpy(np.asarray(photograph(height, width)).copy()).permute(2, 0, 1))
+    boxes = F.clamp_bounding_boxes(tv_tensors.BoundingBoxes(given, format="XYXY", canvas_size=(height, width)))
+    for step in (
+        lambda x: F.resize(x, list(first), antialias=True),
+        lambda x: F.crop(x, top, left, crop_height, crop_width),
+        lambda x: F.resize(x, list(size), antialias=True),
+        lambda x: F.horizontal_flip(x) if flipped else x,
+    ):
+        image, boxes = step(image), step(boxes)
+    boxes = F.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor)
+    expected_kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    relative = boxes[expected_kept] / torch.tensor([size[1], size[0]] * 2)
+
+    x_scale, y_scale = width / first[1], height / first[0]
+    window = (left * x_scale, top * y_scale, (left + crop_width) * x_scale, (top + crop_height) * y_scale)
+    view = transforms.View(window, size, flipped)
+    boxes_cxcywh, kept = transforms.view_boxes(given, height, width, view)
+    assert 5 < kept.sum() < 40
+    assert kept.tolist() == expected_kept.tolist()
+    torch.testing.assert_close(cxcywh_to_xyxy(boxes_cxcywh), relative.float(), atol=2e-6, rtol=0)
+
+    pixels = transforms.view_pixels(photograph(height, width), view)
+    assert pixels.shape == image.shape
+    assert (pixels.float() - image.float()).abs().mean() < 1.0
+
+
+def test_the_whole_image_is_resampled_exactly_as_pil_does():
+    image = photograph(300, 400)
+    view = transforms.evaluation_view(300, 400, DataConfig(validation_short_side=150))
+    expected = np.asarray(image.resize((200, 150), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.array_equal(transforms.view_pixels(image, view).numpy(), expected)
+    mirrored = transforms.View(view.window_xyxy, view.size, flipped=True)
+    assert np.array_equal(transforms.view_pixels(image, mirrored).numpy(), expected[:, :, ::-1])
+
+
+def test_views_are_drawn_as_published():
+    config = DataConfig()
+    views = [transforms.training_view(480, 640, config, random_numbers(0, 0, i)) for i in range(2000)]
+    assert abs(sum(view.flipped for view in views) / 2000 - 0.5) < 0.05
+    whole = [view for view in views if view.window_xyxy == (0, 0, 640, 480)]
+    assert abs(len(whole) / 2000 - 0.5) < 0.05
+    assert {view.size[0] for view in whole} == set(config.short_sides)
+    for view in views:
+        left, top, right, bottom = view.window_xyxy
+        assert 0 <= left < right <= 640 + 1e-9
+        assert 0 <= top < bottom <= 480 + 1e-9
+        assert min(view.size) <= 800
+        assert max(view.size) <= 1333
+    cropped = [view.window_xyxy for view in views if view.window_xyxy != (0, 0, 640, 480)]
+    # After resizing to a short side s in 400..600 a crop is at least 384 of s pixels, so 0.64 of the side or more.
+    assert min(bottom - top for _, top, _, bottom in cropped) >= 480 * 384 / 600 - 1e-9
+    assert len(set(cropped)) > 900
+
+
+def test_without_crop_the_whole_image_is_seen():
+    config = DataConfig(crop=False, flip_probability=0)
+    views = [transforms.training_view(480, 640, config, random_numbers(0, 0, i)) for i in range(200)]
+    assert all(view.window_xyxy == (0, 0, 640, 480) and not view.flipped for view in views)
+
+
+def test_images_smaller_than_the_crop_are_kept_whole():
+    config = DataConfig(crop_resize_short_sides=(100,), crop_sizes=(384, 600))
+    for i in range(50):
+        left, top, right, bottom = transforms.training_view(80, 80, config, random_numbers(0, 0, i)).window_xyxy
+        assert (left, top, right, bottom) == pytest.approx((0, 0, 80, 80))
+
+
+def test_boxes_of_a_sample_by_hand():
+    """An overhanging box is clipped, one without area and a crowd are left out, labels follow sparse ids."""
+    annotations = [
+        {"id": 1, "bbox": [10, 20, 30, 40], "category_id": 56, "area": 1200, "iscrowd": 0},
+        {"id": 2, "bbox": [90, 40, 30, 40], "category_id": 1, "area": 1200, "iscrowd": 0},
+        {"id": 3, "bbox": [10, 10, 0, 5], "category_id": 1, "area": 0, "iscrowd": 0},
+        {"id": 4, "bbox": [0, 0, 50, 50], "category_id": 23, "area": 2500, "iscrowd": 1},
+    ]
+    view = transforms.View((0, 0, 100, 80), (160, 200), flipped=True)
+    sample = transforms.annotated_sample(Image.new("RGB", (100, 80)), view, annotations, CATEGORIES, image_id=9)
+    expected = [[1 - 0.25, 0.5, 0.3, 0.5], [1 - 0.95, 0.75, 0.1, 0.5]]
+    torch.testing.assert_close(sample.boxes_cxcywh, torch.tensor(expected))
+    assert sample.labels.tolist() == [2, 0]
+    assert sample.image.shape == (3, 160, 200)
+    assert (sample.image_id, sample.original_size) == (9, (80, 100))
+
+
+def test_an_empty_image_stays():
+    view = transforms.View((0, 0, 10, 10), (20, 20))
+    sample = transforms.annotated_sample(Image.new("RGB", (10, 10)), view, [], CATEGORIES, image_id=1)
+    assert sample.boxes_cxcywh.shape == (0, 4)
+    assert sample.labels.shape == (0,)
+
+
+def test_prediction_sees_what_evaluation_sees():
+    image = np.asarray(photograph(90, 120))
+    config = DataConfig(validation_short_side=45)
+    sample = transforms.evaluation_sample(image, config, image_id=4)
+    view = transforms.evaluation_view(90, 120, config)
+    expected = transforms.annotated_sample(Image.fromarray(image), view, [], CATEGORIES, image_id=4)
+    assert torch.equal(sample.image, expected.image)
+    assert sample.original_size == (90, 120)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1"])
+def test_every_mode_becomes_rgb(mode):
+    image = photograph(32, 48).convert(mode)
+    file_format = "JPEG" if mode in ("L", "CMYK") else "PNG"
+    options = {"quality": 95} if file_format == "JPEG" else {}
+    pixels = transforms.load_image(encoded(image, file_format, **options))
+    assert pixels.shape == (32, 48, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(float) - np.asarray(image.convert("RGB"), dtype=float)).mean() < 4
+
+
+def test_sixteen_bit_grayscale_keeps_its_range():
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = transforms.load_image(encoded(Image.fromarray(ramp), "PNG"))
+    assert np.array_equal(pixels[..., 0], ramp >> 8)
+
+
+def test_exif_rotation_is_not_applied():
+    exif = Image.Exif()
+    exif[274] = 6  # show rotated by a quarter turn
+    assert transforms.load_image(encoded(photograph(30, 50), "JPEG", exif=exif)).shape == (30, 50, 3)
+
+
+def test_broken_files_are_refused():
+    data = encoded(photograph(64, 64), "JPEG")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        transforms.load_image(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="not an image"):
+        transforms.load_image(b"no picture at all")
