@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 
 REACHABLE_SECONDS = 5.0
+START = "Start one with `ray start --head` and join nodes with `ray start --address=HOST:PORT`"
+TOKEN = "A cluster with token authentication, Ray's default, wants its token in RAY_AUTH_TOKEN here and on every node"
 
 
 @contextlib.contextmanager
@@ -30,14 +32,11 @@ def cluster(address: str) -> Iterator[None]:
             else:
                 ray.init(address=address, **quiet)
     except ConnectionError as error:
-        raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}") from error
+        raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}. {TOKEN}") from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-START = "Start one with `ray start --head` and join nodes with `ray start --address=HOST:PORT`"
 
 
 def _check_reachable(address: str) -> None:
