@@ -1,7 +1,7 @@
 // Forward and backward of both operators for one instruction set, given by the template argument Simd.
 //
 // Included by cpu_portable.cpp, cpu_avx2.cpp and cpu_avx512.cpp, each inside its own namespace and after it has
-// switched the compiler to its instruction set; hence no include guard and no includes here.
+// switched the compiler to its instruction set; hence no include guard here, nor in cpu_numbers.h.
 //
 // A task owns one (batch, head), so the gradient of its values is its own: no atomics, and the same bits whatever
 // the number of threads. A task copies its values, which lie H*D apart, into a dense float buffer first: gathering
@@ -10,104 +10,10 @@
 // A corner outside the map points at a row of zeros (a waste row for gradients): the gathers have no branch, and a
 // NaN in value cannot reach a query that does not sample it.
 
-using Half = torch::headeronly::Half;
-using BFloat16 = torch::headeronly::BFloat16;
+#include "cpu_numbers.h"
 
 constexpr int kBlock = 8;     // queries of a block
 constexpr int kPad = 16;      // points of a query are padded to full vectors, whatever the instruction set
-
-// Calls body with a null pointer of the storage type.
-template <class T, class Body>
-void with_storage(ScalarType type, const Body& body) {
-  if constexpr (std::is_same_v<T, double>) {
-    body(static_cast<double*>(nullptr));
-  } else if (type == ScalarType::Half) {
-    body(static_cast<Half*>(nullptr));
-  } else if (type == ScalarType::BFloat16) {
-    body(static_cast<BFloat16*>(nullptr));
-  } else {
-    body(static_cast<float*>(nullptr));
-  }
-}
-
-template <class T>
-inline void widen(const T* source, T* target, int64_t count) {
-  std::memcpy(target, source, count * sizeof(T));
-}
-template <class T>
-inline void narrow(const T* source, T* target, int64_t count) {
-  std::memcpy(target, source, count * sizeof(T));
-}
-inline void widen(const BFloat16* source, float* target, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) target[i] = std::bit_cast<float>(static_cast<uint32_t>(source[i].x) << 16);
-}
-inline void narrow(const float* source, BFloat16* target, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(source[i]);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-    target[i].x = static_cast<uint16_t>(source[i] != source[i] ? 0x7fc0 : rounded);
-  }
-}
-
-// Each instruction set brings its own.
-inline void widen(const Half* source, float* target, int64_t count);
-inline void narrow(const float* source, Half* target, int64_t count);
-
-// floor, for numbers that fit an int32.
-template <class Simd>
-inline typename Simd::V floored(typename Simd::V x) {
-  const auto truncated = __builtin_convertvector(__builtin_convertvector(x, typename Simd::I), typename Simd::V);
-  return truncated > x ? truncated - 1 : truncated;
-}
-
-// exp of x <= 0 (or NaN), within 2 units in the last place. After Cephes.
-template <class Simd>
-inline typename Simd::V exponential(typename Simd::V x) {
-  using V = typename Simd::V;
-  using I = typename Simd::I;
-  if constexpr (std::is_same_v<typename Simd::T, double>) {
-    for (int lane = 0; lane < Simd::kWidth; ++lane) x[lane] = std::exp(x[lane]);
-    return x;
-  } else {
-    const V lowest = Simd::set(-87.0f);
-    const V bounded = x > lowest ? x : lowest;  // a NaN becomes -87 here and returns at the end
-    const V whole = floored<Simd>(bounded * 1.44269504088896341f + 0.5f);
-    const V rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    V sum = Simd::fma(Simd::set(1.9875691500e-4f), rest, Simd::set(1.3981999507e-3f));
-    sum = Simd::fma(sum, rest, Simd::set(8.3334519073e-3f));
-    sum = Simd::fma(sum, rest, Simd::set(4.1665795894e-2f));
-    sum = Simd::fma(sum, rest, Simd::set(1.6666665459e-1f));
-    sum = Simd::fma(sum, rest, Simd::set(5.0000001201e-1f));
-    sum = Simd::fma(sum, rest * rest, rest + 1.0f);
-    const I power = (__builtin_convertvector(whole, I) + 127) << 23;
-    const V result = sum * std::bit_cast<V>(power);
-    return x < lowest ? Simd::zero() : result + (x - x);
-  }
-}
-
-// Aligned memory that the system may back with huge pages.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    const size_t huge = size_t{2} << 20;
-    const size_t bytes = count * sizeof(T) + 64;
-    const size_t alignment = bytes >= huge ? huge : 64;
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
-    if (data_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == huge) madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* data_;
-};
 
 template <class Simd>
 class Kernel {
@@ -171,7 +77,7 @@ class Kernel {
         const int64_t last = std::min(blocks * (part + 1) / parts * kBlock, p_.queries);
         for (int64_t query = first; query < last; query += kBlock) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, last - query));
-          for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, scratch);
+          prepare_block(batch, query, count, head, scratch);
           for (int q = 0; q < count; ++q) {
             const int64_t place = ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
             T* const spare = scratch.channels.data();
@@ -202,7 +108,7 @@ class Kernel {
         }
         for (int64_t query = 0; query < p_.queries; query += kBlock) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
-          for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, scratch);
+          prepare_block(batch, query, count, head, scratch);
           for (int q = 0; q < count; ++q) {
             const int64_t pair_index = (batch * p_.queries + query + q) * p_.heads + head;
             const T* const gradient_of_sums = readable(gradients.output, p_.value_type, whole_channels(),
@@ -234,7 +140,7 @@ class Kernel {
           dots(4 * kernel.padded_),
           pairs(2 * kernel.padded_),
           scores(kernel.padded_, kNothing),  // the padding stays: a softmax weight of zero
-          expanded(4 * (kernel.padded_ + 4)),
+          expanded(4 * (kBlock * kernel.padded_ + 4)),
           reference(4 * kernel.p_.levels),
           zeros(kernel.stride_),
           waste(kernel.stride_),
@@ -246,7 +152,7 @@ class Kernel {
       }
       for (int k = 0; k < 4; ++k) weight[k] = next + k * count, row[k] = integers.data() + k * count;
       next = expanded.data();
-      for (T** array : {&reference_x, &reference_y, &scale_x, &scale_y}) *array = next, next += kernel.padded_ + 4;
+      for (T** array : {&reference_x, &reference_y, &scale_x, &scale_y}) *array = next, next += count + 4;
     }
     std::vector<T> floats;
     std::vector<Index> integers;
@@ -255,7 +161,7 @@ class Kernel {
     T *fraction_x, *fraction_y;      // of the pixel, right of and below the top left corner
     T *poison;                       // 0, or NaN where location or weight is not finite
     T *offset_x, *offset_y;          // fused operator
-    T *reference_x, *reference_y, *scale_x, *scale_y;  // fused operator, of one query
+    T *reference_x, *reference_y, *scale_x, *scale_y;  // fused operator: location = reference + offset * scale
     T *weight[4];                    // attention times bilinear: top left, top right, bottom left, bottom right
     Index* row[4];                 // of that corner, or the index that stands for "outside"
   };
@@ -291,10 +197,15 @@ class Kernel {
   bool whole_channels() const { return p_.channels == stride_; }
 
   static void load(const void* source, ScalarType type, int64_t first, int64_t count, T* target) {
-    with_storage<T>(type, [&](auto* storage) { widen(static_cast<decltype(storage)>(const_cast<void*>(source)) + first, target, count); });
+    with_storage<T>(type, [&](auto* storage) {
+      using Stored = std::remove_pointer_t<decltype(storage)>;
+      widen(static_cast<const Stored*>(source) + first, target, count);
+    });
   }
   static void store(const T* source, ScalarType type, void* target, int64_t first, int64_t count) {
-    with_storage<T>(type, [&](auto* storage) { narrow(source, static_cast<decltype(storage)>(target) + first, count); });
+    with_storage<T>(type, [&](auto* storage) {
+      narrow(source, static_cast<decltype(storage)>(target) + first, count);
+    });
   }
 
   void copy_values(int64_t batch, int64_t head, T* target) const {
@@ -302,8 +213,17 @@ class Kernel {
       const auto* source = static_cast<const std::remove_pointer_t<decltype(storage)>*>(p_.value) +
                            (batch * p_.positions * p_.heads + head) * p_.channels;
       for (int64_t row = 0; row < p_.positions; ++row) {
-        widen(source + row * p_.heads * p_.channels, target + row * stride_, p_.channels);
-        for (int64_t c = p_.channels; c < stride_; ++c) target[row * stride_ + c] = T(0);
+        const auto* const from = source + row * p_.heads * p_.channels;
+        T* const to = target + row * stride_;
+        __builtin_prefetch(from + 16 * p_.heads * p_.channels);
+        if constexpr (std::is_same_v<decltype(storage), T*>) {
+          if (whole_channels()) {  // memcpy is a call, for two vectors
+            for (int64_t c = 0; c < stride_; c += W) Simd::store(to + c, Simd::load(from + c));
+            continue;
+          }
+        }
+        widen(from, to, p_.channels);
+        for (int64_t c = p_.channels; c < stride_; ++c) to[c] = T(0);
       }
     });
   }
@@ -317,7 +237,27 @@ class Kernel {
     });
   }
 
-  // Phase one: rows and weights of every corner of every point of one query, into slot q of the block.
+  // Phase one, of one block. The numbers of a head lie H*L*P apart from query to query, too far for the processor to
+  // fetch them ahead by itself.
+  void prepare_block(int64_t batch, int64_t query, int count, int64_t head, Scratch& s) const {
+    const int64_t last = p_.queries - 1, first = batch * p_.queries;
+    for (int q = 0; q < count; ++q) {
+      prefetch((first + std::min(query + kBlock + q, last)) * p_.heads + head);
+      // All of them before the first is used: a wide load must wait for narrow stores that are still on their way.
+      if (p_.reference_size != 0) load_reference(batch, query + q, q * padded_, s);
+    }
+    for (int q = 0; q < count; ++q) prepare(batch, query + q, head, q, s);
+  }
+
+  void prefetch(int64_t item) const {
+    const int64_t bytes = p_.point_type == ScalarType::Double ? 8 : p_.point_type == ScalarType::Float ? 4 : 2;
+    const char* const coordinates = static_cast<const char*>(p_.coordinates) + 2 * item * points_ * bytes;
+    const char* const scores = static_cast<const char*>(p_.scores) + item * points_ * bytes;
+    for (int64_t i = 0; i < 2 * points_ * bytes; i += 64) __builtin_prefetch(coordinates + i);
+    for (int64_t i = 0; i < points_ * bytes; i += 64) __builtin_prefetch(scores + i);
+  }
+
+  // Rows and weights of every corner of every point of one query, into slot q of the block.
   void prepare(int64_t batch, int64_t query, int64_t head, int q, Scratch& s) const {
     load_points(batch, query, head, q * padded_, s);
     const V one = Simd::set(1), lowest = Simd::set(-2);
@@ -357,7 +297,6 @@ class Kernel {
     const T* const scores = readable(p_.scores, p_.point_type, whole_points(), first, points_, s.scores.data());
     if (p_.reference_size != 0) {
       softmax(scores, s.score + slot);
-      load_reference(batch, query, s);
     }
     for (int64_t i = 0; i < padded_; i += W) {
       V x, y;
@@ -366,25 +305,25 @@ class Kernel {
         Simd::store(s.score + slot + i, Simd::load(scores + i));
       } else {
         Simd::store(s.offset_x + slot + i, x), Simd::store(s.offset_y + slot + i, y);
-        x = Simd::fma(x, Simd::load(s.scale_x + i), Simd::load(s.reference_x + i));
-        y = Simd::fma(y, Simd::load(s.scale_y + i), Simd::load(s.reference_y + i));
+        x = Simd::fma(x, Simd::load(s.scale_x + slot + i), Simd::load(s.reference_x + slot + i));
+        y = Simd::fma(y, Simd::load(s.scale_y + slot + i), Simd::load(s.reference_y + slot + i));
       }
       Simd::store(s.x + slot + i, x), Simd::store(s.y + slot + i, y);
     }
   }
 
   // Reference point and what an offset is multiplied with, for every point of one query.
-  void load_reference(int64_t batch, int64_t query, Scratch& s) const {
+  void load_reference(int64_t batch, int64_t query, int64_t slot, Scratch& s) const {
     const int64_t size = p_.reference_size;
     const T share = T(0.5) / static_cast<T>(p_.points);
     const T* reference = s.reference.data();
     load(p_.reference, p_.point_type, (batch * p_.queries + query) * p_.levels * size, p_.levels * size,
          s.reference.data());
     for (int64_t level = 0; level < p_.levels; ++level, reference += size) {
-      const int64_t start = level * p_.points, end = start + p_.points;
+      const int64_t start = slot + level * p_.points, end = start + p_.points;
       const T scale_x = size == 4 ? reference[2] * share : inverse_width_[level];
       const T scale_y = size == 4 ? reference[3] * share : inverse_height_[level];
-      // Four at a time: what spills over belongs to the next level, which overwrites it, or to the padding.
+      // Four at a time: what spills over belongs to the next level or query, which overwrites it, or to the padding.
       for (int64_t i = start; i < end; i += 4) {
         for (int j = 0; j < 4; ++j) {
           s.reference_x[i + j] = reference[0], s.reference_y[i + j] = reference[1];
@@ -487,10 +426,9 @@ class Kernel {
         const int64_t size = p_.reference_size;
         sum_reference_gradient(s, slot, static_cast<T*>(gradients.reference) + pair * p_.levels * size);
       }
-      load_reference(batch, query, s);
       for (int64_t i = 0; i < padded_; i += W) {
-        Simd::store(grad_x + i, Simd::load(grad_x + i) * Simd::load(s.scale_x + i));
-        Simd::store(grad_y + i, Simd::load(grad_y + i) * Simd::load(s.scale_y + i));
+        Simd::store(grad_x + i, Simd::load(grad_x + i) * Simd::load(s.scale_x + slot + i));
+        Simd::store(grad_y + i, Simd::load(grad_y + i) * Simd::load(s.scale_y + slot + i));
       }
     }
     T* const pairs = writable(gradients.coordinates, p_.point_type, whole_points(), 2 * pair * points_, s.pairs.data());

@@ -1,0 +1,99 @@
+// Numbers for cpu_kernel.h: storage types to and from float, floor and exp in vectors, and large buffers.
+//
+// Like cpu_kernel.h, read once for every instruction set: no include guard.
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+
+// Calls body with a null pointer of the storage type.
+template <class T, class Body>
+void with_storage(ScalarType type, const Body& body) {
+  if constexpr (std::is_same_v<T, double>) {
+    body(static_cast<double*>(nullptr));
+  } else if (type == ScalarType::Half) {
+    body(static_cast<Half*>(nullptr));
+  } else if (type == ScalarType::BFloat16) {
+    body(static_cast<BFloat16*>(nullptr));
+  } else {
+    body(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T>
+inline void widen(const T* source, T* target, int64_t count) {
+  std::memcpy(target, source, count * sizeof(T));
+}
+template <class T>
+inline void narrow(const T* source, T* target, int64_t count) {
+  std::memcpy(target, source, count * sizeof(T));
+}
+inline void widen(const BFloat16* source, float* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) target[i] = std::bit_cast<float>(static_cast<uint32_t>(source[i].x) << 16);
+}
+inline void narrow(const float* source, BFloat16* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(source[i]);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    target[i].x = static_cast<uint16_t>(source[i] != source[i] ? 0x7fc0 : rounded);
+  }
+}
+
+// Each instruction set brings its own.
+inline void widen(const Half* source, float* target, int64_t count);
+inline void narrow(const float* source, Half* target, int64_t count);
+
+// floor, for numbers that fit an int32.
+template <class Simd>
+inline typename Simd::V floored(typename Simd::V x) {
+  const auto truncated = __builtin_convertvector(__builtin_convertvector(x, typename Simd::I), typename Simd::V);
+  return truncated > x ? truncated - 1 : truncated;
+}
+
+// exp of x <= 0 (or NaN), within 2 units in the last place. After Cephes.
+template <class Simd>
+inline typename Simd::V exponential(typename Simd::V x) {
+  using V = typename Simd::V;
+  using I = typename Simd::I;
+  if constexpr (std::is_same_v<typename Simd::T, double>) {
+    for (int lane = 0; lane < Simd::kWidth; ++lane) x[lane] = std::exp(x[lane]);
+    return x;
+  } else {
+    const V lowest = Simd::set(-87.0f);
+    const V bounded = x > lowest ? x : lowest;  // a NaN becomes -87 here and returns at the end
+    const V whole = floored<Simd>(bounded * 1.44269504088896341f + 0.5f);
+    const V rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    V sum = Simd::fma(Simd::set(1.9875691500e-4f), rest, Simd::set(1.3981999507e-3f));
+    sum = Simd::fma(sum, rest, Simd::set(8.3334519073e-3f));
+    sum = Simd::fma(sum, rest, Simd::set(4.1665795894e-2f));
+    sum = Simd::fma(sum, rest, Simd::set(1.6666665459e-1f));
+    sum = Simd::fma(sum, rest, Simd::set(5.0000001201e-1f));
+    sum = Simd::fma(sum, rest * rest, rest + 1.0f);
+    const I power = (__builtin_convertvector(whole, I) + 127) << 23;
+    const V result = sum * std::bit_cast<V>(power);
+    return x < lowest ? Simd::zero() : result + (x - x);
+  }
+}
+
+// Aligned memory that the system may back with huge pages.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t huge = size_t{2} << 20;
+    const size_t bytes = count * sizeof(T) + 64;
+    const size_t alignment = bytes >= huge ? huge : 64;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
+    if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == huge) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
