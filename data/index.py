@@ -131,7 +131,7 @@ class ShardIndex:
             shards = [Shard.from_json(folder, item) for item in values["shards"]]
             return cls(folder, Categories.from_json(values["categories"]), values["source"], shards)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a usable index ({error}); pack the images again") from error
+            raise ValueError(f"{path}: not a usable index ({error}); delete the folder and pack again") from error
 
     def save(self) -> None:
         """Write index.json, whole or not at all."""
