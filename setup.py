@@ -46,7 +46,7 @@ class BuildOperators(build_ext):
             objects = list(pool.map(self._compile, ext.sources))
         libraries = ["-ltorch_cpu"]
         if ext.name.endswith("_cuda"):
-            home = _nvcc().parent.parent
+            home = _cuda_home()
             libraries += [*self._libtorch_cuda(), f"-L{home / 'lib64'}", f"-L{home / 'lib'}"]
             libraries += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         # Linked beside the target and renamed: a process that has the old file open keeps it whole.
@@ -70,14 +70,12 @@ class BuildOperators(build_ext):
         host += ["-fno-math-errno", "-fno-trapping-math"]
         shared = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
         shared += ["-isystem", str(self.torch_folder / "include")]
-        nvcc = _nvcc()
         if source.endswith(".cu"):
-            command = [str(nvcc), *shared, "--threads=2", *_gencode(), *(f"-Xcompiler={flag}" for flag in host)]
+            command = [str(_cuda_home() / "bin/nvcc"), *shared, "--threads=2", *_gencode(), *(f"-Xcompiler={flag}" for flag in host)]
         else:
             command = [_cxx(), *shared, *host]
             if Path(source).name == "cuda.cpp":
-                home = nvcc.parent.parent
-                command += ["-DUSE_CUDA", "-isystem", str(home / "include")]
+                command += ["-DUSE_CUDA", "-isystem", str(_cuda_home() / "include")]
                 command += [f'-DDDETR_CUDA_ARCHITECTURES="{";".join(_cuda_architectures())}"']
         # An object is named by all that went into it, so that a rebuild compiles only what changed. Not in build_temp:
         # an editable install throws that away.
@@ -120,6 +118,12 @@ def _nvcc() -> Path | None:
             return Path(candidate) / "bin/nvcc"
     found = shutil.which("nvcc")
     return Path(found).resolve() if found else None
+
+
+def _cuda_home() -> Path:
+    nvcc = _nvcc()
+    assert nvcc is not None  # else there is no CUDA extension to build
+    return nvcc.parent.parent
 
 
 def _cuda_architectures() -> list[str]:
