@@ -71,7 +71,8 @@ class BuildOperators(build_ext):
         shared = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
         shared += ["-isystem", str(self.torch_folder / "include")]
         if source.endswith(".cu"):
-            command = [str(_cuda_home() / "bin/nvcc"), *shared, "--threads=2", *_gencode(), *(f"-Xcompiler={flag}" for flag in host)]
+            command = [str(_cuda_home() / "bin/nvcc"), *shared, "--threads=2", *_gencode()]
+            command += [f"-Xcompiler={flag}" for flag in host]
         else:
             command = [_cxx(), *shared, *host]
             if Path(source).name == "cuda.cpp":
