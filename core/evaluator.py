@@ -8,6 +8,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -126,25 +127,29 @@ def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]
 
     ground_truth: a COCO dictionary. detections: COCO's result format. Neither is changed.
     """
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        # pycocotools writes into the annotations and into the detections
-        truth.dataset = {**ground_truth, "annotations": [dict(row) for row in ground_truth["annotations"]]}
-        truth.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints, and writes into what it is given
+        truth = _indexed({**ground_truth, "annotations": [dict(row) for row in ground_truth["annotations"]]})
         if detections:
             results = truth.loadRes([dict(row) for row in detections])
         else:  # loadRes looks at the first detection
-            results = COCO()
-            results.dataset = {**truth.dataset, "annotations": []}
-            results.createIndex()
+            results = _indexed({**ground_truth, "annotations": []})
         evaluation = COCOeval(truth, results, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+
+
+def _indexed(dataset: Any) -> Any:
+    """A pycocotools.coco.COCO of a dictionary instead of a file."""
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
 
 
 def _listed(items: list[str], most: int = 8) -> str:

@@ -108,11 +108,12 @@ class FixedSizeDetector(nn.Module):
         for module in self.model.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.attend = reference.fused_deform_attn
-        self.register_buffer("padding_mask", torch.zeros(1, height, width, dtype=torch.bool))
+        self.size = (height, width)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (1, 3, H, W) uint8 RGB; returns logits (1, Q, K) and boxes (1, Q, 4) cxcywh in [0, 1]."""
-        predictions = self.model(normalised(images, self.padding_mask), self.padding_mask)
+        padding_mask = torch.zeros(1, *self.size, dtype=torch.bool)
+        predictions = self.model(normalised(images, padding_mask), padding_mask)
         return predictions.logits, predictions.boxes
 
 

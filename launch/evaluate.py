@@ -50,10 +50,10 @@ def evaluate(
             index = _shards(data, detector.config, path)
             check_categories(detector, index)
             folder = _output_folder(detector.path, output, each=all_checkpoints)
-            if evaluate_shards is None and ray_address is None:
-                evaluate_shards = _evaluate_here
-            elif evaluate_shards is None:
-                evaluate_shards = stack.enter_context(_on_ray(ray_address, detector.config, index, console))
+            if evaluate_shards is None:
+                here = contextlib.nullcontext(_evaluate_here)
+                there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
+                evaluate_shards = stack.enter_context(there or here)
             with _progress(console, detector, index) as advance:
                 found = merge(evaluate_shards(detector, index, advance))
             truth = index.ground_truth()

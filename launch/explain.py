@@ -68,8 +68,8 @@ def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None =
     device = device_for(detector.config.train, local_rank=0)
     model = detector.model.to(device)
     batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)
-    decoder_attention = model.transformer.decoder.layers[-1].cross_attn
-    encoder_attention = model.transformer.encoder.layers[-1].self_attn
+    decoder_attention = _attention(model.transformer.decoder.layers[-1].cross_attn)
+    encoder_attention = _attention(model.transformer.encoder.layers[-1].self_attn)
     with recorded(decoder_attention) as decoder, recorded(encoder_attention) as encoder:
         predictions = model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
     scores = predictions.logits[0].sigmoid()  # (Q, K)
@@ -85,6 +85,11 @@ def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None =
     return Explanation(
         query, label, float(scores[query, label]), box_xyxy, decoder.points(query), encoder.points(position)
     )
+
+
+def _attention(module: Any) -> MultiScaleDeformableAttention:
+    assert isinstance(module, MultiScaleDeformableAttention)
+    return module
 
 
 class Recording:
@@ -140,6 +145,8 @@ def recorded(module: MultiScaleDeformableAttention) -> Iterator[Recording]:
 def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, output: Path) -> None:
     """Two rows, decoder and encoder: all sampling points on the image, then those of each level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -156,16 +163,15 @@ def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, ou
         (explanation.encoder, "encoder, position at the box's centre"),
     )
     for row, (points, title) in zip(axes, rows, strict=True):
-        largest = float(points.weights.max())
-        scatter = None
+        colours = Normalize(0, float(points.weights.max()))
         for column, axis in enumerate(row):
             chosen = slice(None) if column == 0 else slice(column - 1, column)
             x, y = (points.locations[:, chosen].reshape(-1, 2) * torch.tensor([width, height])).T.numpy()
             weights = points.weights[:, chosen].reshape(-1).numpy()
             order = weights.argsort()  # the heaviest on top
             axis.imshow(pixels, extent=(0, width, height, 0), alpha=0.75)
-            scatter = axis.scatter(
-                x[order], y[order], c=weights[order], cmap="plasma", vmin=0, vmax=largest, s=26,
+            axis.scatter(
+                x[order], y[order], c=weights[order], cmap="plasma", norm=colours, s=26,
                 edgecolors="white", linewidths=0.5,
             )  # fmt: skip
             x0, y0, x1, y1 = (explanation.box_xyxy * torch.tensor([width, height, width, height])).tolist()
@@ -179,6 +185,8 @@ def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, ou
             axis.set_axis_off()
             share = weights.sum() / len(points.weights)
             axis.set_title(title if column == 0 else f"level {column}: {share:.0%} of the weight", fontsize=10)
-        figure.colorbar(scatter, ax=list(row), label="attention weight", fraction=0.012, pad=0.01)
+        figure.colorbar(
+            ScalarMappable(colours, "plasma"), ax=list(row), label="attention weight", fraction=0.012, pad=0.01
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_figure(output, bbox_inches="tight")

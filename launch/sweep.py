@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.config import Config, ConfigError, changed, load
 from ..core.evaluator import METRICS
@@ -91,7 +91,7 @@ class Scheduler(_Part):
 class Sweep(_Part):
     base: str
     overrides: tuple[str, ...] = ()
-    metric: Literal[METRICS] = "AP"
+    metric: str = "AP"
     mode: Literal["max", "min"] = "max"
     samples: int = Field(gt=0)
     concurrent: int = Field(1, gt=0)
@@ -101,6 +101,13 @@ class Sweep(_Part):
     scheduler: Scheduler = Scheduler()
     seed: int = Field(0, ge=0)
     output: str | None = None
+
+    @field_validator("metric")
+    @classmethod
+    def _is_one_of_coco(cls, metric: str) -> str:
+        if metric not in METRICS:
+            raise ValueError(f"expected one of {', '.join(METRICS)}, got {metric!r}")
+        return metric
 
 
 def read_sweep(path: Path) -> tuple[Sweep, Config]:

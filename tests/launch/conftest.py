@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 SMALL = (
+    "model.backbone=resnet18.a1_in1k",
     "model.hidden_dim=64",
+    "model.queries=30",
     "model.encoder_layers=1",
     "model.decoder_layers=2",
     "model.feedforward_dim=64",
     "data.validation_short_side=96",
     "train.device=cpu",
+    "eval.top_k=30",
 )
 
 

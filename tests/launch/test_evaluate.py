@@ -83,7 +83,7 @@ class TestTwoNodes:
         try:
             nodes.add_node(num_cpus=1, include_dashboard=False)
             nodes.wait_for_nodes()
-            yield nodes.address
+            yield str(nodes.address)
         finally:
             nodes.shutdown()
 

@@ -60,7 +60,7 @@ def test_misspelt_keys_are_all_listed_with_the_near_ones(sweep: dict, tmp_path: 
     found = mistakes(sweep, tmp_path)
     assert "samples: Field required" in found
     assert "sample: no such key. Did you mean samples?" in found
-    assert any(line.startswith("metric: Input should be 'AP'") and "got 'mAP'" in line for line in found)
+    assert any(line.startswith("metric: expected one of AP, AP50") and "got 'mAP'" in line for line in found)
     assert any(line.startswith("gpus_per_trial:") and "got 2" in line for line in found)
     assert "search.optim.learning_rate.logunifrom: no such key. Did you mean loguniform?" in found
     assert "scheduler.asha.grace_epoch: no such key. Did you mean grace_epochs?" in found
