@@ -50,6 +50,19 @@ arguments=(--nproc-per-node "$ranks" --nnodes "$nodes")
 if [[ -n $node_rank ]]; then
     arguments+=(--node-rank "$node_rank" --master-addr "${master%:*}" --master-port "${master##*:}")
 else
-    arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id ddetr --max-restarts "$restarts")
+    # torchrun guesses by host names which node is the master and what the others call this one; routes tell for sure
+    read -r here_address is_master < <(python - "${master%:*}" "${master##*:}" <<'PYTHON'
+import socket
+import sys
+
+address = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
+with socket.socket(address[0], socket.SOCK_DGRAM) as probe:
+    probe.connect(address[4])  # sends nothing
+    here = probe.getsockname()[0]
+print(here, int(here == address[4][0]))
+PYTHON
+    )
+    arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-conf "is_host=$is_master" --rdzv-id ddetr
+        --local-addr "$here_address" --max-restarts "$restarts")
 fi
 exec python -m torch.distributed.run "${arguments[@]}" --module ddetr.launch.cli train "$@"

@@ -1,6 +1,5 @@
 """The launch scripts, manifests and make targets: they parse, explain themselves and really run."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -101,65 +100,6 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.count(f"{tmp_path}/absent") == 1
     assert "Traceback" not in result.stderr
-
-
-@pytest.mark.slow
-def test_ssh_launches_through_deepspeed(synthetic_shards: Path, tmp_path: Path) -> None:
-    """On this machine alone DeepSpeed's launcher needs no ssh; two ranks train two steps."""
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("localhost slots=2\n")
-    result = run(LAUNCH / "ssh.sh", hostfile, *two_steps(synthetic_shards, tmp_path), timeout=900)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert steps_logged(tmp_path) == [1, 2]
-
-
-@pytest.mark.slow
-def test_two_nodes_meet_over_a_network(synthetic_shards: Path, tmp_path: Path) -> None:
-    """Two network namespaces joined by a virtual cable, one rank in each."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    nodes = {"ddetr_a": "10.117.0.1", "ddetr_b": "10.117.0.2"}
-    try:
-        for name in nodes:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-        link = "ip link add dda netns ddetr_a type veth peer name ddb netns ddetr_b"
-        subprocess.run(link.split(), check=True)
-        for (name, address), device in zip(nodes.items(), ("dda", "ddb"), strict=True):
-            for command in (f"addr add {address}/24 dev {device}", f"link set {device} up", "link set lo up"):
-                subprocess.run(["ip", "-n", name, *command.split()], check=True)
-        processes = []
-        for rank, (name, device) in enumerate(zip(nodes, ("dda", "ddb"), strict=True)):
-            script = [LAUNCH / "torchrun.sh", "--nodes", "2", "--node-rank", str(rank), "--ranks", "1"]
-            command = ["ip", "netns", "exec", name, *script, "--master", nodes["ddetr_a"] + ":29511"]
-            command += two_steps(synthetic_shards, tmp_path / "runs")
-            with (tmp_path / f"{name}.log").open("w") as log:
-                environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
-                processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log))
-        statuses = [process.wait(timeout=900) for process in processes]
-        assert statuses == [0, 0], "".join(log.read_text()[-3000:] for log in tmp_path.glob("*.log"))
-        assert steps_logged(tmp_path / "runs") == [1, 2]
-    finally:
-        for name in nodes:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-
-
-def two_steps(shards: Path, output: Path) -> list[str]:
-    return [
-        "tiny",
-        f"data.train={shards}",
-        f"train.output={output}",
-        "train.batch_size=4",
-        "train.max_steps=2",
-        "train.log_every_steps=1",
-        "train.evaluate_every_epochs=0",
-        "monitor.port=0",
-    ]
-
-
-def steps_logged(output: Path) -> list[int]:
-    (log,) = output.glob("*/metrics.jsonl")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [line["step"] for line in lines if line["kind"] == "step"]
 
 
 def manifests(name: str) -> list[dict]:
