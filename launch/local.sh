@@ -15,8 +15,8 @@ Ctrl-C saves a checkpoint on every rank and exits.
 HELP
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -x $here/../.venv/bin/python ]] && PATH=$here/../.venv/bin:$PATH # in a checkout: what make set up
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH # in a checkout: what make set up
 
 ranks=
 case ${1:-} in

@@ -14,8 +14,8 @@ Needs pdsh here (apt-get install pdsh), ssh without a password to every node, an
 HELP
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -x $here/../.venv/bin/python ]] && PATH=$here/../.venv/bin:$PATH # in a checkout: what make set up
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH # in a checkout: what make set up
 
 case ${1:-} in
     --help | -h | "")

@@ -23,8 +23,8 @@ checkpoint. The number of ranks stays the same, because each keeps its own part 
 HELP
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -x $here/../.venv/bin/python ]] && PATH=$here/../.venv/bin:$PATH # in a checkout: what make set up
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH # in a checkout: what make set up
 
 nodes='' node_rank='' master='' ranks='' restarts=3
 [[ $# -gt 0 ]] || { usage >&2; exit 2; }
