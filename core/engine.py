@@ -91,6 +91,8 @@ def join(config: TrainConfig) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
 
+    if device.type == "cpu":  # a CUDA toolkit without a GPU is nothing to warn of
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     os.environ["DS_ACCELERATOR"] = device.type  # before the import: DeepSpeed chooses once
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -47,7 +47,7 @@ class StepReport:
     images: int  # over all ranks
     step_seconds: float  # the whole step, waiting for data included
     data_wait_seconds: float
-    skipped: bool  # fp16 only: the gradients overflowed and the loss scale was lowered instead
+    skipped: bool  # DeepSpeed found a gradient that is not finite and left the weights alone
     memory_bytes: int  # largest so far: allocated on the GPU, or resident on a CPU
     loss_scale: float
 
@@ -227,7 +227,7 @@ def _named(values: list[float], layers: tuple[str, ...]) -> dict[str, float]:
 
 
 def _check_finite(report: StepReport, config: Config, micro_batches: list[Batch]) -> None:
-    if math.isfinite(report.losses["total"]) or report.skipped:
+    if math.isfinite(report.losses["total"]):
         return
     images = [image_id for batch in micro_batches for image_id in batch.image_ids.tolist()]
     raise FloatingPointError(
@@ -294,7 +294,7 @@ class _Progress:
             f"gradient {report.gradient_norm:.2f} rate {report.learning_rate:.1e} "
             f"{report.images / per_step:.1f} images/s, {100 * self._wait / max(now - then, 1e-9):.0f} % data wait, "
             f"{report.memory_bytes / 2**30:.1f} GiB, {_clock(per_step * (self.last_step - report.step))} left"
-            + (", step skipped (fp16 overflow)" if report.skipped else "")
+            + (", step skipped: the gradient is not finite" if report.skipped else "")
         )
         self._since, self._wait = (now, report.step), 0.0
 

@@ -35,6 +35,7 @@ SMALL = (
     "train.threads=1",
     "train.precision=fp32",
     "optim.warmup_steps=0",
+    "optim.learning_rate=1e-4",
     "monitor.port=0",
 )
 
@@ -134,7 +135,8 @@ def test_accumulation_takes_the_same_steps(train: Train) -> None:
 def test_bfloat16_stays_near_float32(train: Train, stage: int) -> None:
     exact = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
     half = succeeded(train(2, f"train.zero_stage={stage}", "model.dropout=0", "train.precision=bf16"))
-    assert half.losses == pytest.approx(exact.losses, rel=0.05)
+    assert half.losses[0] == pytest.approx(exact.losses[0], rel=0.01)
+    assert half.losses == pytest.approx(exact.losses, rel=0.1)  # a matching that tips over moves the loss by percents
     assert half.losses != exact.losses
 
 
@@ -184,21 +186,21 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
     train: Train, synthetic_shards: Path, tmp_path: Path, ranks: int, stage: int
 ) -> None:
     """SIGKILL somewhere after the checkpoint of step 4; dropout is on, so the random numbers must agree as well."""
-    uninterrupted = succeeded(train(ranks, f"train.zero_stage={stage}", "train.checkpoint_every_steps=4", steps=9))
+    uninterrupted = succeeded(train(ranks, f"train.zero_stage={stage}", "train.checkpoint_every_steps=4", steps=24))
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=killed"]
-    arguments += ["train.max_steps=9", f"train.zero_stage={stage}", "train.checkpoint_every_steps=4"]
+    arguments += ["train.max_steps=24", f"train.zero_stage={stage}", "train.checkpoint_every_steps=4"]
     process = start(command(ranks, *arguments))
     directory = tmp_path / "killed"
     wait_for(directory / "checkpoints/step_00000004", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = collect(directory, "", 0)
-    assert before.steps[-1]["step"] < 9, "the run ended before it could be killed"
+    assert before.steps[-1]["step"] < 24, "the run ended before it could be killed"
 
     resumed = subprocess.run(command(ranks, "--resume", str(directory)), capture_output=True, text=True, timeout=600)
     after = succeeded(collect(directory, resumed.stdout + resumed.stderr, resumed.returncode))
     last = {step["step"]: step for step in after.steps}  # a step taken twice: the second time counts
-    assert sorted(last) == list(range(1, 10))
+    assert sorted(last) == list(range(1, 25))
     for expected in uninterrupted.steps:
         assert last[expected["step"]]["losses"] == expected["losses"]
     expected_weights = load_file(find_checkpoint(uninterrupted.directory) / "model.safetensors")
