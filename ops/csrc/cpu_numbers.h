@@ -42,6 +42,40 @@ inline void narrow(const float* source, BFloat16* target, int64_t count) {
 inline void widen(const Half* source, float* target, int64_t count);
 inline void narrow(const float* source, Half* target, int64_t count);
 
+template <class T>
+constexpr ScalarType kTypeOf = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class T>
+void load(const void* source, ScalarType type, int64_t first, int64_t count, T* target) {
+  with_storage<T>(type, [&](auto* storage) {
+    using Stored = std::remove_pointer_t<decltype(storage)>;
+    widen(static_cast<const Stored*>(source) + first, target, count);
+  });
+}
+template <class T>
+void store(const T* source, ScalarType type, void* target, int64_t first, int64_t count) {
+  with_storage<T>(type, [&](auto* storage) {
+    narrow(source, static_cast<decltype(storage)>(target) + first, count);
+  });
+}
+
+// Where to read `count` numbers from index `first` on: in the tensor itself if they are of type T and fill whole
+// vectors (`whole`), else widened into scratch. writable() is the same for results; finish() then narrows them.
+template <class T>
+const T* readable(const void* tensor, ScalarType type, bool whole, int64_t first, int64_t count, T* scratch) {
+  if (whole && type == kTypeOf<T>) return static_cast<const T*>(tensor) + first;
+  load(tensor, type, first, count, scratch);
+  return scratch;
+}
+template <class T>
+T* writable(void* tensor, ScalarType type, bool whole, int64_t first, T* scratch) {
+  return whole && type == kTypeOf<T> ? static_cast<T*>(tensor) + first : scratch;
+}
+template <class T>
+void finish(const T* result, const T* scratch, ScalarType type, void* tensor, int64_t first, int64_t count) {
+  if (result == scratch) store(scratch, type, tensor, first, count);
+}
+
 // floor, for numbers that fit an int32.
 template <class Simd>
 inline typename Simd::V floored(typename Simd::V x) {
