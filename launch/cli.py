@@ -4,17 +4,16 @@ Only typer and rich are imported here, so that `ddetr --help` is immediate and a
 """
 
 import importlib.metadata
-import re
 import sys
 import traceback as traceback_module
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from .arguments import is_override, normalised_arguments
+
 OVERRIDES = "section.key=value"
-_ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
 
 app = typer.Typer(
     name="ddetr",
@@ -249,8 +248,8 @@ def predict(
     """
     from .predict import predict as predict_images
 
-    files = [argument for argument in images if not _is_override(argument)]
-    overrides = [argument for argument in images if _is_override(argument)]
+    files = [argument for argument in images if not is_override(argument)]
+    overrides = [argument for argument in images if is_override(argument)]
     if not files:
         raise ValueError("name at least one image")
     predict_images(checkpoint, [Path(file) for file in files], output, overrides)
@@ -290,7 +289,7 @@ def tune(
 
 @checkpoint_app.command("inspect")
 def checkpoint_inspect(path: CheckpointPath) -> None:
-    """Print what a checkpoint holds: step, configuration, categories, and every tensor's name, shape and type."""
+    """Print what a checkpoint holds: step, size of each part, categories, AP if it was evaluated, configuration."""
     from .checkpoint import inspect
 
     inspect(path)
@@ -357,38 +356,12 @@ def main() -> None:
         sys.exit(130)
 
 
-def normalised_arguments(arguments: Sequence[str]) -> list[str]:
-    """Arguments as typer wants them: `--traceback` in front, and `--ray` always with a value.
-
-    The value of `--ray` is optional, which typer cannot express. What follows it is taken as the address only when it
-    looks like one (auto, local, HOST:PORT, ray://...); otherwise `local` is filled in.
-    """
-    result: list[str] = []
-    for position, argument in enumerate(arguments):
-        if argument == "--":
-            result += arguments[position:]
-            break
-        if argument == "--traceback":
-            result.insert(0, argument)
-            continue
-        result.append(argument)
-        following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        if argument == "--ray" and not _ADDRESS.fullmatch(following):
-            result.append("local")
-    return result
-
-
 def _run_to_continue(output: str, name: str | None) -> Path | None:
     """The run directory called `name` when it holds a complete checkpoint."""
     if name is None:
         raise ValueError("--continue finds the run by its name: set train.name=NAME")
     run_directory = Path(output) / name
     return run_directory if any(run_directory.glob("checkpoints/step_*/model.safetensors")) else None
-
-
-def _is_override(argument: str) -> bool:
-    """An override is `section.key=value`; an image file may hold an equals sign, but then it exists."""
-    return re.match(r"[a-z_]+\.[a-z_.]+=", argument) is not None and not Path(argument).exists()
 
 
 def _message(error: Exception) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 SCRIPTS = Path(__file__).resolve().parent
 DDETR = Path(sys.executable).with_name("ddetr")
-TRAINING_IMAGES = 2400
+TRAINING_IMAGES = 2000
 VALIDATION_IMAGES = 120
 RANKS = 2
 NEEDED_AP50 = 0.7

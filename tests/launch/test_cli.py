@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddetr.launch.cli import normalised_arguments
+from ddetr.launch.arguments import normalised_arguments
 
 DDETR = Path(sys.executable).with_name("ddetr")
 COMMANDS = [

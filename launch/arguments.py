@@ -1,0 +1,33 @@
+"""What the command line's arguments mean beyond what typer can express."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
+
+
+def normalised_arguments(arguments: Sequence[str]) -> list[str]:
+    """Arguments as typer wants them: `--traceback` in front, and `--ray` always with a value.
+
+    The value of `--ray` is optional, which typer cannot express. What follows it is taken as the address only when it
+    looks like one (auto, local, HOST:PORT, ray://...); otherwise `local` is filled in.
+    """
+    result: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            result += arguments[position:]
+            break
+        if argument == "--traceback":
+            result.insert(0, argument)
+            continue
+        result.append(argument)
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument == "--ray" and not _ADDRESS.fullmatch(following):
+            result.append("local")
+    return result
+
+
+def is_override(argument: str) -> bool:
+    """An override is `section.key=value`; an image file may hold an equals sign, but then it exists."""
+    return re.match(r"[a-z_]+\.[a-z_.]+=", argument) is not None and not Path(argument).exists()
