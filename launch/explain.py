@@ -143,7 +143,7 @@ def recorded(module: MultiScaleDeformableAttention) -> Iterator[Recording]:
 
 
 def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, output: Path) -> None:
-    """Two rows, decoder and encoder: all sampling points on the image, then those of each level."""
+    """Two rows, decoder and encoder: all sampling points on the image, then those of each level, closer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -151,42 +151,55 @@ def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, ou
     from matplotlib.patches import Rectangle
 
     height, width = pixels.shape[:2]
+    size = np.array([width, height])
     levels = explanation.decoder.weights.shape[1]
-    panel = 3.6
-    figure = Figure(figsize=(panel * (levels + 1) + 0.6, 2 * (panel * min(height / width, 1.6) + 0.45)), dpi=130)
+    panel = 3.4
+    figsize = (panel * (levels + 1) + 0.8, 2 * (panel * min(height / width, 1.6) + 0.4))
+    figure = Figure(figsize=figsize, dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     if output.suffix.lower().removeprefix(".") not in canvas.get_supported_filetypes():
         raise ValueError(f"{output}: unknown picture format; end the name in .png, .jpg, .pdf or .svg")
-    axes = figure.subplots(2, levels + 1, squeeze=False)
+    x0, y0, x1, y1 = (explanation.box_xyxy.numpy() * np.tile(size, 2)).tolist()
     rows = (
         (explanation.decoder, f"decoder, query {explanation.query}: {name} {explanation.score:.2f}"),
-        (explanation.encoder, "encoder, position at the box's centre"),
+        (explanation.encoder, "encoder, at the box's centre"),
     )
-    for row, (points, title) in zip(axes, rows, strict=True):
-        colours = Normalize(0, float(points.weights.max()))
-        for column, axis in enumerate(row):
+    for axes, (points, title) in zip(figure.subplots(2, levels + 1, squeeze=False), rows, strict=True):
+        locations, weights = points.locations.numpy() * size, points.weights.numpy()
+        colours = Normalize(0, weights.max())
+        left, top, right, bottom = _close_view(locations, (x0, y0, x1, y1), size)
+        for column, axis in enumerate(axes):
             chosen = slice(None) if column == 0 else slice(column - 1, column)
-            x, y = (points.locations[:, chosen].reshape(-1, 2) * torch.tensor([width, height])).T.numpy()
-            weights = points.weights[:, chosen].reshape(-1).numpy()
-            order = weights.argsort()  # the heaviest on top
-            axis.imshow(pixels, extent=(0, width, height, 0), alpha=0.75)
+            x, y = locations[:, chosen].reshape(-1, 2).T
+            shown = weights[:, chosen].reshape(-1)
+            order = shown.argsort()  # the heaviest on top
+            axis.imshow(pixels, extent=(0, width, height, 0), alpha=0.8)
             axis.scatter(
-                x[order], y[order], c=weights[order], cmap="plasma", norm=colours, s=26,
+                x[order], y[order], c=shown[order], cmap="plasma", norm=colours, s=14 if column == 0 else 34,
                 edgecolors="white", linewidths=0.5,
             )  # fmt: skip
-            x0, y0, x1, y1 = (explanation.box_xyxy * torch.tensor([width, height, width, height])).tolist()
             axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="#00e676", linewidth=2))
-            axis.plot(
-                float(points.reference[0]) * width, float(points.reference[1]) * height,
-                marker="+", color="#00e676", markersize=14, markeredgewidth=2.5,
-            )  # fmt: skip
-            axis.set_xlim(-0.08 * width, 1.08 * width)
-            axis.set_ylim(1.08 * height, -0.08 * height)
+            axis.plot(*(points.reference.numpy() * size), "+", color="#00e676", markersize=11, markeredgewidth=2)
+            if column == 0:
+                axis.add_patch(
+                    Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white", linestyle="--")
+                )
+                axis.set(xlim=(-0.04 * width, 1.04 * width), ylim=(1.04 * height, -0.04 * height), title=title)
+            else:
+                share = shown.sum() / len(weights)
+                axis.set(xlim=(left, right), ylim=(bottom, top), title=f"level {column}: {share:.0%} of the weight")
             axis.set_axis_off()
-            share = weights.sum() / len(points.weights)
-            axis.set_title(title if column == 0 else f"level {column}: {share:.0%} of the weight", fontsize=10)
-        figure.colorbar(
-            ScalarMappable(colours, "plasma"), ax=list(row), label="attention weight", fraction=0.012, pad=0.01
-        )
+        figure.colorbar(ScalarMappable(colours, "plasma"), ax=list(axes), label="attention weight", fraction=0.02)
     output.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(output, bbox_inches="tight")
+    canvas.print_figure(output)
+
+
+def _close_view(
+    locations: np.ndarray, box_xyxy: tuple[float, float, float, float], size: np.ndarray
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a part of the image, in its proportions, around box and most sampling points."""
+    corners = np.concatenate([locations.reshape(-1, 2), np.reshape(box_xyxy, (2, 2))]).clip(0, size)
+    low, high = np.quantile(corners, 0.02, axis=0), np.quantile(corners, 0.98, axis=0)
+    half = 0.56 * max(0.15, ((high - low) / size).max()) * size
+    centre = (low + high) / 2
+    return (*(centre - half), *(centre + half))
