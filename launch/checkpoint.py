@@ -76,9 +76,9 @@ def export(path: Path, output: Path, format: str, image_size: tuple[int, int] | 
     """
     if format not in SUFFIXES:
         raise ValueError(f"format {format!r}: expected one of {', '.join(SUFFIXES)}")
+    detector = load_detector(path)
     if output.suffix != SUFFIXES[format]:
         raise ValueError(f"{output}: the name of a {format} file must end in {SUFFIXES[format]}")
-    detector = load_detector(path)
     if output.exists() and output.resolve() == detector.path.resolve():
         raise ValueError(f"{output} is the checkpoint itself; choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
