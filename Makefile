@@ -3,11 +3,13 @@
 #   VENV=DIR          the virtual environment (.venv)
 #   PYTHON=EXE        the interpreter it is made from (the first Python >= 3.11 found)
 #   TESTS='PATH ...'  which tests `test`, `test-all` and `test-gpu` run (tests)
+#   COCO=DIR          what `bench` streams: a folder with annotations.json and images/ (build/bench: procedural)
 #   OFFLINE=1         a machine without a package registry: use the packages that PYTHON already has
 #   WHEELS=DIR        with OFFLINE=1: wheels to install beside them
 
 VENV ?= .venv
 TESTS ?= tests
+COCO ?= build/bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
@@ -43,11 +45,16 @@ test-all: lint
 test-gpu: setup gpu
 	$(PYTEST) -m gpu $(TESTS)
 
-bench: setup
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: setup $(COCO)/annotations.json
+	$(BIN)/python benchmarks/deform_attn.py
+	$(BIN)/python benchmarks/stream.py $(COCO)/annotations.json $(COCO)/images
 
 bench-gpu: setup gpu
-	@set -e; for file in benchmarks/*.py; do echo "== $$file --device cuda"; $(BIN)/python $$file --device cuda; done
+	$(BIN)/python benchmarks/deform_attn.py --device cuda
+
+build/bench/annotations.json: | setup
+	rm -rf build/bench
+	$(BIN)/ddetr data synth build/bench --images 128 --size 640
 
 # pyright cannot follow the import hook of an editable install, so it reads the package as a wheel lays it out.
 lint: setup build/typed/.unpacked
