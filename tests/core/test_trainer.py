@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ddetr.core.checkpoint import find_checkpoint, load_detector
@@ -167,9 +167,7 @@ def test_warm_up_and_drop_are_followed(train: Train) -> None:
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1, seconds: float = 300) -> None:
@@ -192,7 +190,8 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
     process = start(command(ranks, *arguments))
     directory = tmp_path / "killed"
     wait_for(directory / "checkpoints/step_00000004", process)
-    os.killpg(process.pid, signal.SIGKILL)
+    for victim in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        victim.kill()
     process.communicate()
     before = collect(directory, "", 0)
     assert before.steps[-1]["step"] < 24, "the run ended before it could be killed"
