@@ -98,7 +98,7 @@ def test_local_runs_two_ranks(synthetic_shards: Path, tmp_path: Path) -> None:
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     result = run(LAUNCH / "local.sh", "--ranks", "2", "tiny", f"data.train={tmp_path}/absent", timeout=300)
     assert result.returncode == 2
-    assert result.stderr.count(f"{tmp_path}/absent") == 1
+    assert result.stderr.count(f"ddetr: {tmp_path}/absent") == 1
     assert "Traceback" not in result.stderr
 
 
