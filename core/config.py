@@ -92,7 +92,8 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     deepspeed_extra: dict[str, Any] = Field(default_factory=dict, description="merged into the DeepSpeed JSON")
-    checkpoint_every_steps: int | None = Field(None, gt=0, description="besides the one at each epoch's end")
+    checkpoint_every_epochs: int = Field(1, ge=0, description="besides the ones before an evaluation and at the end")
+    checkpoint_every_steps: int | None = Field(None, gt=0, description="within an epoch")
     evaluate_every_epochs: int = Field(1, ge=0, description="0 never evaluates while training")
     log_every_steps: int = Field(10, gt=0)
 

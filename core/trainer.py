@@ -183,12 +183,16 @@ def train(
                 if every and step % every == 0 and step % per_epoch:
                     save()
                     clock = time.perf_counter()
-            save()
+            done, last = step // per_epoch, bool(stops) or step >= last_step
+            evaluates = (
+                validation_index is not None and not stops and _is_due(config.train.evaluate_every_epochs, done, last)
+            )
+            if last or evaluates or _is_due(config.train.checkpoint_every_epochs, done):
+                save()
             if stops:
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
                 break
-            every = config.train.evaluate_every_epochs
-            if validation_index and every and (step >= last_step or (step // per_epoch) % every == 0):
+            if validation_index is not None and evaluates:
                 report = _evaluate(run_directory, validation_index, world, step, epoch, config)
                 progress.evaluation(report)
                 observe(report)
@@ -215,6 +219,11 @@ def _evaluate(
         metrics = [coco_metrics(index.ground_truth(), found)]
     dist.broadcast_object_list(metrics, src=0)
     return EvaluationReport(step, epoch, metrics[0], index.num_samples, time.perf_counter() - started)
+
+
+def _is_due(every: int, done: int, last: bool = False) -> bool:
+    """Whether something happens after `done` epochs when it happens every so many, and at the end; 0 is never."""
+    return every > 0 and (last or done % every == 0)
 
 
 def _named(values: list[float], layers: tuple[str, ...]) -> dict[str, float]:
