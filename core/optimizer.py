@@ -1,5 +1,7 @@
 """AdamW with the published parameter groups, and the learning rate as a function of the step (appendix A.4)."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -41,8 +43,13 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
-    """The base group's rate at optimizer step `step` (from 0): linear warm-up, then a tenth after each drop epoch."""
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, last_step: int) -> float:
+    """The base group's rate at optimizer step `step`, from 0, of `last_step`.
+
+    Linear warm-up; then, as published, a tenth after each drop epoch, or half a cosine down to zero.
+    """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "cosine":
+        return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / last_step))
     drops = sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
     return config.learning_rate * warm * 0.1**drops

@@ -126,7 +126,8 @@ def train(
     Raises FloatingPointError, before another checkpoint is written, when the loss is not finite.
     """
     per_epoch = stream.steps_per_epoch
-    last_step = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
+    last_step = config.train.epochs * per_epoch
+    last_step = min(last_step, config.train.max_steps or last_step)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     checkpoint = find_checkpoint(run_directory) if resume else None
     model_config = config.model.model_copy(update={"pretrained_backbone": False}) if checkpoint else config.model
@@ -135,7 +136,7 @@ def train(
         load_weights(model, checkpoint)
     engine = Engine(model.train(), config, world)
     step = engine.load(checkpoint)["step"] if checkpoint else 0
-    progress = _Progress(config, step, int(last_step), per_epoch, quiet=world.rank > 0)
+    progress = _Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
     metrics = None
 
     def save() -> None:
@@ -152,7 +153,7 @@ def train(
             clock = time.perf_counter()
             for micro_batches in stream.steps(epoch, step % per_epoch):
                 waited = time.perf_counter() - clock
-                rate = learning_rate(config.optim, step, per_epoch)
+                rate = learning_rate(config.optim, step, per_epoch, last_step)
                 engine.set_learning_rate(rate)
                 _seed(config.train.seed, step, world.rank)
                 skipped_before = engine.run.skipped_steps

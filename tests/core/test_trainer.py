@@ -14,7 +14,9 @@ import psutil
 import pytest
 import torch
 from ddetr.core.checkpoint import find_checkpoint, load_detector
+from ddetr.core.config import OptimConfig
 from ddetr.core.detector import DeformableDetr
+from ddetr.core.optimizer import learning_rate
 from safetensors.torch import load_file
 
 # Half a million parameters, everything switched on; batches of 4 of the 24 images of `synthetic_shards`.
@@ -164,6 +166,15 @@ def test_warm_up_and_drop_are_followed(train: Train) -> None:
     run = succeeded(train(1, "optim.warmup_steps=2", "optim.drop_epochs=[1]", "optim.learning_rate=1e-4", steps=8))
     rates = [step["learning_rate"] for step in run.steps]
     assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-5])  # 24 images: 6 steps an epoch
+
+
+def test_cosine_falls_to_zero_at_the_last_step() -> None:
+    optim = OptimConfig(learning_rate=2.0, schedule="cosine", warmup_steps=4, drop_epochs=(1,))
+    rates = [learning_rate(optim, step, steps_per_epoch=10, last_step=100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.5)
+    assert rates[50] == pytest.approx(1.0)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.001
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
