@@ -83,7 +83,7 @@ def run_directory(tmp_path: Path) -> Path:
 
 def sample_run(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(load("tiny")))
+    (folder / "config.yaml").write_text(dump(load("tiny", ["train.epochs=10", "model.backbone=resnet18.a1_in1k"])))
     noise = random.Random(0)
     metrics, events, time = [], [], BEGIN
     events.append({"time": time, "event": "start", "ranks": 2, "device": "cpu", "torch": "2.15.0"})
