@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.categories import Categories
+from ..ops.library import UNAVAILABLE
 from .checkpoint import WEIGHTS, save_weights, step_directory
 from .config import Config, TrainConfig
 from .detector import DeformableDetr
@@ -77,7 +78,8 @@ def device_for(config: TrainConfig, local_rank: int) -> torch.device:
 def join(config: TrainConfig) -> World:
     """Join the process group that the launcher describes, or make one of a single rank.
 
-    Raises ValueError for a GPU that is not there, or half precision that the device cannot compute in.
+    Raises ValueError for a GPU that is not there or half precision that the device cannot compute in, OSError when
+    the attention op is not built for the device.
     """
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -86,6 +88,8 @@ def join(config: TrainConfig) -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = device_for(config, local_rank)
+    if device.type in UNAVAILABLE:
+        raise OSError(f"the attention op cannot run on {device.type}: {UNAVAILABLE[device.type]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

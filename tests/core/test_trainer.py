@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -276,6 +277,31 @@ def test_gpu_asked_for_but_absent(train: Train) -> None:
     assert "set train.device=cpu" in run.output
     assert "Traceback" not in run.output
     assert not run.directory.exists()
+
+
+def test_port_that_is_taken_is_found_before_anything_is_written(train: Train) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = train(1, f"monitor.port={port}")
+    assert run.exit_status == 2
+    assert f"port {port} of 127.0.0.1 is taken by another process" in run.output
+    assert "monitor.port=0" in run.output
+    assert "Traceback" not in run.output
+    assert not run.directory.exists()
+
+
+def test_resuming_with_another_architecture_is_refused(train: Train) -> None:
+    run = succeeded(train(1, "train.zero_stage=0", "model.dropout=0"))
+    before = sorted(path for path in run.directory.rglob("*"))
+    arguments = command(1, "--resume", str(run.directory), "model.feedforward_dim=32", "train.max_steps=6")
+    refused = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2
+    assert "holds another architecture than the configuration describes" in refused.stderr
+    assert "linear1.weight is (64, 64) in the file, (32, 64) in the model" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert sorted(path for path in run.directory.rglob("*")) == before
 
 
 def test_learning_makes_the_loss_smaller(train: Train) -> None:
