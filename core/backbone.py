@@ -1,6 +1,7 @@
 """The backbone: a timm model that returns C3, C4 and C5, the feature maps at strides 8, 16 and 32 (section 4.1)."""
 
 import math
+from typing import cast
 
 import timm
 from timm.layers import BatchNormAct2d, Format, freeze_batch_norm_2d
@@ -29,19 +30,20 @@ class Backbone(nn.Module):
                 f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor ({error}); "
                 f"timm.list_models() names the models"
             ) from error
-        reductions = body.feature_info.reduction()
+        feature_info = cast(FeatureInfo, body.feature_info)
+        reductions = feature_info.reduction()
         missing = [stride for stride in STRIDES if stride not in reductions]
         if missing:
             raise ValueError(f"model.backbone={config.backbone!r} has no feature map at stride {missing}: {reductions}")
         kept = STRIDES if config.levels > 1 else STRIDES[-1:]
         self.strides = kept
-        self.channels = tuple(body.feature_info.channels()[reductions.index(stride)] for stride in kept)
+        self.channels = tuple(feature_info.channels()[reductions.index(stride)] for stride in kept)
         self._indices = tuple(reductions.index(stride) for stride in kept)
         if config.backbone_norm == "group":
             _replace_batch_norms(body)
         else:
             body = freeze_batch_norm_2d(body)
-            _freeze_before_c3(body, body.feature_info)
+            _freeze_before_c3(body, feature_info)
         self._channels_last = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC  # as Swin returns them
         self.body = body
 
@@ -60,7 +62,7 @@ def _replace_batch_norms(module: nn.Module) -> None:
         channels = child.num_features
         norm: nn.Module = nn.GroupNorm(channels // math.gcd(channels, 8), channels)
         if isinstance(child, BatchNormAct2d):  # some models fold their activation into the norm
-            norm = nn.Sequential(norm, child.drop, child.act)
+            norm = nn.Sequential(norm, cast(nn.Module, child.drop), cast(nn.Module, child.act))
         setattr(module, name, norm)
 
 

@@ -214,7 +214,8 @@ def _published_config(published: Mapping[str, Tensor], file: Path) -> ModelConfi
         logits = published["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0]
         two_stage = "transformer.pos_trans.weight" in published
         heads = 8  # not visible in any shape; every published model has 8
-        queries = {} if two_stage else {"queries": published["query_embed.weight"].shape[0]}
+        # A two-stage model has no query embedding; its number of proposals is free, 300 as published.
+        queries = 300 if two_stage else published["query_embed.weight"].shape[0]
         return ModelConfig(
             backbone="resnet50.tv_in1k" if "backbone.0.body.layer1.0.conv3.weight" in published else "resnet18.tv_in1k",
             pretrained_backbone=False,
@@ -228,7 +229,7 @@ def _published_config(published: Mapping[str, Tensor], file: Path) -> ModelConfi
             box_refine="transformer.decoder.bbox_embed.0.layers.0.weight" in published,
             two_stage=two_stage,
             num_classes=published["class_embed.0.bias"].shape[0],
-            **queries,
+            queries=queries,
         )
     except KeyError as error:
         raise ValueError(f"{file}: not a Deformable DETR checkpoint, it has no {error.args[0]}") from error

@@ -26,23 +26,23 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The detector (Deformable DETR, section 4 and appendix A.4). The defaults are the published ones."""
 
-    backbone: str = Field("resnet50.tv_in1k", description="any timm model that supports features_only")
+    backbone: str = Field(default="resnet50.tv_in1k", description="any timm model that supports features_only")
     pretrained_backbone: bool = True
     backbone_norm: Literal["frozen_batch", "group"] = Field(
-        "frozen_batch", description="frozen_batch needs pretrained weights; group trains from scratch"
+        default="frozen_batch", description="frozen_batch needs pretrained weights; group trains from scratch"
     )
-    hidden_dim: int = Field(256, gt=0)
-    heads: int = Field(8, gt=0)
-    levels: int = Field(4, ge=1)
-    points: int = Field(4, ge=1)
-    encoder_layers: int = Field(6, ge=1)
-    decoder_layers: int = Field(6, ge=1)
-    feedforward_dim: int = Field(1024, gt=0)
-    queries: int = Field(300, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    hidden_dim: int = Field(default=256, gt=0)
+    heads: int = Field(default=8, gt=0)
+    levels: int = Field(default=4, ge=1)
+    points: int = Field(default=4, ge=1)
+    encoder_layers: int = Field(default=6, ge=1)
+    decoder_layers: int = Field(default=6, ge=1)
+    feedforward_dim: int = Field(default=1024, gt=0)
+    queries: int = Field(default=300, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     box_refine: bool = False
     two_stage: bool = False
-    num_classes: int = Field(80, gt=0)
+    num_classes: int = Field(default=80, gt=0)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
@@ -62,57 +62,67 @@ class ModelConfig(_Section):
 class OptimConfig(_Section):
     """AdamW, parameter groups, losses and schedule (appendix A.4)."""
 
-    learning_rate: float = Field(2e-4, gt=0)
-    backbone_multiplier: float = Field(0.1, ge=0, description="rate of the backbone; 0 freezes it")
-    sampling_multiplier: float = Field(0.1, gt=0, description="rate of sampling offsets and reference points")
+    learning_rate: float = Field(default=2e-4, gt=0)
+    backbone_multiplier: float = Field(default=0.1, ge=0, description="rate of the backbone; 0 freezes it")
+    sampling_multiplier: float = Field(default=0.1, gt=0, description="rate of sampling offsets and reference points")
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(1e-4, ge=0)
-    clip_norm: float = Field(0.1, ge=0, description="largest gradient norm; 0 does not clip")
-    schedule: Literal["step", "cosine"] = Field("step", description="cosine falls to zero at the end of the run")
-    drop_epochs: tuple[int, ...] = Field((40,), description="step: epochs after which the rate is divided by ten")
-    warmup_steps: int = Field(0, ge=0)
-    class_weight: float = Field(2.0, ge=0)
-    l1_weight: float = Field(5.0, ge=0)
-    giou_weight: float = Field(2.0, ge=0)
-    focal_alpha: float = Field(0.25, ge=0, le=1)
-    focal_gamma: float = Field(2.0, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    clip_norm: float = Field(default=0.1, ge=0, description="largest gradient norm; 0 does not clip")
+    schedule: Literal["step", "cosine"] = Field(
+        default="step", description="cosine falls to zero at the end of the run"
+    )
+    drop_epochs: tuple[int, ...] = Field(
+        default=(40,), description="step: epochs after which the rate is divided by ten"
+    )
+    warmup_steps: int = Field(default=0, ge=0)
+    class_weight: float = Field(default=2.0, ge=0)
+    l1_weight: float = Field(default=5.0, ge=0)
+    giou_weight: float = Field(default=2.0, ge=0)
+    focal_alpha: float = Field(default=0.25, ge=0, le=1)
+    focal_gamma: float = Field(default=2.0, ge=0)
 
 
 class TrainConfig(_Section):
     """One training run and how DeepSpeed executes it."""
 
-    output: str = Field("runs", description="folder in which the run's own folder is made")
-    name: str | None = Field(None, description="the run's own folder; by default the time of its start")
-    epochs: int = Field(50, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps")
-    batch_size: int = Field(32, gt=0, description="images per optimizer step over all ranks")
-    accumulation: int = Field(1, gt=0, description="forward and backward passes per optimizer step")
-    seed: int = Field(42, ge=0)
+    output: str = Field(default="runs", description="folder in which the run's own folder is made")
+    name: str | None = Field(default=None, description="the run's own folder; by default the time of its start")
+    epochs: int = Field(default=50, gt=0)
+    max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
+    batch_size: int = Field(default=32, gt=0, description="images per optimizer step over all ranks")
+    accumulation: int = Field(default=1, gt=0, description="forward and backward passes per optimizer step")
+    seed: int = Field(default=42, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 shares this machine's cores among its ranks")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads per rank; 0 shares this machine's cores among its ranks"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     deepspeed_extra: dict[str, Any] = Field(default_factory=dict, description="merged into the DeepSpeed JSON")
-    checkpoint_every_epochs: int = Field(1, ge=0, description="besides the ones before an evaluation and at the end")
-    checkpoint_every_steps: int | None = Field(None, gt=0, description="within an epoch")
-    evaluate_every_epochs: int = Field(1, ge=0, description="0 never evaluates while training")
-    log_every_steps: int = Field(10, gt=0)
+    checkpoint_every_epochs: int = Field(
+        default=1, ge=0, description="besides the ones before an evaluation and at the end"
+    )
+    checkpoint_every_steps: int | None = Field(default=None, gt=0, description="within an epoch")
+    evaluate_every_epochs: int = Field(default=1, ge=0, description="0 never evaluates while training")
+    log_every_steps: int = Field(default=10, gt=0)
 
 
 class EvalConfig(_Section):
     """Evaluation and prediction."""
 
-    batch_size: int = Field(4, gt=0, description="images of one exact size per forward pass")
-    top_k: int = Field(100, gt=0, description="most detections of an image, over all queries and classes")
-    score_threshold: float = Field(0.4, ge=0, le=1, description="least score that `ddetr predict` draws")
+    batch_size: int = Field(default=4, gt=0, description="images of one exact size per forward pass")
+    top_k: int = Field(default=100, gt=0, description="most detections of an image, over all queries and classes")
+    score_threshold: float = Field(default=0.4, ge=0, le=1, description="least score that `ddetr predict` draws")
 
 
 class MonitorConfig(_Section):
     """The Prometheus exporter of each rank."""
 
     enabled: bool = True
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(9400, ge=0, le=65535, description="rank r on a host listens on port + r; 0 takes a free port")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(
+        default=9400, ge=0, le=65535, description="rank r on a host listens on port + r; 0 takes a free port"
+    )
 
 
 class Config(_Section):

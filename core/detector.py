@@ -8,6 +8,7 @@ import copy
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,11 @@ class DeformableDetr(nn.Module):
         heads = 1  # shared by all decoder layers, unless boxes are refined; the last one makes the proposals
         if config.box_refine:
             heads = config.decoder_layers + config.two_stage
-        self.class_embed = nn.ModuleList(nn.Linear(c, config.num_classes) for _ in range(heads))
-        self.bbox_embed = nn.ModuleList(MLP(c, 4) for _ in range(heads))
+        class_head, box_head = _initial_heads(config)
+        self.class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(heads))
+        self.bbox_embed = nn.ModuleList([box_head] + [copy.deepcopy(box_head) for _ in range(heads - 1)])
+        if not config.two_stage:  # without proposals the first boxes come from here: start small
+            nn.init.constant_(_output_layer(box_head).bias[2:], -2.0)
         self._reset_parameters()
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> Predictions:
@@ -194,19 +198,24 @@ class DeformableDetr(nn.Module):
         if not self.config.two_stage:
             nn.init.zeros_(self.transformer.reference_points.bias)
         nn.init.normal_(self.transformer.level_embed.weight)
-        for project in self.input_proj:
-            nn.init.xavier_uniform_(project[0].weight)
-            nn.init.zeros_(project[0].bias)
+        for module in self.input_proj.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(cast(Tensor, module.bias))
 
-        class_embed, bbox_embed = self.class_embed[0], self.bbox_embed[0]
-        nn.init.constant_(class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-        nn.init.zeros_(bbox_embed.layers[-1].weight)
-        nn.init.zeros_(bbox_embed.layers[-1].bias)
-        for index in range(1, len(self.class_embed)):
-            self.class_embed[index] = copy.deepcopy(class_embed)
-            self.bbox_embed[index] = copy.deepcopy(bbox_embed)
-        if not self.config.two_stage:  # without proposals the first boxes come from here: start small
-            nn.init.constant_(bbox_embed.layers[-1].bias[2:], -2.0)
+
+def _initial_heads(config: ModelConfig) -> tuple[nn.Linear, MLP]:
+    """A class head that finds nothing and a box head that moves nothing, yet."""
+    class_head = nn.Linear(config.hidden_dim, config.num_classes)
+    nn.init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    box_head = MLP(config.hidden_dim, 4)
+    nn.init.zeros_(_output_layer(box_head).weight)
+    nn.init.zeros_(_output_layer(box_head).bias)
+    return class_head, box_head
+
+
+def _output_layer(head: MLP) -> nn.Linear:
+    return cast(nn.Linear, head.layers[-1])
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:

@@ -102,7 +102,9 @@ def join(config: TrainConfig) -> World:
     from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    if config.precision == "fp16" and not accelerator.is_fp16_supported():
         raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
     if device.type == "cpu" and local_rank == 0:
         _prepare_compilation()
@@ -148,20 +150,22 @@ class Engine:
         self.dtype = DTYPES[config.train.precision]
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # frozen norms: never change
         self._names = dict(model.named_parameters())
-        optimizer = adamw(model, config.optim)
+        self._optimizer = adamw(model, config.optim)  # DeepSpeed wraps it and keeps its groups
         self._own_norm: float | None = None
         if _clips_itself(config):
-            optimizer.register_step_pre_hook(self._clip)
-        self.run, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+            self._optimizer.register_step_pre_hook(self._clip)
+        self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
 
     def set_learning_rate(self, base: float) -> None:
-        for group in self.run.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = base * group["scale"]
 
     @property
     def gradient_norm(self) -> float:
         """Of the last optimizer step, before clipping."""
-        return float(self.run.get_global_grad_norm() if self._own_norm is None else self._own_norm)
+        norm = self.run.get_global_grad_norm() if self._own_norm is None else self._own_norm
+        assert norm is not None, "asked before the first step"
+        return float(norm)
 
     @property
     def loss_scale(self) -> float:

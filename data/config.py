@@ -15,14 +15,18 @@ class DataConfig(BaseModel):
     train: str | None = None
     validation: str | None = None
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    validation_short_side: int = Field(800, gt=0)
-    long_side: int = Field(1333, gt=0)
-    crop: bool = Field(True, description="half of the time resize to crop_resize_short_sides, crop, then resize")
+    validation_short_side: int = Field(default=800, gt=0)
+    long_side: int = Field(default=1333, gt=0)
+    crop: bool = Field(
+        default=True, description="half of the time resize to crop_resize_short_sides, crop, then resize"
+    )
     crop_resize_short_sides: tuple[int, ...] = (400, 500, 600)
     crop_sizes: tuple[int, int] = (384, 600)
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
-    shuffle_window: int = Field(8192, gt=0, description="samples shuffled together; bounds how far a sample moves")
+    flip_probability: float = Field(default=0.5, ge=0, le=1)
+    workers: int = Field(default=2, ge=0, description="loader processes per rank; 0 loads in the training process")
+    shuffle_window: int = Field(
+        default=8192, gt=0, description="samples shuffled together; bounds how far a sample moves"
+    )
 
     @model_validator(mode="after")
     def _sizes_are_positive_and_ordered(self) -> "DataConfig":
