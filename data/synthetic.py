@@ -147,7 +147,7 @@ def draw_image(size: int, classes: int, seed: int, number: int) -> tuple[np.ndar
         shape = SHAPES[random.integers(classes)]
         for _attempt in range(12):
             small = random.random() < SMALL_SHARE
-            low, high = (0.035, 0.06) if small else (0.065, 0.25)
+            low, high = (0.045, 0.08) if small else (0.09, 0.27)
             radius = size * low * (high / low) ** random.random()
             centre = random.uniform(0.6 * radius, size - 0.6 * radius, 2)
             coverage = _coverage(shape, size, centre, radius, random.random() * 2 * np.pi)

@@ -15,8 +15,8 @@ from PIL import Image
 
 SCRIPTS = Path(__file__).resolve().parent
 DDETR = Path(sys.executable).with_name("ddetr")
-TRAINING_IMAGES = 2000
-VALIDATION_IMAGES = 120
+TRAINING_IMAGES = 3200
+VALIDATION_IMAGES = 300
 RANKS = 2
 NEEDED_AP50 = 0.7
 STARTED = time.monotonic()

@@ -38,6 +38,7 @@ SMALL = (
     "train.threads=1",
     "train.precision=fp32",
     "optim.warmup_steps=0",
+    "optim.schedule=step",
     "optim.learning_rate=1e-4",
     "monitor.port=0",
 )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = """
     model.num_classes=80 model.queries=50 data.short_sides=[160] data.validation_short_side=160 data.long_side=240
     data.flip_probability=0 train.batch_size=8 train.epochs=150 train.evaluate_every_epochs=0
-    train.checkpoint_every_epochs=0 train.log_every_steps=50 optim.drop_epochs=[120] optim.warmup_steps=20
+    train.checkpoint_every_epochs=0 train.log_every_steps=50 optim.learning_rate=8e-4 optim.warmup_steps=20
     monitor.port=0
 """
 
