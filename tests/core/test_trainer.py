@@ -223,7 +223,7 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=stopped"]
-    process = start(command(1, *arguments, "train.epochs=1000"))
+    process = start(command(1, *arguments, "train.epochs=1000", "train.checkpoint_every_epochs=0"))
     wait_for(tmp_path / "stopped/metrics.jsonl", process, lines=3)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
