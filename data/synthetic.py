@@ -90,7 +90,7 @@ SHAPES = (
 )
 
 EMPTY_SHARE, CROWD_SHARE, SMALL_SHARE = 0.04, 0.05, 0.12
-LEAST_VISIBLE = 0.6  # no object is hidden further than this share of its area
+LEAST_VISIBLE = 0.7  # no object is hidden further than this share of its area
 
 
 def draw_set(
@@ -147,7 +147,7 @@ def draw_image(size: int, classes: int, seed: int, number: int) -> tuple[np.ndar
         shape = SHAPES[random.integers(classes)]
         for _attempt in range(12):
             small = random.random() < SMALL_SHARE
-            low, high = (0.045, 0.08) if small else (0.09, 0.27)
+            low, high = (0.06, 0.09) if small else (0.1, 0.28)
             radius = size * low * (high / low) ** random.random()
             centre = random.uniform(0.6 * radius, size - 0.6 * radius, 2)
             coverage = _coverage(shape, size, centre, radius, random.random() * 2 * np.pi)
