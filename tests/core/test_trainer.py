@@ -33,6 +33,7 @@ SMALL = (
     "data.short_sides=[96]",
     "data.validation_short_side=96",
     "train.batch_size=4",
+    "train.epochs=10",
     "train.log_every_steps=1",
     "train.evaluate_every_epochs=0",
     "train.threads=1",
