@@ -18,7 +18,7 @@ DDETR = Path(sys.executable).with_name("ddetr")
 TRAINING_IMAGES = 3200
 VALIDATION_IMAGES = 300
 RANKS = 2
-NEEDED_AP50 = 0.6  # 0.70 on the reference machine; rounding elsewhere moves it, less than this is a defect
+NEEDED_AP50 = 0.6  # last measured: 0.702; a change of the random draw moves it by some hundredths
 STARTED = time.monotonic()
 
 

@@ -41,16 +41,7 @@ def deform_attn(
     levels = len(shapes) // 2
     _check_companion(value, "sampling_locations", sampling_locations)
     _check_companion(value, "attention_weights", attention_weights)
-    if sampling_locations.dim() != 6 or (
-        sampling_locations.shape[0] != batch
-        or sampling_locations.shape[2] != heads
-        or sampling_locations.shape[3] != levels
-        or sampling_locations.shape[5] != 2
-    ):
-        raise ValueError(
-            f"sampling_locations must have shape (N, Q, H, L, P, 2) = ({batch}, Q, {heads}, {levels}, P, 2), "
-            f"got {tuple(sampling_locations.shape)}"
-        )
+    _check_points("sampling_locations", sampling_locations, batch, heads, levels)
     if attention_weights.shape != sampling_locations.shape[:5]:
         raise ValueError(
             f"attention_weights must have shape (N, Q, H, L, P) = {tuple(sampling_locations.shape[:5])}, "
@@ -83,16 +74,7 @@ def fused_deform_attn(
     _check_companion(value, "reference_points", reference_points)
     _check_companion(value, "sampling_offsets", sampling_offsets)
     _check_companion(value, "attention_logits", attention_logits)
-    if sampling_offsets.dim() != 6 or (
-        sampling_offsets.shape[0] != batch
-        or sampling_offsets.shape[2] != heads
-        or sampling_offsets.shape[3] != levels
-        or sampling_offsets.shape[5] != 2
-    ):
-        raise ValueError(
-            f"sampling_offsets must have shape (N, Q, H, L, P, 2) = ({batch}, Q, {heads}, {levels}, P, 2), "
-            f"got {tuple(sampling_offsets.shape)}"
-        )
+    _check_points("sampling_offsets", sampling_offsets, batch, heads, levels)
     queries, points = sampling_offsets.shape[1], sampling_offsets.shape[4]
     if reference_points.dim() != 4 or (
         reference_points.shape[0] != batch
@@ -171,6 +153,14 @@ def _check_companion(value: Tensor, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float32, float16 or bfloat16 beside a {value.dtype} value, got {tensor.dtype}")
     if tensor.device != value.device:
         raise ValueError(f"{name} must be on value's device {value.device}, got {tensor.device}")
+
+
+def _check_points(name: str, tensor: Tensor, batch: int, heads: int, levels: int) -> None:
+    shape = tuple(tensor.shape)
+    if len(shape) != 6 or shape[0] != batch or shape[2:4] != (heads, levels) or shape[5] != 2:
+        raise ValueError(
+            f"{name} must have shape (N, Q, H, L, P, 2) = ({batch}, Q, {heads}, {levels}, P, 2), got {shape}"
+        )
 
 
 def _one_dtype(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
