@@ -204,7 +204,7 @@ def train(
 
     from .train import run  # only now: a misspelt key need not wait for torch
 
-    run(config, resume=resume, dry_run=dry_run)
+    run(config, resume=resume, restart=go_on, dry_run=dry_run)
 
 
 @app.command("eval")

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from ..core.checkpoint import find_checkpoint
+from ..core.checkpoint import checkpoints, find_checkpoint
 from ..core.config import Config, dump
 from ..core.detector import DeformableDetr
 from ..core.engine import World, deepspeed_config, device_for, join
@@ -28,14 +28,16 @@ def run(
     config: Config,
     *,
     resume: Path | None = None,
+    restart: bool = False,
     dry_run: bool = False,
     report: Callable[[EvaluationReport], None] | None = None,
 ) -> Path:
     """Train, as one process or as one rank of many; returns the run directory.
 
-    `resume` is a run directory to continue; `report` is called on rank 0 after each evaluation. With `dry_run` all
-    checks are made and printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message
-    for what the user can mend, before any work.
+    `resume` is a run directory to continue; with `restart` a new run may take over a directory without a checkpoint.
+    `report` is called on rank 0 after each evaluation. With `dry_run` all checks are made and printed, nothing is
+    written. Raises ValueError, FileNotFoundError or OSError with one message for what the user can mend, before any
+    work.
     """
     _log_to_console()
     train_index, validation_index = _open_data(config)
@@ -48,7 +50,7 @@ def run(
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
-        run_directory = _agree(lambda: _run_directory(config, resume), world)
+        run_directory = _agree(lambda: _run_directory(config, resume, restart), world)
         metrics = RunMetrics(run_directory.name, world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
@@ -134,12 +136,12 @@ def _agree(choose: Callable[[], Path], world: World) -> Path:
     return choice[0]
 
 
-def _run_directory(config: Config, resume: Path | None) -> Path:
+def _run_directory(config: Config, resume: Path | None, restart: bool) -> Path:
     if resume is not None:
         find_checkpoint(resume)  # says so now if there is none
         return resume.resolve()
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
-    if path.exists():
+    if path.exists() and not (restart and not checkpoints(path)):
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     return path
 

@@ -23,8 +23,8 @@ def tune(sweep_file: Path, ray_address: str | None = None) -> Path:
 
     ray_address: an address as `cluster` takes it, by default `local`. On a cluster of several nodes the shards and
     the output folder must be visible to all of them under the same path.
-    Raises ConfigError that lists every mistake of the file before anything starts, and RuntimeError when no trial
-    succeeds.
+    Raises ConfigError that lists every mistake of the file before anything starts, and ValueError with the first
+    trial's error when none succeeds.
     """
     sweep, base = read_sweep(sweep_file)
     folder = Path(sweep.output or f"runs/{sweep_file.stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
@@ -37,7 +37,7 @@ def tune(sweep_file: Path, ray_address: str | None = None) -> Path:
     _write(folder, rows, sweep)
     _print(rows, sweep, folder)
     if rows[0]["best"] is None:
-        raise RuntimeError(f"no trial succeeded; the first error: {rows[0]['error']}")
+        raise ValueError(f"no trial succeeded; the first error: {rows[0]['error']}")
     return folder / "results.json"
 
 

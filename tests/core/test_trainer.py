@@ -221,6 +221,26 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
         torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=0)
 
 
+def test_continue_starts_anew_what_died_before_its_first_checkpoint(synthetic_shards: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "again"
+    directory.mkdir()
+    (directory / "config.yaml").write_text("left by the run that died")
+    arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=again"]
+
+    def attempt(*more: str) -> Run:
+        finished = subprocess.run(command(1, *arguments, *more), capture_output=True, text=True, timeout=600)
+        return collect(directory, finished.stdout + finished.stderr, finished.returncode)
+
+    refused = attempt("train.max_steps=2")
+    assert refused.exit_status == 2
+    assert "exists already" in refused.output
+    started = succeeded(attempt("train.max_steps=2", "--continue"))
+    assert [step["step"] for step in started.steps] == [1, 2]
+    resumed = succeeded(attempt("train.max_steps=3", "--continue"))
+    assert [step["step"] for step in resumed.steps] == [1, 2, 3]
+    assert [event["event"] for event in resumed.events if "ranks" in event] == ["start", "resume"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=stopped"]

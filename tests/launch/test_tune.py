@@ -133,6 +133,15 @@ def test_too_large_a_trial_is_refused_at_once(sweep: dict, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_sweep_of_which_no_trial_succeeds_tells_the_error(sweep: dict, tmp_path: Path) -> None:
+    sweep["overrides"].append("data.train=nowhere")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**sweep, "samples": 1}))
+    with pytest.raises(ValueError, match="no trial succeeded; the first error: .*nowhere: no such folder"):
+        tune(tmp_path / "sweep.yaml")
+    assert json.loads((tmp_path / "out/results.json").read_text())["trials"][0]["best"] is None
+
+
+@pytest.mark.slow
 def test_trials_train_with_the_values_they_were_given(sweep: dict, tmp_path: Path) -> None:
     sweep["scheduler"] = {"asha": {"grace_epochs": 1, "reduction_factor": 2}}
     # 64 channels do not divide among 3 heads: such a trial fails, the others go on.
