@@ -42,6 +42,13 @@ class ModelConfig(_Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     box_refine: bool = False
     two_stage: bool = False
+    proposal_size: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.99,
+        description="side of the box that a token of the finest level starts from in the first stage, as a share of the "
+        "image; it doubles with each level",
+    )
     num_classes: int = Field(default=80, gt=0)
 
     @model_validator(mode="after")

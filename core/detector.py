@@ -21,7 +21,6 @@ from .position import proposal_position, sine_position
 from .transformer import DecoderLayer, Encoder, SpatialShapes, decoder_reference_points
 
 PRIOR_PROBABILITY = 0.01  # of a class at initialisation (focal loss paper, section 3.3)
-PROPOSAL_SIZE = 0.05  # of a proposal's side on the finest level; doubles with each level (appendix A.4)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class DeformableDetr(nn.Module):
         Returns the proposals, and for the Q best of them the queries (N, Q, C), their position embedding (N, Q, C)
         and their boxes (N, Q, 4). The best are those of highest logit for class 0, the "object" class of this head.
         """
-        anchors, usable = _anchors(shapes, padding_mask)
+        anchors, usable = _anchors(shapes, padding_mask, self.config.proposal_size)
         memory = memory.masked_fill(~usable[..., None], 0.0)
         memory = self.transformer.enc_output_norm(self.transformer.enc_output(memory))
         logits = self.class_embed[-1](memory).float()
@@ -230,8 +229,10 @@ def _shift(reference: Tensor, delta: Tensor) -> Tensor:
     return delta.float() + F.pad(anchor, (0, 4 - anchor.shape[-1]))
 
 
-def _anchors(shapes: SpatialShapes, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's box before the first stage's correction, and whether the token may propose at all.
+def _anchors(shapes: SpatialShapes, padding_mask: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Each token's box before the first stage's correction, and whether the token may propose at all (appendix A.4).
+
+    A box is centred on its token; its sides are `size` of the image on the finest level and double with each level.
 
     Returns logits of boxes (N, S, 4), infinite where unusable, and usable (N, S): not padding, and the whole
     box's numbers within (0.01, 0.99).
@@ -244,7 +245,7 @@ def _anchors(shapes: SpatialShapes, padding_mask: Tensor) -> tuple[Tensor, Tenso
         x = torch.arange(width, device=mask.device) + 0.5
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x.reshape(-1), y.reshape(-1)], dim=-1)[None] / valid[:, None]
-        boxes.append(torch.cat([centre, torch.full_like(centre, PROPOSAL_SIZE * 2.0**level)], dim=-1))
+        boxes.append(torch.cat([centre, torch.full_like(centre, size * 2.0**level)], dim=-1))
         start += height * width
     boxes = torch.cat(boxes, dim=1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask

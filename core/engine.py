@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,9 @@ def join(config: TrainConfig) -> World:
     assert accelerator is not None
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
+    # DeepSpeed compiles with the ninja on the PATH: this environment's, also where it is not activated. Another version
+    # would compile everything again.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if device.type == "cpu" and local_rank == 0:
         _prepare_compilation()
     deepspeed.init_distributed(

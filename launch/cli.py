@@ -4,7 +4,6 @@ Only typer and rich are imported here, so that `ddetr --help` is immediate and a
 """
 
 import importlib.metadata
-import os
 import sys
 import traceback as traceback_module
 from pathlib import Path
@@ -344,9 +343,6 @@ def doctor() -> None:
 def main() -> None:
     """Entry point of the console script: a user's mistake becomes one message and exit status 2."""
     arguments = sys.argv[1:]
-    # DeepSpeed compiles with the ninja on the PATH: this environment's, also where it is not activated. Another version
-    # would compile everything again.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     try:
         app(normalised_arguments(arguments))
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
