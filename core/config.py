@@ -46,8 +46,7 @@ class ModelConfig(_Section):
         default=0.05,
         gt=0,
         lt=0.99,
-        description="side of the box that a token of the finest level starts from in the first stage, as a share of the "
-        "image; it doubles with each level",
+        description="side of the first stage's boxes on the finest level, in image sides; doubles with each level",
     )
     num_classes: int = Field(default=80, gt=0)
 

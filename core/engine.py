@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +106,9 @@ def join(config: TrainConfig) -> World:
     assert accelerator is not None
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
-    # DeepSpeed compiles with the ninja on the PATH: this environment's, also where it is not activated. Another version
-    # would compile everything again.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    if device.type == "cpu" and local_rank == 0:
-        _prepare_compilation()
+    if device.type == "cpu":
+        # All that DeepSpeed would compile on a machine's first run, for minutes, is a sum of tensors for inference.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
     )
@@ -254,39 +251,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _prepare_compilation() -> None:
-    """DeepSpeed compiles its shared-memory collective on first use: say so, and clear a dead build's lock."""
-    from torch.utils import cpp_extension
-
-    folder = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False))
-    if hasattr(cpp_extension, "FileBaton"):  # newer versions of torch let go of the lock when the process dies
-        _clear_stale_lock(folder / "lock")
-    if not (folder / "deepspeed_shm_comm.so").exists():
-        log.info("DeepSpeed compiles its CPU communication op, once on this machine: 1 to 4 minutes")
-
-
-def _clear_stale_lock(lock: Path) -> None:
-    """The mere existence of this file makes every later build wait for ever, so one that no process holds must go.
-
-    A process keeps it open while it builds.
-    """
-    if lock.exists() and not _is_open(lock):
-        log.info("removing %s, left behind by a build that was killed", lock)
-        lock.unlink(missing_ok=True)
-
-
-def _is_open(path: Path) -> bool:
-    """Whether any process that we may look into has the file open. Counts as open where there is no /proc."""
-    processes = Path("/proc")
-    if not processes.is_dir():
-        return True
-    wanted = str(path.resolve())
-    for descriptor in processes.glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == wanted:
-                return True
-        except OSError:  # the process or descriptor is gone, or not ours to see
-            continue
-    return False

@@ -27,8 +27,6 @@ if [[ -z $python ]]; then
 else
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         lacking+=("Python's venv and ensurepip are missing: apt-get install python3-venv")
-    "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||
-        lacking+=("Python.h is missing (DeepSpeed compiles against it): apt-get install python3-dev")
 fi
 printf '#include <concepts>\n#include <thread>\nint main() {}\n' |
     ${CXX:-g++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||

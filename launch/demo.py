@@ -70,7 +70,7 @@ def demo(folder: Path) -> None:
 
 
 def training_seconds(run_directory: Path) -> float:
-    """From the first logged step to the last evaluation: without starting up and what DeepSpeed compiles once."""
+    """From the first logged step to the last evaluation: without starting up."""
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     return lines[-1]["time"] - lines[0]["time"]
 

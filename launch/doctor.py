@@ -3,8 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class Finding:
 
 def doctor() -> bool:
     """Print every finding, then the fixes. False when something essential is broken."""
-    findings = [*packages(), *compiler(), *operators(), *devices(), *parity(), *deepspeed_cache()]
+    findings = [*packages(), *operators(), *devices(), *parity(), *deepspeed_cache()]
     table = Table("", "state", "finding", title="ddetr doctor", title_justify="left")
     for finding in findings:
         style = _STYLES[finding.state]
@@ -64,17 +62,6 @@ def packages() -> Iterator[Finding]:
             yield Finding(requirement.name, "ok", version)
         else:
             yield Finding(requirement.name, "broken", f"{version} is too old", f"pip install '{requirement}'")
-
-
-def compiler() -> Iterator[Finding]:
-    """DeepSpeed compiles its communication op at first use, also where ddetr itself came as a wheel."""
-    name = os.environ.get("CXX", "g++")
-    path = shutil.which(name)
-    if path is None:
-        yield Finding("compiler", "broken", f"{name} not found; DeepSpeed needs it", "apt-get install g++ python3-dev")
-        return
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
-    yield Finding("compiler", "ok", version)
 
 
 def operators() -> Iterator[Finding]:
@@ -180,15 +167,10 @@ def largest_difference(device: torch.device) -> float:
 
 
 def deepspeed_cache() -> Iterator[Finding]:
-    """DeepSpeed's compiled ops: built, not yet built, or stuck behind a lock that a killed build left."""
+    """Ops that train.deepspeed_extra made DeepSpeed compile: built, or stuck behind a lock of a killed build."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # as torch.utils.cpp_extension has it
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
-    folders = {path.parent for name in ("lock", "build.ninja") for path in root.glob(f"**/{name}")}
-    if not folders:
-        yield Finding(
-            "DeepSpeed ops", "note", f"none compiled yet in {root}; the first run does that, in 1 to 4 minutes"
-        )
-    for folder in sorted(folders):
+    for folder in sorted({path.parent for name in ("lock", "build.ninja") for path in root.glob(f"**/{name}")}):
         lock = folder / "lock"
         if lock.exists():
             minutes = (time.time() - lock.stat().st_mtime) / 60

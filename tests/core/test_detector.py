@@ -30,7 +30,7 @@ def test_the_first_stage_starts_from_squares_centred_on_the_tokens(size: float) 
         for y in range(128 // stride):
             for x in range(192 // stride):
                 centre, side = ((x + 0.5) / columns, (y + 0.5) / rows), size * 2**level
-                inside = x < columns and y < rows and 0.01 < min(*centre, side) and max(*centre, side) < 0.99
+                inside = x < columns and y < rows and min(*centre, side) > 0.01 and max(*centre, side) < 0.99
                 expected.append([*centre, side, side] if inside else [1.0] * 4)
     torch.testing.assert_close(proposals[1][0], torch.tensor(expected), rtol=0, atol=1e-5)
 

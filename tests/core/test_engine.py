@@ -1,5 +1,6 @@
-"""The DeepSpeed JSON, devices, and the lock of a build that was killed."""
+"""The DeepSpeed JSON, devices, and what joining leaves undone."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core import config
-from ddetr.core.engine import _clear_stale_lock, deepspeed_config, device_for
+from ddetr.core.engine import deepspeed_config, device_for
 
 
 def test_deepspeed_json_follows_from_the_configuration() -> None:
@@ -59,19 +60,15 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         device_for(auto, 2)
 
 
-def test_lock_of_a_killed_build_is_removed_and_a_live_one_is_not(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    # As torch takes it: the process keeps the file open while it builds.
-    hold = (
-        "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); time.sleep(60)"
+def test_nothing_is_compiled_on_first_use(tmp_path: Path) -> None:
+    script = """
+from ddetr.core.config import TrainConfig
+from ddetr.core.engine import join
+print("ranks:", join(TrainConfig(device="cpu")).size)
+"""
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    joined = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
-    builder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True)
-    assert builder.stdout is not None
-    assert builder.stdout.readline() == "held\n"
-    _clear_stale_lock(lock)
-    assert lock.exists()
-    builder.kill()
-    builder.communicate()
-    assert lock.exists()
-    _clear_stale_lock(lock)
-    assert not lock.exists()
+    assert joined.stdout.split("\n")[-2] == "ranks: 1", joined.stderr
+    assert list(tmp_path.iterdir()) == []

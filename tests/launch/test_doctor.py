@@ -50,7 +50,7 @@ def test_a_lock_left_by_a_killed_build_is_shown_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert [finding.state for finding in doctor.deepspeed_cache()] == ["note"]
+    assert list(doctor.deepspeed_cache()) == []
     built, stuck = tmp_path / "built_op", tmp_path / "stuck_op"
     for folder in (built, stuck):
         folder.mkdir()

@@ -51,8 +51,7 @@ def wait_for_targets(targets: Path, process: subprocess.Popen[bytes], seconds: f
 def test_every_dashboard_expression_has_data_of_a_real_run(training, prometheus, dashboard_expressions):
     process, run_directory = training
     targets = run_directory / "targets.json"
-    # DeepSpeed compiles an operation on a machine's first run.
-    groups = wait_for_targets(targets, process, seconds=600)
+    groups = wait_for_targets(targets, process, seconds=300)
     assert [group["labels"] for group in groups] == [{"run": "watched", "rank": "0"}, {"run": "watched", "rank": "1"}]
 
     server = prometheus(targets)
