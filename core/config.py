@@ -74,8 +74,8 @@ class OptimConfig(_Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0)
     clip_norm: float = Field(default=0.1, ge=0, description="largest gradient norm; 0 does not clip")
-    schedule: Literal["step", "cosine"] = Field(
-        default="step", description="cosine falls to zero at the end of the run"
+    schedule: Literal["step", "linear"] = Field(
+        default="step", description="step drops at drop_epochs; linear falls to zero over the last 40 % of the run"
     )
     drop_epochs: tuple[int, ...] = Field(
         default=(40,), description="step: epochs after which the rate is divided by ten"

@@ -1,13 +1,12 @@
 """AdamW with the published parameter groups, and the learning rate as a function of the step (appendix A.4)."""
 
-import math
-
 import torch
 from torch import nn
 
 from .config import OptimConfig
 
 SLOW = ("sampling_offsets", "reference_points")
+LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
@@ -46,10 +45,10 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, last_step: int) -> float:
     """The base group's rate at optimizer step `step`, from 0, of `last_step`.
 
-    Linear warm-up; then, as published, a tenth after each drop epoch, or half a cosine down to zero.
+    Linear warm-up; then, as published, a tenth after each drop epoch, or a straight line down to zero at the end.
     """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "cosine":
-        return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / last_step))
+    if config.schedule == "linear":
+        return config.learning_rate * warm * min(1.0, (last_step - step) / (LINEAR_SHARE * last_step))
     drops = sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
     return config.learning_rate * warm * 0.1**drops

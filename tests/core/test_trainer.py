@@ -171,13 +171,12 @@ def test_warm_up_and_drop_are_followed(train: Train) -> None:
     assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-5])  # 24 images: 6 steps an epoch
 
 
-def test_cosine_falls_to_zero_at_the_last_step() -> None:
-    optim = OptimConfig(learning_rate=2.0, schedule="cosine", warmup_steps=4, drop_epochs=(1,))
+def test_linear_is_constant_then_falls_to_zero() -> None:
+    optim = OptimConfig(learning_rate=2.0, schedule="linear", warmup_steps=4, drop_epochs=(1,))
     rates = [learning_rate(optim, step, steps_per_epoch=10, last_step=100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.5)
-    assert rates[50] == pytest.approx(1.0)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert 0 < rates[-1] < 0.001
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4:61] == pytest.approx([2.0] * 57)
+    assert rates[61:] == pytest.approx([2.0 * remaining / 40 for remaining in range(39, 0, -1)])
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
