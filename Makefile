@@ -22,7 +22,7 @@ SOURCES := $(wildcard core/*.py ops/*.py ops/csrc/* data/*.py launch/* launch/*/
 .PHONY: help setup demo test test-all test-gpu bench bench-gpu lint wheel clean
 
 help:
-	@echo 'make demo       train, evaluate and look at a small detector on this machine (15 minutes on 2 cores)'
+	@echo 'make demo       train, evaluate and look at a small detector on this machine (10 minutes on 2 cores)'
 	@echo 'make test       lint, then every test that needs neither a GPU nor much time'
 	@echo 'make test-all   the slow tests as well'
 	@echo 'make test-gpu   the tests that need a CUDA device'
