@@ -140,8 +140,9 @@ def test_accumulation_takes_the_same_steps(train: Train) -> None:
 def test_bfloat16_stays_near_float32(train: Train, stage: int) -> None:
     exact = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
     half = succeeded(train(2, f"train.zero_stage={stage}", "model.dropout=0", "train.precision=bf16"))
-    assert half.losses[0] == pytest.approx(exact.losses[0], rel=0.01)
-    assert half.losses == pytest.approx(exact.losses, rel=0.1)  # a matching that tips over moves the loss by percents
+    # Untrained proposals are nearly tied: rounding chooses others, whose loss differs by percents.
+    assert half.losses[0] == pytest.approx(exact.losses[0], rel=0.03)
+    assert half.losses == pytest.approx(exact.losses, rel=0.1)
     assert half.losses != exact.losses
 
 

@@ -98,6 +98,8 @@ def test_a_real_prometheus_of_two_ranks(prometheus, ranks, dashboard, dashboard_
     for title, expressions in dashboard_expressions.items():
         for expression in expressions:
             server.wait_for(lambda expression=expression: server.query(expression), f"data for {title}: {expression}")
+    recorded = "run_rank:ddetr_data_wait:share5m"  # a rate: exists for a rank once it was scraped twice
+    server.wait_for(lambda: len(server.query(recorded)) == 2, "rules for both ranks")
     variable = re.fullmatch(r"label_values\((\w+), (\w+)\)", dashboard["templating"]["list"][1]["definition"])
     assert variable is not None
     assert server.get(f"label/{variable[2]}/values", **{"match[]": variable[1]}) == ["demo"]
@@ -113,7 +115,7 @@ def test_a_real_prometheus_of_two_ranks(prometheus, ranks, dashboard, dashboard_
     # What the processes reported arrives, and labels are those of the exporter, once.
     assert {(s["metric"]["rank"], s["value"]) for s in server.query("up")} == {("0", 1.0), ("1", 1.0)}
     assert server.query("run:ddetr_ranks:up")[0]["value"] == 2
-    shares = {s["metric"]["rank"]: s["value"] for s in server.query("run_rank:ddetr_data_wait:share5m")}
+    shares = {s["metric"]["rank"]: s["value"] for s in server.query(recorded)}
     assert shares == {"0": pytest.approx(0.1), "1": pytest.approx(0.2)}
     # 8 images a step, counted once although both ranks report them; the two queries are a moment apart.
     rate = server.query("run:ddetr_images:rate5m")[0]["value"]
