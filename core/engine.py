@@ -134,6 +134,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,  # the trainer reports each step itself
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs where DeepSpeed offloads to
     }
     return _merged(values, train.deepspeed_extra)
 

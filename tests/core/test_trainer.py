@@ -130,6 +130,12 @@ def test_zero_stages_take_the_same_steps(train: Train, stage: int) -> None:
     assert apart < 0.02 * moved
 
 
+def test_offloading_the_optimizer_takes_the_same_steps(train: Train) -> None:
+    reference = succeeded(train(2, "train.zero_stage=2", "model.dropout=0"))
+    offload = "train.deepspeed_extra={zero_optimization: {offload_optimizer: {device: cpu}}}"
+    assert_same_losses(succeeded(train(2, "train.zero_stage=2", "model.dropout=0", offload)), reference, rel=1e-4)
+
+
 def test_accumulation_takes_the_same_steps(train: Train) -> None:
     whole = succeeded(train(1, "train.zero_stage=0", "model.dropout=0"))
     halves = succeeded(train(1, "train.zero_stage=0", "model.dropout=0", "train.accumulation=2"))
