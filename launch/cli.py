@@ -198,12 +198,12 @@ def train(
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     config = load(source, arguments)
-    if go_on:
-        resume = resume or _run_to_continue(config.train.output, config.train.name)
+    if go_on and resume is None and config.train.name is None:
+        raise ValueError("--continue finds the run by its name: set train.name=NAME")
 
     from .train import run  # only now: a misspelt key need not wait for torch
 
-    run(config, resume=resume, restart=go_on, dry_run=dry_run)
+    run(config, resume=resume, go_on=go_on, dry_run=dry_run)
 
 
 @app.command("eval")
@@ -354,14 +354,6 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _run_to_continue(output: str, name: str | None) -> Path | None:
-    """The run directory called `name` when it holds a complete checkpoint."""
-    if name is None:
-        raise ValueError("--continue finds the run by its name: set train.name=NAME")
-    run_directory = Path(output) / name
-    return run_directory if any(run_directory.glob("checkpoints/step_*/model.safetensors")) else None
 
 
 def _message(error: Exception) -> str:

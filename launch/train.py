@@ -28,16 +28,16 @@ def run(
     config: Config,
     *,
     resume: Path | None = None,
-    restart: bool = False,
+    go_on: bool = False,
     dry_run: bool = False,
     report: Callable[[EvaluationReport], None] | None = None,
 ) -> Path:
     """Train, as one process or as one rank of many; returns the run directory.
 
-    `resume` is a run directory to continue; with `restart` a new run may take over a directory without a checkpoint.
-    `report` is called on rank 0 after each evaluation. With `dry_run` all checks are made and printed, nothing is
-    written. Raises ValueError, FileNotFoundError or OSError with one message for what the user can mend, before any
-    work.
+    `resume` is a run directory to continue. `go_on` resumes the run called train.name when it has a checkpoint and
+    starts it otherwise. `report` is called on rank 0 after each evaluation. With `dry_run` all checks are made and
+    printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message for what the user can
+    mend, before any work.
     """
     _log_to_console()
     train_index, validation_index = _open_data(config)
@@ -50,7 +50,7 @@ def run(
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
-        run_directory = _agree(lambda: _run_directory(config, resume, restart), world)
+        run_directory, resumes = _agree(lambda: _run_directory(config, resume, go_on), world)
         metrics = RunMetrics(run_directory.name, world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
@@ -72,7 +72,7 @@ def run(
                 report(item)
 
         record.event(
-            "resume" if resume else "start", ranks=world.size, device=str(world.device), torch=torch.__version__
+            "resume" if resumes else "start", ranks=world.size, device=str(world.device), torch=torch.__version__
         )
         train(
             config,
@@ -81,7 +81,7 @@ def run(
             stream=stream,
             categories=train_index.categories,
             validation_index=validation_index,
-            resume=resume is not None,
+            resume=resumes,
             observe=observe,
         )
         record.event("stop")
@@ -122,7 +122,7 @@ def _print_plan(config: Config, index: ShardIndex, model: DeformableDetr, deepsp
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
-def _agree(choose: Callable[[], Path], world: World) -> Path:
+def _agree(choose: Callable[[], tuple[Path, bool]], world: World) -> tuple[Path, bool]:
     """Rank 0's choice on every rank; its error on every rank as well."""
     choice: list[Any] = [None]
     if world.rank == 0:
@@ -136,14 +136,15 @@ def _agree(choose: Callable[[], Path], world: World) -> Path:
     return choice[0]
 
 
-def _run_directory(config: Config, resume: Path | None, restart: bool) -> Path:
+def _run_directory(config: Config, resume: Path | None, go_on: bool) -> tuple[Path, bool]:
+    """Where the run is recorded, and whether it resumes what is there."""
     if resume is not None:
         find_checkpoint(resume)  # says so now if there is none
-        return resume.resolve()
+        return resume.resolve(), True
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
-    if path.exists() and not (restart and not checkpoints(path)):
+    if path.exists() and not go_on:
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
-    return path
+    return path, bool(checkpoints(path))
 
 
 def _gathered(address: str, world: World) -> list[str]:
