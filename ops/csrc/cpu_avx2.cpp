@@ -37,13 +37,36 @@ struct Simd {
   using V = __m256;
   typedef int32_t I __attribute__((vector_size(32)));
   static constexpr int kWidth = 8;
-  static constexpr int kMaxVectors = 2;  // times four corners: half of the sixteen registers
+  using Mask = __m256;
   static V zero() { return _mm256_setzero_ps(); }
   static V set(T number) { return _mm256_set1_ps(number); }
   static V load(const T* source) { return _mm256_loadu_ps(source); }
   static void store(T* target, V vector) { _mm256_storeu_ps(target, vector); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V load(const Half* source) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+  }
+  static void store(Half* target, V vector) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static V larger(V a, V b) { return _mm256_max_ps(a, b); }  // b where a is NaN
+  static V floor(V a) { return _mm256_floor_ps(a); }
+  static I integers(V a) { return std::bit_cast<I>(_mm256_cvttps_epi32(a)); }
+  static Mask between(V x, V low, V high) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GT_OQ), _mm256_cmp_ps(x, high, _CMP_LT_OQ));
+  }
+  static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+  static V keep(Mask mask, V a) { return _mm256_and_ps(mask, a); }
+  static I keep(Mask mask, I a) { return std::bit_cast<I>(mask) & a; }
+  // Numbers `at` of a table.
+  static V pick(const T* table, int size, I at) {
+    const __m256i index = std::bit_cast<__m256i>(at);
+    if (size > 8) return _mm256_i32gather_ps(table, index, 4);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i present = _mm256_cmpgt_epi32(_mm256_set1_epi32(size), lane);
+    return _mm256_permutevar8x32_ps(_mm256_maskload_ps(table, present), index);
+  }
   // x0 y0 x1 y1 ... to vectors of x and of y, and back.
   static void split(const T* pairs, V& x, V& y) {
     const V a = load(pairs), b = load(pairs + 8);

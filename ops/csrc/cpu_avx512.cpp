@@ -38,13 +38,34 @@ struct Simd {
   using V = __m512;
   typedef int32_t I __attribute__((vector_size(64)));
   static constexpr int kWidth = 16;
-  static constexpr int kMaxVectors = 4;  // times four corners: half of the thirty-two registers
+  using Mask = __mmask16;
   static V zero() { return _mm512_setzero_ps(); }
   static V set(T number) { return _mm512_set1_ps(number); }
   static V load(const T* source) { return _mm512_loadu_ps(source); }
   static void store(T* target, V vector) { _mm512_storeu_ps(target, vector); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V load(const Half* source) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+  }
+  static void store(Half* target, V vector) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static V larger(V a, V b) { return _mm512_max_ps(a, b); }  // b where a is NaN
+  static V floor(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static I integers(V a) { return std::bit_cast<I>(_mm512_cvttps_epi32(a)); }
+  static Mask between(V x, V low, V high) {
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, low, _CMP_GT_OQ), x, high, _CMP_LT_OQ);
+  }
+  static Mask both(Mask a, Mask b) { return a & b; }
+  static V keep(Mask mask, V a) { return _mm512_maskz_mov_ps(mask, a); }
+  static I keep(Mask mask, I a) { return std::bit_cast<I>(_mm512_maskz_mov_epi32(mask, std::bit_cast<__m512i>(a))); }
+  // Numbers `at` of a table.
+  static V pick(const T* table, int size, I at) {
+    const __m512i index = std::bit_cast<__m512i>(at);
+    if (size > 16) return _mm512_i32gather_ps(index, table, 4);
+    return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps(static_cast<Mask>((1u << size) - 1), table));
+  }
   static __m256 halves(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
   // x0 y0 x1 y1 ... to vectors of x and of y, and back.
   static void split(const T* pairs, V& x, V& y) {

@@ -5,35 +5,55 @@
 // and cpu_points.h.
 //
 // A task owns one (batch, head), so the gradient of its values is its own: no atomics, and the same bits whatever
-// the number of threads. A task copies its values, which lie H*D apart, into a dense float buffer first: gathering
-// from the original would miss the TLB at every corner. Then blocks of queries go through two phases, arithmetic
+// the number of threads. A task copies its values, which lie H*D apart, into a dense buffer first: gathering from the
+// original would miss the TLB at every corner. Then blocks of queries go through two phases, arithmetic
 // (cpu_points.h) and gathers (here), so that loads do not wait for weights.
-// A corner outside the map points at a row of zeros (a waste row for gradients): the gathers have no branch, and a
-// NaN in value cannot reach a query that does not sample it.
+// In the dense buffer zeros surround every map, and a point that touches none of its map's pixels goes to zeros of
+// its own: the gathers have no branch, and a NaN in value cannot reach a query that does not sample it. With few
+// queries the copy would cost more than the gathers: these then read value in place and check the map's sides.
 
 #include "cpu_numbers.h"
+
+// Where the maps of one (batch, head) lie, in rows of channels: pixel (x, y) of a level at origin + y * pitch + x.
+struct Maps {
+  std::vector<int64_t> origin, pitch;
+  int64_t rows = 0;
+
+  Maps(const Problem& problem, bool dense) {
+    int64_t widest = 0, before = 0;
+    for (int64_t level = 0; level < problem.levels; ++level) widest = std::max(widest, problem.shapes[2 * level + 1]);
+    if (dense) before = widest + 3;  // row 0 stands for "outside": the four corners around it are zeros in every pitch
+    for (int64_t level = 0; level < problem.levels; ++level) {
+      const int64_t height = problem.shapes[2 * level], width = problem.shapes[2 * level + 1];
+      // A column of zeros right of each line is also the one left of the next.
+      pitch.push_back(width + dense);
+      origin.push_back(rows + (dense ? std::max(before, width + 2) : 0));
+      rows = origin.back() + height * pitch.back();
+      before = width + 1;
+    }
+    if (dense) rows += before;
+    STD_TORCH_CHECK(rows < INT32_MAX, "the maps are too large: one batch element may hold about 2^31 positions");
+  }
+};
+
 #include "cpu_points.h"
 
-template <class Simd>
+template <class Simd, class Stored, bool kInPlace>
 class Kernel {
   using T = typename Simd::T;
   using V = typename Simd::V;
-  using Index = typename Points<Simd>::Index;
   using Block = typename Points<Simd>::Block;
   static constexpr int W = Simd::kWidth;
 
  public:
   explicit Kernel(const Problem& problem)
       : p_(problem),
-        points_(problem),
-        stride_((problem.channels + W - 1) / W * W) {
-    // Copying pays when the rows are read several times; vectors need whole rows of the sum's type.
-    const bool reads_are_few = 2 * p_.queries * points_.count < p_.positions;
-    const bool rows_are_vectors = p_.value_type == p_.sum_type && stride_ == p_.channels;
-    in_place_ = reads_are_few && rows_are_vectors;
-  }
+        maps_(problem, !kInPlace),
+        points_(problem, maps_),
+        stride_((problem.channels + W - 1) / W * W),
+        row_stride_(kInPlace ? problem.heads * problem.channels : stride_) {}
 
-  void forward(void* output) const {
+  void forward(Stored* output) const {
     // With more threads than (batch, head) pairs, the queries of a pair are split too; each part copies for itself.
     const int64_t pairs = p_.batch * p_.heads;
     if (pairs == 0 || p_.queries == 0) return;
@@ -41,28 +61,28 @@ class Kernel {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks);
     torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(*this);
-      Buffer<T> copy(in_place_ ? 1 : p_.positions * stride_);
+      Block block(points_);
+      Channels channels(*this);
+      Buffer<Stored> dense(kInPlace ? 0 : maps_.rows * stride_);
       int64_t copied = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t pair = task / parts, part = task % parts;
         const int64_t batch = pair / p_.heads, head = pair % p_.heads;
-        if (!in_place_ && copied != pair) {
-          copy_values(batch, head, copy.data());
+        if (!kInPlace && copied != pair) {
+          copy_values(batch, head, dense.data());
           copied = pair;
         }
-        const Rows values = rows_of(in_place_ ? in_place(p_.value, batch, head) : copy.data(), scratch.zeros.data());
+        const Rows<const Stored> values{kInPlace ? of_pair(p_.value, batch, head) : dense.data(), channels.zeros.data()};
         const int64_t first = blocks * part / parts * kBlock;
         const int64_t last = std::min(blocks * (part + 1) / parts * kBlock, p_.queries);
         for (int64_t query = first; query < last; query += kBlock) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, last - query));
-          points_.prepare(batch, query, count, head, scratch.block);
+          points_.template prepare<kInPlace, false>(batch, query, count, head, block);
           for (int q = 0; q < count; ++q) {
-            const int64_t place = ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
-            T* const spare = scratch.channels.data();
-            T* const sums = writable(output, p_.value_type, whole_channels(), place, spare);
-            sum_points(values, scratch.block, q, sums);
-            finish(sums, spare, p_.value_type, output, place, p_.channels);
+            Stored* const target = output + ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
+            Stored* const sums = whole_channels() ? target : channels.spare.data();
+            sum_points(values, block, q, sums);
+            if (!whole_channels()) std::memcpy(target, sums, p_.channels * sizeof(Stored));
           }
         }
       }
@@ -72,136 +92,197 @@ class Kernel {
   void backward(const Gradients& gradients) const {
     const int64_t pairs = p_.batch * p_.heads;
     if (pairs == 0) return;
+    const Stored* const grad_output = static_cast<const Stored*>(gradients.output);
+    if (kInPlace) {
+      const int64_t size = p_.positions * p_.channels;  // of a pair, though not its own part
+      torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
+        std::memset(static_cast<Stored*>(gradients.value) + begin * size, 0, (end - begin) * size * sizeof(Stored));
+      });
+    }
     torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(*this);
-      Buffer<T> copy(in_place_ ? 1 : p_.positions * stride_);
-      Buffer<T> sums(in_place_ ? 1 : p_.positions * stride_);
+      Block block(points_);
+      Channels channels(*this);
+      Buffer<Stored> dense(kInPlace ? 0 : maps_.rows * stride_);
+      Buffer<T> dense_sums(kInPlace ? 0 : maps_.rows * stride_);
       for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t batch = pair / p_.heads, head = pair % p_.heads;
-        T* const gradient = in_place_ ? const_cast<T*>(in_place(gradients.value, batch, head)) : sums.data();
-        if (!in_place_) copy_values(batch, head, copy.data());
-        const Rows values = rows_of(in_place_ ? in_place(p_.value, batch, head) : copy.data(), scratch.zeros.data());
-        const Rows grads = rows_of(gradient, scratch.waste.data());
-        for (int64_t row = 0; row < p_.positions; ++row) {
-          std::memset(gradient + row * row_stride(), 0, stride_ * sizeof(T));
+        Rows<const Stored> values{dense.data(), channels.zeros.data()};
+        Rows<T> sums{dense_sums.data(), channels.waste.data()};
+        if constexpr (kInPlace) {
+          static_assert(std::is_same_v<Stored, T>);
+          values.base = of_pair(p_.value, batch, head);
+          sums.base = const_cast<T*>(of_pair(gradients.value, batch, head));
+        } else {
+          copy_values(batch, head, dense.data());
+          std::memset(sums.base, 0, maps_.rows * stride_ * sizeof(T));
         }
         for (int64_t query = 0; query < p_.queries; query += kBlock) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
-          points_.prepare(batch, query, count, head, scratch.block);
+          points_.template prepare<kInPlace, true>(batch, query, count, head, block);
           for (int q = 0; q < count; ++q) {
-            const int64_t pair_index = (batch * p_.queries + query + q) * p_.heads + head;
-            const T* const gradient_of_sums = readable(gradients.output, p_.value_type, whole_channels(),
-                                                       pair_index * p_.channels, p_.channels, scratch.channels.data());
-            spread_gradient(values, grads, gradient_of_sums, scratch.block, q);
-            points_.store_gradients(gradients, batch, query + q, head, q, scratch.block);
+            const int64_t place = batch * p_.queries + query + q;
+            const Stored* gradient = grad_output + (place * p_.heads + head) * p_.channels;
+            if (!whole_channels()) {
+              gradient = static_cast<const Stored*>(
+                  std::memcpy(channels.spare.data(), gradient, p_.channels * sizeof(Stored)));
+            }
+            spread_gradient(values, sums, gradient, block, q);
+            points_.store_gradients(gradients, place, head, q, block);
           }
         }
-        if (!in_place_) store_value_gradient(sums.data(), batch, head, gradients.value);
+        if constexpr (!kInPlace) store_sums(sums.base, batch, head, static_cast<Stored*>(gradients.value));
       }
     });
   }
 
  private:
-  // What one thread needs.
-  struct Scratch {
-    explicit Scratch(const Kernel& kernel)
-        : block(kernel.points_), zeros(kernel.stride_), waste(kernel.stride_), channels(kernel.stride_) {}
-    Block block;
-    std::vector<T> zeros, waste, channels;
+  // Channels of one row: zeros and waste stand for corners outside the map.
+  struct Channels {
+    explicit Channels(const Kernel& kernel) : zeros(kernel.stride_), spare(kernel.stride_), waste(kernel.stride_) {}
+    std::vector<Stored> zeros, spare;
+    std::vector<T> waste;
   };
 
   // Value rows (or their gradients) of one (batch, head).
+  template <class Number>
   struct Rows {
-    T* base;
-    T* outside;
-    int64_t stride;
-    Index outside_index;
-    T* at(Index index) const { return index == outside_index ? outside : base + index * stride; }
+    Number* base;
+    Number* outside;
   };
 
-  const T* in_place(const void* tensor, int64_t batch, int64_t head) const {
-    return static_cast<const T*>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
-  }
-  int64_t row_stride() const { return in_place_ ? p_.heads * p_.channels : stride_; }
-  Rows rows_of(const T* base, T* outside) const {
-    return {const_cast<T*>(base), outside, row_stride(), static_cast<Index>(p_.positions)};
-  }
+  // The rows of a point's four corners.
+  template <class Number>
+  struct Corners {
+    Number* at[4];
+    Corners(const Rows<Number>& rows, const Block& block, int64_t i, int64_t right, int64_t below) {
+      Number* const first = rows.base + block.row[i] * right;
+      at[0] = first, at[1] = first + right, at[2] = first + below, at[3] = first + below + right;
+      if constexpr (kInPlace) {
+        if (const int sides = static_cast<int>(block.sides[i]); sides != 0) {
+          if (sides & (1 | 4)) at[0] = rows.outside;
+          if (sides & (2 | 4)) at[1] = rows.outside;
+          if (sides & (1 | 8)) at[2] = rows.outside;
+          if (sides & (2 | 8)) at[3] = rows.outside;
+        }
+      }
+    }
+  };
 
+  const Stored* of_pair(const void* tensor, int64_t batch, int64_t head) const {
+    return static_cast<const Stored*>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
+  }
   bool whole_channels() const { return p_.channels == stride_; }
 
-  void copy_values(int64_t batch, int64_t head, T* target) const {
-    with_storage<T>(p_.value_type, [&](auto* storage) {
-      const auto* source = static_cast<const std::remove_pointer_t<decltype(storage)>*>(p_.value) +
-                           (batch * p_.positions * p_.heads + head) * p_.channels;
-      for (int64_t row = 0; row < p_.positions; ++row) {
-        const auto* const from = source + row * p_.heads * p_.channels;
-        T* const to = target + row * stride_;
-        __builtin_prefetch(from + 16 * p_.heads * p_.channels);
-        if constexpr (std::is_same_v<decltype(storage), T*>) {
-          if (whole_channels()) {  // memcpy is a call, for two vectors
-            for (int64_t c = 0; c < stride_; c += W) Simd::store(to + c, Simd::load(from + c));
-            continue;
-          }
+  void copy_values(int64_t batch, int64_t head, Stored* dense) const {
+    const Stored* from = of_pair(p_.value, batch, head);
+    const size_t bytes = p_.channels * sizeof(Stored);
+    Stored* filled = dense;
+    for (int64_t level = 0; level < p_.levels; ++level) {
+      const int64_t height = p_.shapes[2 * level], width = p_.shapes[2 * level + 1];
+      Stored* to = dense + maps_.origin[level] * stride_;
+      for (int64_t y = 0; y < height; ++y) {
+        std::memset(filled, 0, reinterpret_cast<char*>(to) - reinterpret_cast<char*>(filled));
+        for (int64_t x = 0; x < width; ++x, from += p_.heads * p_.channels, to += stride_) {
+          __builtin_prefetch(from + 16 * p_.heads * p_.channels);
+          copy_row(from, to, bytes);
         }
-        widen(from, to, p_.channels);
-        for (int64_t c = p_.channels; c < stride_; ++c) to[c] = T(0);
+        filled = to, to += stride_;
       }
-    });
+    }
+    Stored* const end = dense + maps_.rows * stride_;
+    std::memset(filled, 0, reinterpret_cast<char*>(end) - reinterpret_cast<char*>(filled));
+  }
+  void copy_row(const Stored* from, Stored* to, size_t bytes) const {
+    if (bytes == 128) {
+      std::memcpy(to, from, 128);
+    } else if (bytes == 64) {
+      std::memcpy(to, from, 64);
+    } else {
+      std::memcpy(to, from, bytes);
+      std::memset(to + p_.channels, 0, (stride_ - p_.channels) * sizeof(Stored));
+    }
   }
 
-  void store_value_gradient(const T* source, int64_t batch, int64_t head, void* tensor) const {
-    with_storage<T>(p_.value_type, [&](auto* storage) {
-      auto* target = static_cast<decltype(storage)>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
-      for (int64_t row = 0; row < p_.positions; ++row) {
-        narrow(source + row * stride_, target + row * p_.heads * p_.channels, p_.channels);
+  void store_sums(const T* sums, int64_t batch, int64_t head, Stored* grad_value) const {
+    Stored* to = grad_value + (batch * p_.positions * p_.heads + head) * p_.channels;
+    std::vector<Stored> spare(stride_);
+    for (int64_t level = 0; level < p_.levels; ++level) {
+      const int64_t height = p_.shapes[2 * level], width = p_.shapes[2 * level + 1];
+      for (int64_t y = 0; y < height; ++y) {
+        const T* from = sums + (maps_.origin[level] + y * maps_.pitch[level]) * stride_;
+        for (int64_t x = 0; x < width; ++x, from += stride_, to += p_.heads * p_.channels) {
+          Stored* const target = whole_channels() ? to : spare.data();
+          for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
+            V row[C];
+            load_row<Simd>(from + channel, row);
+            store_row<Simd>(row, target + channel);
+          });
+          if (!whole_channels()) std::memcpy(to, target, p_.channels * sizeof(Stored));
+        }
       }
-    });
+    }
   }
 
   // Forward: the weighted sum of all corners.
-  void sum_points(const Rows& values, const Block& block, int q, T* target) const {
+  void sum_points(const Rows<const Stored>& values, const Block& block, int q, Stored* target) const {
     for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
-      V sums[4][C];
-      for (int k = 0; k < 4; ++k) {
-        for (int c = 0; c < C; ++c) sums[k][c] = Simd::zero();
+      constexpr int kChains = C >= 4 ? 2 : 4;  // of additions that do not wait for each other
+      V sums[kChains][C];
+      for (auto& chain : sums) {
+        for (V& sum : chain) sum = Simd::zero();
       }
-      for (int64_t i = q * points_.padded, end = i + points_.count; i < end; ++i) {
-        for (int k = 0; k < 4; ++k) {
-          const T* const source = values.at(block.row[k][i]) + channel;
-          const V weight = Simd::set(block.weight[k][i]);
-          for (int c = 0; c < C; ++c) sums[k][c] = Simd::fma(weight, Simd::load(source + c * W), sums[k][c]);
+      int64_t i = q * points_.padded;
+      for (int64_t level = 0; level < p_.levels; ++level) {
+        const int64_t below = maps_.pitch[level] * row_stride_;
+        for (const int64_t end = i + p_.points; i < end; ++i) {
+          const Corners<const Stored> corners(values, block, i, row_stride_, below);
+          for (int k = 0; k < 4; ++k) {
+            V row[C];
+            load_row<Simd>(corners.at[k] + channel, row);
+            const V weight = Simd::set(block.weight[k][i]);
+            for (int c = 0; c < C; ++c) sums[k % kChains][c] = Simd::fma(weight, row[c], sums[k % kChains][c]);
+          }
         }
       }
       for (int c = 0; c < C; ++c) {
-        Simd::store(target + channel + c * W,
-                    Simd::add(Simd::add(sums[0][c], sums[1][c]), Simd::add(sums[2][c], sums[3][c])));
+        sums[0][c] = Simd::add(sums[0][c], sums[1][c]);
+        if constexpr (kChains == 4) sums[0][c] = Simd::add(sums[0][c], Simd::add(sums[2][c], sums[3][c]));
       }
+      store_row<Simd>(sums[0], target + channel);
     });
   }
 
   // Backward: adds weight * gradient to the corners' rows, and leaves gradient . value in block.dots.
-  void spread_gradient(const Rows& values, const Rows& grads, const T* grad_output, Block& block, int q) const {
+  void spread_gradient(const Rows<const Stored>& values, const Rows<T>& grads, const Stored* grad_output,
+                       Block& block, int q) const {
     for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
       V gradient[C];
-      for (int c = 0; c < C; ++c) gradient[c] = Simd::load(grad_output + channel + c * W);
+      load_row<Simd>(grad_output + channel, gradient);
       T* dots = block.dots.data();
-      for (int64_t i = q * points_.padded, end = i + points_.count; i < end; ++i, ++dots) {
-        V products[4];
-        for (int k = 0; k < 4; ++k) {
-          const T* const source = values.at(block.row[k][i]) + channel;
-          T* const target = grads.at(block.row[k][i]) + channel;
-          const V weight = Simd::set(block.weight[k][i]);
-          products[k] = Simd::zero();
-          for (int c = 0; c < C; ++c) {
-            products[k] = Simd::fma(gradient[c], Simd::load(source + c * W), products[k]);
-            Simd::store(target + c * W, Simd::fma(weight, gradient[c], Simd::load(target + c * W)));
+      int64_t i = q * points_.padded;
+      for (int64_t level = 0; level < p_.levels; ++level) {
+        const int64_t below = maps_.pitch[level] * row_stride_;
+        for (const int64_t end = i + p_.points; i < end; ++i, ++dots) {
+          const Corners<const Stored> from(values, block, i, row_stride_, below);
+          const Corners<T> to(grads, block, i, row_stride_, below);
+          V products[4];
+          for (int k = 0; k < 4; ++k) {
+            V row[C];
+            load_row<Simd>(from.at[k] + channel, row);
+            T* const target = to.at[k] + channel;
+            const V weight = Simd::set(block.weight[k][i]);
+            products[k] = Simd::zero();
+            for (int c = 0; c < C; ++c) {
+              products[k] = Simd::fma(gradient[c], row[c], products[k]);
+              Simd::store(target + c * W, Simd::fma(weight, gradient[c], Simd::load(target + c * W)));
+            }
           }
-        }
-        T sums[4];
-        Simd::sums(products, sums);
-        for (int k = 0; k < 4; ++k) {
-          T& dot = dots[k * points_.padded];
-          dot = channel == 0 ? sums[k] : dot + sums[k];
+          T sums[4];
+          Simd::sums(products, sums);
+          for (int k = 0; k < 4; ++k) {
+            T& dot = dots[k * points_.padded];
+            dot = channel == 0 ? sums[k] : dot + sums[k];
+          }
         }
       }
     });
@@ -210,30 +291,48 @@ class Kernel {
   // Calls body with as many vectors of channels at a time as there are registers for.
   template <class Body>
   void for_channels(const Body& body) const {
-    for (int64_t channel = 0; channel < stride_;) {
-      const int64_t vectors = (stride_ - channel) / W;
-      if (Simd::kMaxVectors >= 4 && vectors >= 4) {
-        body(std::integral_constant<int, Simd::kMaxVectors >= 4 ? 4 : 1>(), channel), channel += 4 * W;
-      } else if (vectors >= 2) {
-        body(std::integral_constant<int, 2>(), channel), channel += 2 * W;
-      } else {
-        body(std::integral_constant<int, 1>(), channel), channel += W;
-      }
-    }
+    int64_t channel = 0;
+    for (; channel + 4 * W <= stride_; channel += 4 * W) body(std::integral_constant<int, 4>(), channel);
+    if (channel + 2 * W <= stride_) body(std::integral_constant<int, 2>(), channel), channel += 2 * W;
+    if (channel < stride_) body(std::integral_constant<int, 1>(), channel);
   }
 
   const Problem& p_;
+  const Maps maps_;
   const Points<Simd> points_;
-  const int64_t stride_;  // channels, padded to vectors
-  bool in_place_;
+  const int64_t stride_;      // channels, padded to vectors
+  const int64_t row_stride_;  // from one position to the next, where rows are gathered
 };
+
+// Copying pays when a row is read several times (a point reads four); vectors need whole rows.
+template <class Simd>
+bool reads_in_place(const Problem& problem) {
+  return problem.queries * problem.levels * problem.points < 2 * problem.positions &&
+         problem.channels % Simd::kWidth == 0;
+}
 
 template <class Simd>
 void run_forward(const Problem& problem, void* output) {
-  Kernel<Simd>(problem).forward(output);
+  with_storage<typename Simd::T>(problem.value_type, [&](auto* storage) {
+    using Stored = std::remove_pointer_t<decltype(storage)>;
+    if (reads_in_place<Simd>(problem)) {
+      Kernel<Simd, Stored, true>(problem).forward(static_cast<Stored*>(output));
+    } else {
+      Kernel<Simd, Stored, false>(problem).forward(static_cast<Stored*>(output));
+    }
+  });
 }
 
 template <class Simd>
 void run_backward(const Problem& problem, const Gradients& gradients) {
-  Kernel<Simd>(problem).backward(gradients);
+  with_storage<typename Simd::T>(problem.value_type, [&](auto* storage) {
+    using Stored = std::remove_pointer_t<decltype(storage)>;
+    if constexpr (std::is_same_v<Stored, typename Simd::T>) {
+      if (reads_in_place<Simd>(problem)) {
+        Kernel<Simd, Stored, true>(problem).backward(gradients);
+        return;
+      }
+    }
+    Kernel<Simd, Stored, false>(problem).backward(gradients);
+  });
 }

@@ -76,11 +76,72 @@ void finish(const T* result, const T* scratch, ScalarType type, void* tensor, in
   if (result == scratch) store(scratch, type, tensor, first, count);
 }
 
-// floor, for numbers that fit an int32.
+// Half a vector's width of 16-bit numbers, and the integers that they widen to.
 template <class Simd>
-inline typename Simd::V floored(typename Simd::V x) {
-  const auto truncated = __builtin_convertvector(__builtin_convertvector(x, typename Simd::I), typename Simd::V);
-  return truncated > x ? truncated - 1 : truncated;
+struct Halves {
+  typedef uint16_t Narrow __attribute__((vector_size(2 * Simd::kWidth)));
+  typedef uint32_t Wide __attribute__((vector_size(4 * Simd::kWidth)));
+};
+
+// bfloat16 to nearest even, in the upper half of every lane.
+template <class Simd>
+inline typename Halves<Simd>::Wide rounded_bits(typename Simd::V x) {
+  using Wide = typename Halves<Simd>::Wide;
+  const Wide bits = std::bit_cast<Wide>(x);
+  const Wide result = bits + 0x7fff + ((bits >> 16) & 1);
+  return x != x ? Wide{} + 0x7fc00000u : result;
+}
+
+// C vectors of channels between memory and registers. bfloat16 goes two vectors at a time, even channels into one and
+// odd ones into the other, which costs less than keeping their order: whoever works on a row sees the same order.
+template <class Simd, int C>
+inline void load_row(const typename Simd::T* source, typename Simd::V (&row)[C]) {
+  for (int c = 0; c < C; ++c) row[c] = Simd::load(source + c * Simd::kWidth);
+}
+template <class Simd, int C>
+inline void store_row(const typename Simd::V (&row)[C], typename Simd::T* target) {
+  for (int c = 0; c < C; ++c) Simd::store(target + c * Simd::kWidth, row[c]);
+}
+template <class Simd, int C>
+inline void load_row(const Half* source, typename Simd::V (&row)[C]) {
+  for (int c = 0; c < C; ++c) row[c] = Simd::load(source + c * Simd::kWidth);
+}
+template <class Simd, int C>
+inline void store_row(const typename Simd::V (&row)[C], Half* target) {
+  for (int c = 0; c < C; ++c) Simd::store(target + c * Simd::kWidth, row[c]);
+}
+template <class Simd, int C>
+inline void load_row(const BFloat16* source, typename Simd::V (&row)[C]) {
+  using V = typename Simd::V;
+  using Narrow = typename Halves<Simd>::Narrow;
+  using Wide = typename Halves<Simd>::Wide;
+  if constexpr (C % 2 == 0) {
+    for (int c = 0; c < C; c += 2) {
+      Wide both;
+      std::memcpy(&both, source + c * Simd::kWidth, sizeof(both));
+      row[c] = std::bit_cast<V>(both << 16), row[c + 1] = std::bit_cast<V>(both & 0xffff0000u);
+    }
+  } else {
+    static_assert(C == 1);
+    Narrow bits;
+    std::memcpy(&bits, source, sizeof(bits));
+    row[0] = std::bit_cast<V>(__builtin_convertvector(bits, Wide) << 16);
+  }
+}
+template <class Simd, int C>
+inline void store_row(const typename Simd::V (&row)[C], BFloat16* target) {
+  using Narrow = typename Halves<Simd>::Narrow;
+  using Wide = typename Halves<Simd>::Wide;
+  if constexpr (C % 2 == 0) {
+    for (int c = 0; c < C; c += 2) {
+      const Wide both = (rounded_bits<Simd>(row[c]) >> 16) | (rounded_bits<Simd>(row[c + 1]) & 0xffff0000u);
+      std::memcpy(target + c * Simd::kWidth, &both, sizeof(both));
+    }
+  } else {
+    static_assert(C == 1);
+    const Narrow bits = __builtin_convertvector(rounded_bits<Simd>(row[0]) >> 16, Narrow);
+    std::memcpy(target, &bits, sizeof(bits));
+  }
 }
 
 // exp of x <= 0 (or NaN), within 2 units in the last place. After Cephes.
@@ -94,7 +155,7 @@ inline typename Simd::V exponential(typename Simd::V x) {
   } else {
     const V lowest = Simd::set(-87.0f);
     const V bounded = x > lowest ? x : lowest;  // a NaN becomes -87 here and returns at the end
-    const V whole = floored<Simd>(bounded * 1.44269504088896341f + 0.5f);
+    const V whole = Simd::floor(bounded * 1.44269504088896341f + 0.5f);
     const V rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
     V sum = Simd::fma(Simd::set(1.9875691500e-4f), rest, Simd::set(1.3981999507e-3f));
     sum = Simd::fma(sum, rest, Simd::set(8.3334519073e-3f));

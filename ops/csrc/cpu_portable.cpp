@@ -19,7 +19,7 @@ struct Simd {
   typedef Number V __attribute__((vector_size(16)));
   typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> I __attribute__((vector_size(16)));
   static constexpr int kWidth = 16 / sizeof(T);
-  static constexpr int kMaxVectors = 2;
+  using Mask = I;
   static V zero() { return V{}; }
   static V set(T number) { return V{} + number; }
   static V load(const T* source) {
@@ -30,6 +30,35 @@ struct Simd {
   static void store(T* target, V vector) { std::memcpy(target, &vector, sizeof(V)); }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
+  static V load(const Half* source) {
+    V vector;
+    for (int lane = 0; lane < kWidth; ++lane) vector[lane] = static_cast<float>(source[lane]);
+    return vector;
+  }
+  static void store(Half* target, V vector) {
+    for (int lane = 0; lane < kWidth; ++lane) target[lane] = Half(static_cast<float>(vector[lane]));
+  }
+  static V larger(V a, V b) { return a > b ? a : b; }  // b where a is NaN
+  static V floor(V a) {
+    for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::floor(a[lane]);
+    return a;
+  }
+  // Of a number without an integer, any: conversion alone would be undefined.
+  static I integers(V a) {
+    constexpr T most = 1 << 30;
+    const Mask fits = between(a, zero() - most, zero() + most);
+    return __builtin_convertvector(keep(fits, a), I);
+  }
+  static Mask between(V x, V low, V high) { return (x > low) & (x < high); }
+  static Mask both(Mask a, Mask b) { return a & b; }
+  static V keep(Mask mask, V a) { return std::bit_cast<V>(mask & std::bit_cast<I>(a)); }
+  static I keep(Mask mask, I a) { return mask & a; }
+  // Numbers `at` of a table.
+  static V pick(const T* table, int, I at) {
+    V vector;
+    for (int lane = 0; lane < kWidth; ++lane) vector[lane] = table[at[lane]];
+    return vector;
+  }
   // x0 y0 x1 y1 ... to vectors of x and of y, and back.
   static void split(const T* pairs, V& x, V& y) {
     for (int lane = 0; lane < kWidth; ++lane) x[lane] = pairs[2 * lane], y[lane] = pairs[2 * lane + 1];
