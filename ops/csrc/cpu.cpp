@@ -50,15 +50,17 @@ void check_types(const Problem& problem) {
   }
 }
 
-Tensor forward(const Arguments& arguments) {
+}  // namespace
+
+Tensor Device::forward(const Arguments& arguments) {
   check_types(arguments.problem);
   Tensor output = arguments.empty_output();
   path_for(arguments.problem).forward(arguments.problem, output.mutable_data_ptr());
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Tensor& grad_output_,
-                                                    bool needs_reference_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> Device::backward(const Arguments& arguments, const Tensor& grad_output_,
+                                                            bool needs_reference_gradient) {
   check_types(arguments.problem);
   Tensor grad_output = arguments.contiguous_gradient(grad_output_);
   Tensor grad_value = torch::stable::empty_like(arguments.value);
@@ -70,36 +72,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments, 
                       grad_coordinates.mutable_data_ptr(), grad_scores.mutable_data_ptr()};
   path_for(arguments.problem).backward(arguments.problem, gradients);
   return {grad_value, grad_reference, grad_coordinates, grad_scores};
-}
-
-}  // namespace
-
-Tensor deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
-                   const Tensor& attention_weights) {
-  return forward(Arguments(value, spatial_shapes, nullptr, sampling_locations, attention_weights));
-}
-
-std::tuple<Tensor, Tensor, Tensor> deform_attn_backward(const Tensor& grad_output, const Tensor& value,
-                                                        const std::vector<int64_t>& spatial_shapes,
-                                                        const Tensor& sampling_locations,
-                                                        const Tensor& attention_weights) {
-  Arguments arguments(value, spatial_shapes, nullptr, sampling_locations, attention_weights);
-  auto [grad_value, unused, grad_locations, grad_weights] = backward(arguments, grad_output, false);
-  return {grad_value, grad_locations, grad_weights};
-}
-
-Tensor fused_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-                         const Tensor& reference_points, const Tensor& sampling_offsets,
-                         const Tensor& attention_logits) {
-  return forward(Arguments(value, spatial_shapes, &reference_points, sampling_offsets, attention_logits));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deform_attn_backward(
-    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    bool needs_reference_gradient) {
-  Arguments arguments(value, spatial_shapes, &reference_points, sampling_offsets, attention_logits);
-  return backward(arguments, grad_output, needs_reference_gradient);
 }
 
 std::string capability(const std::string& limit) {

@@ -7,19 +7,12 @@
 
 namespace ddetr::cpu {
 
-Tensor deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
-                   const Tensor& attention_weights);
-std::tuple<Tensor, Tensor, Tensor> deform_attn_backward(const Tensor& grad_output, const Tensor& value,
-                                                        const std::vector<int64_t>& spatial_shapes,
-                                                        const Tensor& sampling_locations,
-                                                        const Tensor& attention_weights);
-Tensor fused_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-                         const Tensor& reference_points, const Tensor& sampling_offsets,
-                         const Tensor& attention_logits);
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deform_attn_backward(
-    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    bool needs_reference_gradient);
+struct Device {
+  static Tensor forward(const Arguments& arguments);
+  // Gradients of value, reference points (by head; empty when not wanted), coordinates and scores.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Tensor& grad_output,
+                                                             bool needs_reference_gradient);
+};
 
 // The instruction set in use; a non-empty limit ("avx512", "avx2", "portable") caps it first.
 std::string capability(const std::string& limit);

@@ -72,7 +72,8 @@ class Kernel {
           copy_values(batch, head, dense.data());
           copied = pair;
         }
-        const Rows<const Stored> values{kInPlace ? of_pair(p_.value, batch, head) : dense.data(), channels.zeros.data()};
+        const Stored* const base = kInPlace ? of_pair(p_.value, batch, head) : dense.data();
+        const Rows<const Stored> values{base, channels.zeros.data()};
         const int64_t first = blocks * part / parts * kBlock;
         const int64_t last = std::min(blocks * (part + 1) / parts * kBlock, p_.queries);
         for (int64_t query = first; query < last; query += kBlock) {

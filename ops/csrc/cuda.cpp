@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "cuda_kernels.cuh"
-#include "problem.h"
+#include "operators.h"
 
 namespace ddetr::cuda {
 namespace {
@@ -101,7 +101,13 @@ struct Located {
   }
 };
 
-Tensor forward(const Arguments& arguments) {
+struct Device {
+  static Tensor forward(const Arguments& arguments);
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Tensor& grad_output,
+                                                             bool needs_reference_gradient);
+};
+
+Tensor Device::forward(const Arguments& arguments) {
   const Problem& p = arguments.problem;
   const Launch launch(arguments.value);
   const Type value_type = type_of(p.value_type);
@@ -119,8 +125,8 @@ Tensor forward(const Arguments& arguments) {
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Tensor& grad_output_,
-                                                    bool needs_reference_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> Device::backward(const Arguments& arguments, const Tensor& grad_output_,
+                                                            bool needs_reference_gradient) {
   const Problem& p = arguments.problem;
   const Launch launch(arguments.value);
   const Type value_type = type_of(p.value_type);
@@ -155,34 +161,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments, 
   return {torch::stable::to(sums, p.value_type), grad_reference, grad_coordinates, grad_scores};
 }
 
-Tensor deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
-                   const Tensor& attention_weights) {
-  return forward(Arguments(value, spatial_shapes, nullptr, sampling_locations, attention_weights));
-}
-
-std::tuple<Tensor, Tensor, Tensor> deform_attn_backward(const Tensor& grad_output, const Tensor& value,
-                                                        const std::vector<int64_t>& spatial_shapes,
-                                                        const Tensor& sampling_locations,
-                                                        const Tensor& attention_weights) {
-  Arguments arguments(value, spatial_shapes, nullptr, sampling_locations, attention_weights);
-  auto [grad_value, unused, grad_locations, grad_weights] = backward(arguments, grad_output, false);
-  return {grad_value, grad_locations, grad_weights};
-}
-
-Tensor fused_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-                         const Tensor& reference_points, const Tensor& sampling_offsets,
-                         const Tensor& attention_logits) {
-  return forward(Arguments(value, spatial_shapes, &reference_points, sampling_offsets, attention_logits));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deform_attn_backward(
-    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    bool needs_reference_gradient) {
-  Arguments arguments(value, spatial_shapes, &reference_points, sampling_offsets, attention_logits);
-  return backward(arguments, grad_output, needs_reference_gradient);
-}
-
 std::string architectures() { return DDETR_CUDA_ARCHITECTURES; }
 
 }  // namespace
@@ -195,8 +173,9 @@ STABLE_TORCH_LIBRARY_IMPL(ddetr, CompositeExplicitAutograd, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddetr, CUDA, library) {
-  library.impl("deform_attn", TORCH_BOX(&ddetr::cuda::deform_attn));
-  library.impl("deform_attn_backward", TORCH_BOX(&ddetr::cuda::deform_attn_backward));
-  library.impl("fused_deform_attn", TORCH_BOX(&ddetr::cuda::fused_deform_attn));
-  library.impl("fused_deform_attn_backward", TORCH_BOX(&ddetr::cuda::fused_deform_attn_backward));
+  using Operators = ddetr::Operators<ddetr::cuda::Device>;
+  library.impl("deform_attn", TORCH_BOX(&Operators::deform_attn));
+  library.impl("deform_attn_backward", TORCH_BOX(&Operators::deform_attn_backward));
+  library.impl("fused_deform_attn", TORCH_BOX(&Operators::fused_deform_attn));
+  library.impl("fused_deform_attn_backward", TORCH_BOX(&Operators::fused_deform_attn_backward));
 }

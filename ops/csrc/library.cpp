@@ -1,5 +1,6 @@
 // Schema and registrations of the CPU operators; nothing else.
 #include "cpu.h"
+#include "operators.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -21,10 +22,11 @@ STABLE_TORCH_LIBRARY(ddetr, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddetr, CPU, library) {
-  library.impl("deform_attn", TORCH_BOX(&ddetr::cpu::deform_attn));
-  library.impl("deform_attn_backward", TORCH_BOX(&ddetr::cpu::deform_attn_backward));
-  library.impl("fused_deform_attn", TORCH_BOX(&ddetr::cpu::fused_deform_attn));
-  library.impl("fused_deform_attn_backward", TORCH_BOX(&ddetr::cpu::fused_deform_attn_backward));
+  using Operators = ddetr::Operators<ddetr::cpu::Device>;
+  library.impl("deform_attn", TORCH_BOX(&Operators::deform_attn));
+  library.impl("deform_attn_backward", TORCH_BOX(&Operators::deform_attn_backward));
+  library.impl("fused_deform_attn", TORCH_BOX(&Operators::fused_deform_attn));
+  library.impl("fused_deform_attn_backward", TORCH_BOX(&Operators::fused_deform_attn_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddetr, CompositeExplicitAutograd, library) {
