@@ -5,7 +5,8 @@ this machine has a GPU. Both use the LibTorch stable ABI and no Python API, so t
 
 Environment variables, as in torch's own extension builder:
 TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), MAX_JOBS (compilers at once, default the number of processors),
-CXX (default g++), CUDA_HOME (default where nvcc is on the PATH, then /usr/local/cuda).
+CXX (default g++), CXXFLAGS and LDFLAGS (added to the host compiler's), CUDA_HOME (default where nvcc is on the PATH,
+then /usr/local/cuda).
 """
 
 import hashlib
@@ -51,7 +52,8 @@ class BuildOperators(build_ext):
             libraries += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         # Linked beside the target and renamed: a process that has the old file open keeps it whole.
         partial = target.with_suffix(".so.partial")
-        _run([_cxx(), "-shared", "-o", str(partial), *objects, f"-L{self.torch_folder / 'lib'}", *libraries])
+        folders = [f"-L{self.torch_folder / 'lib'}", *os.environ.get("LDFLAGS", "").split()]
+        _run([_cxx(), "-shared", "-o", str(partial), *objects, *folders, *libraries])
         partial.replace(target)
 
     def _libtorch_cuda(self) -> list[str]:
@@ -74,7 +76,7 @@ class BuildOperators(build_ext):
             command = [str(_cuda_home() / "bin/nvcc"), *shared, "--threads=2", *_gencode()]
             command += [f"-Xcompiler={flag}" for flag in host]
         else:
-            command = [_cxx(), *shared, *host]
+            command = [_cxx(), *shared, *host, *os.environ.get("CXXFLAGS", "").split()]
             if Path(source).name == "cuda.cpp":
                 command += ["-DUSE_CUDA", "-isystem", str(_cuda_home() / "include")]
                 command += [f'-DDDETR_CUDA_ARCHITECTURES="{";".join(_cuda_architectures())}"']

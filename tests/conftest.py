@@ -1,6 +1,8 @@
 """Fixtures that several folders of tests use: shared reference data, and a small set of real shards."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,16 @@ def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = folder / "shards"
     pack(folder / "coco/annotations.json", folder / "coco/images", shards, workers=1, shard_bytes=64 << 10)
     return shards
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make wheel` builds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(REPOSITORY)]
+    subprocess.run([sys.executable, "-m", *build], check=True, timeout=1800)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 def _present(path: str | Path, variable: str) -> Path:

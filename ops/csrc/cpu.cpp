@@ -55,6 +55,7 @@ void check_types(const Problem& problem) {
 Tensor Device::forward(const Arguments& arguments) {
   check_types(arguments.problem);
   Tensor output = arguments.empty_output();
+  if (arguments.scores.numel() == 0) return torch::stable::zero_(output);
   path_for(arguments.problem).forward(arguments.problem, output.mutable_data_ptr());
   return output;
 }
@@ -67,6 +68,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> Device::backward(const Arguments& arg
   Tensor grad_reference = arguments.empty_reference_gradient(needs_reference_gradient);
   Tensor grad_coordinates = torch::stable::empty_like(arguments.coordinates);
   Tensor grad_scores = torch::stable::empty_like(arguments.scores);
+  if (arguments.scores.numel() == 0) {
+    return {torch::stable::zero_(grad_value), torch::stable::zero_(grad_reference), grad_coordinates, grad_scores};
+  }
   Gradients gradients{grad_output.const_data_ptr(), grad_value.mutable_data_ptr(),
                       needs_reference_gradient ? grad_reference.mutable_data_ptr() : nullptr,
                       grad_coordinates.mutable_data_ptr(), grad_scores.mutable_data_ptr()};

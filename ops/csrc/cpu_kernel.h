@@ -56,7 +56,6 @@ class Kernel {
   void forward(Stored* output) const {
     // With more threads than (batch, head) pairs, the queries of a pair are split too; each part copies for itself.
     const int64_t pairs = p_.batch * p_.heads;
-    if (pairs == 0 || p_.queries == 0) return;
     const int64_t blocks = (p_.queries + kBlock - 1) / kBlock;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks);
@@ -92,7 +91,6 @@ class Kernel {
 
   void backward(const Gradients& gradients) const {
     const int64_t pairs = p_.batch * p_.heads;
-    if (pairs == 0) return;
     const Stored* const grad_output = static_cast<const Stored*>(gradients.output);
     if (kInPlace) {
       const int64_t size = p_.positions * p_.channels;  // of a pair, though not its own part

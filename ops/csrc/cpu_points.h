@@ -189,10 +189,11 @@ class Points {
       }
       score = score + ((x - x) + (y - y));
       const V width = Simd::load(&width_[i]), height = Simd::load(&height_[i]);
-      const V px = Simd::fma(x, width, Simd::set(-0.5)), py = Simd::fma(y, height, Simd::set(-0.5));
+      V px = Simd::fma(x, width, Simd::set(-0.5)), py = Simd::fma(y, height, Simd::set(-0.5));
       const Mask inside = Simd::both(Simd::between(px, least, width), Simd::between(py, least, height));
+      px = Simd::keep(inside, px), py = Simd::keep(inside, py);  // what is far outside fits no integer
       const V left = Simd::floor(px), top = Simd::floor(py);
-      const V fx = Simd::keep(inside, px - left), fy = Simd::keep(inside, py - top);
+      const V fx = px - left, fy = py - top;
       const I column = Simd::integers(left), row = Simd::integers(top);
       const I pitch = load_index(&pitch_[i]);
       const I index = Simd::keep(inside, load_index(&origin_[i]) + row * pitch + column);

@@ -43,12 +43,7 @@ struct Simd {
     for (int lane = 0; lane < kWidth; ++lane) a[lane] = std::floor(a[lane]);
     return a;
   }
-  // Of a number without an integer, any: conversion alone would be undefined.
-  static I integers(V a) {
-    constexpr T most = 1 << 30;
-    const Mask fits = between(a, zero() - most, zero() + most);
-    return __builtin_convertvector(keep(fits, a), I);
-  }
+  static I integers(V a) { return __builtin_convertvector(a, I); }
   static Mask between(V x, V low, V high) { return (x > low) & (x < high); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static V keep(Mask mask, V a) { return std::bit_cast<V>(mask & std::bit_cast<I>(a)); }

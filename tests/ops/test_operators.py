@@ -189,8 +189,7 @@ def test_golden(golden, assert_agrees: Callable[..., None]) -> None:
 
 def test_a_single_point_is_deformable_convolution() -> None:
     """L = 1, P = 1, weight 1 (the paper's appendix A.1): a 1x1 deformable convolution with the identity as kernel."""
-    from torchvision.ops import deform_conv2d
-
+    deform_conv2d = pytest.importorskip("torchvision.ops").deform_conv2d
     torch.manual_seed(0)
     height, width, channels = 7, 9, 4
     image = torch.randn(2, channels, height, width, dtype=torch.float64)

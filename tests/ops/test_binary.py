@@ -1,0 +1,83 @@
+"""The built binary beyond this environment: under sanitizers, and as a wheel beside other torch versions."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PINNED_TORCH = re.search(r"^torch==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)[1]
+OLDEST_TORCH = re.search(r'"torch>=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())[1] + ".0"
+
+
+def _run(command: list[str | Path], folder: Path, minutes: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | variables
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60 * minutes, check=False
+    )
+
+
+def _tests_pass(python: str | Path, folder: Path, names: list[str], **variables: str) -> str:
+    """Runs tests of this folder from `folder`, where they import the `ddetr` that lies there or is installed."""
+    paths = [str(REPOSITORY / "tests/ops" / name) for name in names]
+    command = [python, "-m", "pytest", "-q", "-s", "--color=no", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
+    command += ["--rootdir", str(REPOSITORY), "-c", str(REPOSITORY / "pyproject.toml"), *paths]
+    result = _run(command, folder, 20, **variables)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    return result.stdout
+
+
+def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """Reads and writes outside a buffer, overflows and the like end the process, and so the test."""
+    checks = "-fsanitize=address,undefined"
+    flags = f"-O1 -g {checks} -fno-sanitize=vptr -fno-sanitize-recover=all"
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path)]
+    built = _run(command, REPOSITORY, 20, CXXFLAGS=flags, LDFLAGS=checks)
+    assert built.returncode == 0, built.stderr[-4000:]
+    (tmp_path / "ddetr/ops/_C_cuda.so").unlink(missing_ok=True)
+    # Python itself is not built with them, so their libraries must be there before all others.
+    compiler = os.environ.get("CXX", "g++")
+    preloaded = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    variables = {"LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    where = "import ddetr.ops.library as library; print(library.cpu_capability(), library.CPU_BINARY)"
+    loaded = _run([sys.executable, "-c", where], tmp_path, 5, **variables)
+    assert str(tmp_path) in loaded.stdout, loaded.stderr[-4000:]
+    names = ["test_operators.py", "test_properties.py", "test_autograd.py"]
+    _tests_pass(sys.executable, tmp_path, names, **variables)
+
+
+@pytest.mark.parametrize("version", [OLDEST_TORCH, PINNED_TORCH])
+def test_the_wheel_in_a_fresh_environment(version: str, wheel: Path, tmp_path: Path) -> None:
+    """torch, the tests' own needs and the wheel: no other requirement of ddetr, and no compiler on the PATH."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=300)
+    python = environment / "bin/python"
+    try:
+        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        packages = [f"torch=={version}", "numpy", "pytest", "hypothesis"]
+        installed = _run([*install, *packages], tmp_path, 30)
+        if "No matching distribution found" in installed.stderr:
+            pytest.skip(f"the package registry has no torch {version}")
+        assert installed.returncode == 0, installed.stderr[-4000:]
+        path = str(environment / "bin")
+        alone = _run([*install, "--no-deps", str(wheel)], tmp_path, 10, PATH=path)
+        assert alone.returncode == 0, alone.stderr[-4000:]
+        present = _run([python, "-m", "pip", "list", "--format=freeze"], tmp_path, 5).stdout.lower()
+        assert f"torch=={version}" in present
+        assert not any(f"{name}==" in present for name in ("deepspeed", "ray", "timm", "pydantic"))
+        names = sorted(source.name for source in (REPOSITORY / "tests/ops").glob("test_*.py"))
+        output = _tests_pass(python, tmp_path, names, PATH=path)
+        assert re.search(r"[1-9]\d\d passed", output), output[-2000:]
+    finally:
+        shutil.rmtree(environment)  # 5 GB
