@@ -3,8 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from .. import ops
 from ..ops import deform_attn, fused_deform_attn, library, reference
 
+DRIVER = Path("/proc/driver/nvidia/version")
+SPEED_SECONDS = 2.0  # of measuring, on each kind of device
+SLOW = 4.0  # times faster than the reference; less than this is worth a word (8 to 40 are usual)
 PARITY_TOLERANCE = 1e-4  # largest difference from the reference in float32, relative to the reference's largest value
 _STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
 
@@ -32,7 +37,7 @@ class Finding:
 
 def doctor() -> bool:
     """Print every finding, then the fixes. False when something essential is broken."""
-    findings = [*packages(), *operators(), *devices(), *parity(), *deepspeed_cache()]
+    findings = [*packages(), *operators(), *driver(), *devices(), *parity(), *speed(), *deepspeed_cache()]
     table = Table("", "state", "finding", title="ddetr doctor", title_justify="left")
     for finding in findings:
         style = _STYLES[finding.state]
@@ -79,13 +84,33 @@ def operators() -> Iterator[Finding]:
         yield Finding("op on CUDA", "note", "not built, and no GPU here needs it")
 
 
+def driver() -> Iterator[Finding]:
+    """The NVIDIA driver, and whether torch can use it."""
+    cuda = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+    if not DRIVER.exists():
+        yield Finding("NVIDIA driver", "note", f"none ({cuda}); training runs on the CPU")
+        return
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
+    version = found[0] if found else "of unknown version"
+    if torch.cuda.is_available():
+        yield Finding("NVIDIA driver", "ok", f"{version}, {cuda}")
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        fix = "install a torch that is built for CUDA: https://pytorch.org/get-started/locally"
+    elif hidden is not None:
+        fix = f"CUDA_VISIBLE_DEVICES={hidden!r} may hide the GPUs: unset it"
+    else:
+        fix = (
+            f"a driver that is older than CUDA {torch.version.cuda} needs an update, or another torch build; a "
+            "container must be given the GPUs (docker run --gpus all); nvidia-smi must list them"
+        )
+    yield Finding("NVIDIA driver", "broken", f"{version}, but torch sees no GPU ({cuda})", fix)
+
+
 def devices() -> Iterator[Finding]:
     """Each GPU against the architectures in the CUDA binary."""
     if not torch.cuda.is_available():
-        built_for = (
-            f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without it"
-        )
-        yield Finding("GPU", "note", f"none that torch sees ({built_for}); training runs on the CPU")
         return
     architectures = library.cuda_architectures()
     for index in range(torch.cuda.device_count()):
@@ -164,6 +189,47 @@ def largest_difference(device: torch.device) -> float:
         for ours, theirs in zip(*results, strict=True):
             largest = max(largest, ((ours - theirs).abs().max() / theirs.abs().max()).item())
     return largest
+
+
+def speed() -> Iterator[Finding]:
+    """The op against the reference, forward and backward, at the size of an encoder layer for 512 x 512 pixels."""
+    for kind in ("cpu", "cuda"):
+        if kind in library.UNAVAILABLE or (kind == "cuda" and not torch.cuda.is_available()):
+            continue
+        try:
+            ours, theirs = (least_seconds(module.fused_deform_attn, kind) for module in (ops, reference))
+        except RuntimeError as error:
+            yield Finding(f"speed on {kind}", "broken", str(error).split("\n")[0], library.BUILD_COMMAND)
+            continue
+        where = f"{torch.get_num_threads()} threads, {library.cpu_capability()}" if kind == "cpu" else "float32"
+        result = f"{ours * 1e3:.1f} ms a layer ({where}), {theirs / ours:.1f} times faster than the reference"
+        if theirs >= SLOW * ours:
+            yield Finding(f"speed on {kind}", "ok", result)
+        else:
+            fix = "run it again when nothing else keeps the device busy; 8 times and more are usual"
+            yield Finding(f"speed on {kind}", "note", result, fix)
+
+
+def least_seconds(function: Callable[..., Tensor], kind: str) -> float:
+    """The fastest of a few forward and backward passes."""
+    shapes = [(64, 64), (32, 32), (16, 16), (8, 8)]
+    positions, heads, points, channels = sum(h * w for h, w in shapes), 8, 4, 32
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size: int) -> Tensor:
+        return torch.rand(size, generator=generator).to(kind).requires_grad_()
+
+    value, references = leaf(1, positions, heads, channels), leaf(1, positions, len(shapes), 2)
+    offsets = leaf(1, positions, heads, len(shapes), points, 2)
+    logits = leaf(1, positions, heads, len(shapes) * points)
+    least, end = float("inf"), time.perf_counter() + SPEED_SECONDS / 2
+    while time.perf_counter() < end or least == float("inf"):
+        begin = time.perf_counter()
+        function(value, shapes, references, offsets, logits).sum().backward()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        least = min(least, time.perf_counter() - begin)
+    return least
 
 
 def deepspeed_cache() -> Iterator[Finding]:

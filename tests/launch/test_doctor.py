@@ -18,6 +18,8 @@ def test_a_healthy_installation_passes() -> None:
     assert result.returncode == 0, result.stdout
     assert torch.__version__.split("+")[0] in result.stdout
     assert "self-test on cpu" in result.stdout
+    assert "times faster than the reference" in result.stdout
+    assert f"CUDA {torch.version.cuda}" in result.stdout
     assert "nothing essential is broken" in result.stdout
 
 
@@ -29,6 +31,37 @@ def test_the_self_test_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(doctor, "deform_attn", shifted)
     assert next(doctor.parity()).state == "broken"
+
+
+NVRM = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a driver that works has nothing to say")
+@pytest.mark.parametrize(
+    ("hidden", "cuda", "fix"),
+    [(None, "13.2", "older than CUDA 13.2"), ("", "13.2", "CUDA_VISIBLE_DEVICES=''"), (None, None, "built for CUDA")],
+)
+def test_a_driver_that_torch_cannot_use_is_explained(
+    hidden: str | None, cuda: str | None, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version").write_text(NVRM)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    (finding,) = doctor.driver()
+    assert finding.state == "broken"
+    assert "535.104.05" in finding.result
+    assert fix in finding.fix
+
+
+def test_a_slow_op_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SPEED_SECONDS", 0.0)
+    monkeypatch.setattr(doctor.ops, "fused_deform_attn", doctor.reference.fused_deform_attn)
+    finding = next(doctor.speed())
+    assert finding.state == "note"
+    assert "run it again" in finding.fix
 
 
 def test_a_missing_binary_is_named_with_the_command_that_builds_it(tmp_path: Path) -> None:
