@@ -1,22 +1,23 @@
 """Speed and memory of the operators against the eager specification in plain torch, in the same run.
 
-    python benchmarks/deform_attn.py                   # CPU, one thread
-    python benchmarks/deform_attn.py --threads 2
+    python benchmarks/deform_attn.py                   # CPU, one thread and two
     python benchmarks/deform_attn.py --gpu
 
-Prints one row a case, in the format of benchmarks/RESULTS.md. Operator and specification take turns, so that a busy
-machine slows both; on the CPU with one thread the clock is the process's own CPU time.
+Prints tables in the format of benchmarks/RESULTS.md. Operator and specification take turns, so that a busy machine
+slows both; on the CPU with one thread the clock is the process's own CPU time.
 
 Shapes: S positions of all levels, H = 8 heads, D channels of a head, Q queries (Q = S in the encoder), L = P = 4.
 """
 
 import argparse
+import functools
+import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from ddetr.ops import deform_attn, fused_deform_attn, library, reference
@@ -25,6 +26,7 @@ from torch import Tensor
 Shapes = list[tuple[int, int]]
 LARGE: Shapes = [(100, 134), (50, 67), (25, 34), (13, 17)]  # an image of 800 x 1066
 MEDIUM: Shapes = [(64, 64), (32, 32), (16, 16), (8, 8)]  # 512 x 512
+WIDE: Shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]  # 800 x 1333
 SMALL: Shapes = [(16, 16), (8, 8), (4, 4), (2, 2)]  # 128 x 128
 
 
@@ -39,11 +41,15 @@ class Case:
 
 CASES = (
     Case("encoder 800x1066", LARGE, None),
+    Case("encoder 800x1066, batch 2", LARGE, None, batch=2),
     Case("encoder 512x512", MEDIUM, None),
     Case("encoder 128x128, batch 4, D 16", SMALL, None, channels=16, batch=4),
     Case("decoder 300 queries, 800x1066", LARGE, 300),
     Case("decoder 300 queries, 512x512", MEDIUM, 300),
 )
+# Goals on an H100 are set at this size, in bfloat16.
+GPU_CASES = (Case("encoder 800x1333", WIDE, None), Case("encoder 800x1333, batch 8", WIDE, None, batch=8), *CASES)
+GPU_CALLS = 10  # in a row, timed together
 
 
 def arguments(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -82,85 +88,138 @@ def plain(operator: Callable[..., Tensor], case: Case) -> Callable[..., Tensor]:
     return run
 
 
-def milliseconds(function: Callable[[], object], device: str, threads: int) -> tuple[object, float]:
+FUNCTIONS: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
+    "specification": lambda case: reference.fused_deform_attn,
+    "fused": lambda case: fused_deform_attn,
+    "plain": lambda case: plain(deform_attn, case),
+}
+
+
+def milliseconds(function: Callable[[], object], device: str, threads: int) -> float:
+    """Of one call. On a GPU of many in a row, so that the device does not wait for Python between them."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        result = function()
+        for _ in range(GPU_CALLS):
+            function()
         end.record()
         end.synchronize()
-        return result, start.elapsed_time(end)
+        return start.elapsed_time(end) / GPU_CALLS
     clock = time.process_time if threads == 1 else time.perf_counter
     begin = clock()
-    result = function()
-    return result, (clock() - begin) * 1e3
+    function()
+    return (clock() - begin) * 1e3
 
 
 def measure(
-    functions: dict[str, Callable[..., Tensor]], case: Case, made: list[Tensor], options: argparse.Namespace
+    case: Case,
+    made: list[Tensor],
+    threads: int,
+    options: argparse.Namespace,
+    names: tuple[str, ...] = tuple(FUNCTIONS),
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Forward and backward times of every function, taken in turns; one round warms up."""
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    leaves = [tensor for tensor in made if tensor.requires_grad]
     for repeat in range(options.repeats + 1):
-        for name, function in functions.items():
-            output, forward = milliseconds(
-                lambda function=function: function(made[0], case.shapes, *made[1:]), options.device, options.threads
-            )
-            assert isinstance(output, Tensor)
+        for name in names:
+            forward = functools.partial(FUNCTIONS[name](case), made[0], case.shapes, *made[1:])
+            forward_time = milliseconds(forward, options.device, threads)
+            output = forward()
             gradient = torch.ones_like(output)
-            _, backward = milliseconds(
-                lambda output=output, gradient=gradient: output.backward(gradient), options.device, options.threads
-            )
+            backward = functools.partial(torch.autograd.grad, output, leaves, gradient, retain_graph=True)
+            backward_time = milliseconds(backward, options.device, threads)
             if repeat > 0:
-                times[name][0].append(forward)
-                times[name][1].append(backward)
+                times[name][0].append(forward_time)
+                times[name][1].append(backward_time)
     return times
+
+
+def extra_bytes(name: str, case: Case, device: str) -> tuple[int, int]:
+    """Peak of the memory that one forward and backward takes beyond its arguments; and what of it are results.
+
+    On the CPU in a process of its own: what an earlier call freed is still the process's, and would not count.
+    """
+    if device == "cpu":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_extra_bytes, (name, case, device))
+    return _extra_bytes(name, case, device)
+
+
+def _extra_bytes(name: str, case: Case, device: str) -> tuple[int, int]:
+    torch.set_num_threads(1)
+    peak = results = 0
+    for size in (Case("first call", SMALL, None), case):
+        made = arguments(size, torch.float32, device)
+        gradient = torch.ones(*made[2].shape[:2], made[0].shape[2] * made[0].shape[3], device=device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+            before = _resident("VmRSS")
+        output = FUNCTIONS[name](size)(made[0], size.shapes, *made[1:])
+        output.backward(gradient)
+        peak = (torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")) - before
+        kept = [output, *(tensor.grad for tensor in made if tensor.grad is not None)]
+        results = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    return peak, results
+
+
+def _resident(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--gpu", dest="device", action="store_const", const="cuda", help="the same as --device cuda")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--paths", nargs="+", default=["avx512", "avx2"], help="instruction sets to time on the CPU")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many cases")
+    parser.add_argument("--cases", type=int, default=len(GPU_CASES), help="only the first so many cases")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     best = library.cpu_capability()
     paths = ["cuda"] if options.device == "cuda" else [p for p in options.paths if library.cpu_capability(p) == p]
     library.cpu_capability("avx512")
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, best path {best}"
-    print(f"torch {torch.__version__}, {device}, {options.threads} thread(s), milliseconds as minimum (median)\n")
-    print("| case | type | path | operator | forward | backward | both: times faster than the specification |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for case in CASES[: options.cases]:
-        for dtype in (torch.float32, torch.bfloat16):
-            made = arguments(case, dtype, options.device)
-            for path in paths:
-                if path != "cuda":
-                    library.cpu_capability(path)
-                functions = {
-                    "specification": reference.fused_deform_attn,
-                    "fused": fused_deform_attn,
-                    "plain": plain(deform_attn, case),
-                }
-                times = measure(functions, case, made, options)
-                print_rows(case, dtype, path, times)
-    if options.device == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"\nPeak resident memory of the whole run: {peak:.0f} MiB")
+    print(f"torch {torch.__version__}, {device}; milliseconds as minimum (median) of {options.repeats}")
+    cases = (GPU_CASES if options.device == "cuda" else CASES)[: options.cases]
+    for threads in options.threads if options.device == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        print(f"\n### {threads} thread{'s' * (threads > 1)}\n" if options.device == "cpu" else "")
+        print("| case | type | path | operator | forward | backward | times faster: forward | backward | both |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for case in cases:
+            for dtype in (torch.float32, torch.bfloat16):
+                made = arguments(case, dtype, options.device)
+                for path in paths:
+                    if path != "cuda":
+                        library.cpu_capability(path)
+                    print_rows(case, dtype, path, measure(case, made, threads, options))
+        library.cpu_capability("avx512")
+    print("\n| float32, forward and backward | operator | extra memory | share | without the results | share |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for case in cases:
+        extra = {name: extra_bytes(name, case, options.device) for name in FUNCTIONS}
+        most, results = extra["specification"]
+        for name, (peak, kept) in extra.items():
+            cells = [f"{peak / 2**20:.1f} MiB", f"1/{most / peak:.1f}", f"{(peak - kept) / 2**20:.1f} MiB"]
+            cells.append(f"1/{(most - results) / (peak - kept):.0f}" if peak - kept > 2**20 else "under 1 MiB")
+            print(f"| {case.name} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 def print_rows(case: Case, dtype: torch.dtype, path: str, times: dict[str, tuple[list[float], list[float]]]) -> None:
-    baseline = sum(min(part) for part in times["specification"])
-    for name, (forward, backward) in times.items():
-        cells = [f"{min(part):.2f} ({statistics.median(part):.2f})" for part in (forward, backward)]
-        ratio = baseline / (min(forward) + min(backward))
+    baseline = [min(part) for part in times["specification"]]
+    for name, parts in times.items():
+        cells = [f"{min(part):.2f} ({statistics.median(part):.2f})" for part in parts]
+        least = [min(part) for part in parts]
+        cells += [f"{theirs / ours:.1f}" for theirs, ours in zip(baseline, least, strict=True)]
         kind = str(dtype).removeprefix("torch.")
-        print(f"| {case.name} | {kind} | {path} | {name} | {cells[0]} | {cells[1]} | {ratio:.1f} |", flush=True)
+        row = [case.name, kind, path, name, *cells, f"{sum(baseline) / sum(least):.1f}"]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,14 +58,15 @@ def test_opcheck(plain_arguments: Callable[..., list[Tensor]], fused_arguments: 
         torch.library.opcheck(torch.ops.ddetr.fused_deform_attn_backward.default, backward, test_utils=tests)
 
 
-def test_compiles_whole_with_changing_shapes(fused_arguments: Callable[..., list[Tensor]]) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_with_changing_shapes(backend: str, fused_arguments: Callable[..., list[Tensor]]) -> None:
     """One graph for all sizes of the maps, the batch and the queries; forward and backward."""
     torch._dynamo.reset()
 
     def model(value: Tensor, shapes: list[tuple[int, int]], *rest: Tensor) -> Tensor:
         return fused_deform_attn(value * 2, shapes, *rest).relu()
 
-    graphs = CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
     # Sizes that differ from each other, else tracing takes two equal ones for one.
     for height, batch, queries in ((5, 6, 7), (7, 9, 11), (9, 10, 13)):

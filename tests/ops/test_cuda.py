@@ -1,5 +1,8 @@
 """The CUDA kernels against the specification, forward and backward: tuned and generic path, streams, graphs."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -136,3 +139,15 @@ def test_deterministic_mode_refuses_the_backward(fused_arguments: Callable[..., 
             output.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    command += ["-p", "no:cacheprovider", __file__, "-k", "agrees or poisons"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-8000:]
+    assert "ERROR SUMMARY: 0 errors" in result.stdout or "0 hazards displayed" in result.stdout
