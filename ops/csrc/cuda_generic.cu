@@ -157,16 +157,16 @@ unsigned blocks_for(int64_t count) {
   return static_cast<unsigned>(blocks < 1 << 20 ? blocks : 1 << 20);  // the kernels loop over the rest
 }
 
-template <class Launch>
-cudaError_t with_type(int type, const Launch& launch) {
+// Calls run with a null pointer of the type.
+template <class Run>
+cudaError_t with_type(int type, const Run& run) {
   switch (type) {
-    case kFloat: launch(static_cast<float*>(nullptr)); break;
-    case kHalf: launch(static_cast<Half*>(nullptr)); break;
-    case kBFloat16: launch(static_cast<BFloat16*>(nullptr)); break;
-    case kDouble: launch(static_cast<double*>(nullptr)); break;
-    default: return cudaErrorInvalidValue;
+    case kFloat: return run(static_cast<float*>(nullptr));
+    case kHalf: return run(static_cast<Half*>(nullptr));
+    case kBFloat16: return run(static_cast<BFloat16*>(nullptr));
+    case kDouble: return run(static_cast<double*>(nullptr));
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -175,8 +175,8 @@ cudaError_t locate(const Call& call, int point_type, void* locations, void* weig
   return with_type(point_type, [&](auto* type) {
     using Stored = std::remove_pointer_t<decltype(type)>;
     using T = Sum<Stored>;
-    locate_kernel<Stored><<<blocks_for(call.items), kThreads, 0, stream>>>(call, static_cast<T*>(locations),
-                                                                           static_cast<T*>(weights));
+    return launch(locate_kernel<Stored>, blocks_for(call.items), kThreads, 0, stream, call,
+                  static_cast<T*>(locations), static_cast<T*>(weights));
   });
 }
 
@@ -185,8 +185,8 @@ cudaError_t forward_generic(const Call& call, int value_type, const void* locati
   return with_type(value_type, [&](auto* type) {
     using V = std::remove_pointer_t<decltype(type)>;
     using T = Sum<V>;
-    forward_kernel<V><<<blocks_for(call.items * call.channels), kThreads, 0, stream>>>(
-        call, static_cast<const T*>(locations), static_cast<const T*>(weights), static_cast<V*>(output));
+    return launch(forward_kernel<V>, blocks_for(call.items * call.channels), kThreads, 0, stream, call,
+                  static_cast<const T*>(locations), static_cast<const T*>(weights), static_cast<V*>(output));
   });
 }
 
@@ -196,10 +196,10 @@ cudaError_t backward_generic(const Call& call, int value_type, const void* locat
   return with_type(value_type, [&](auto* type) {
     using V = std::remove_pointer_t<decltype(type)>;
     using T = Sum<V>;
-    backward_kernel<V><<<blocks_for(call.items * call.levels * call.points), kThreads, 0, stream>>>(
-        call, static_cast<const T*>(locations), static_cast<const T*>(weights),
-        static_cast<const V*>(gradients.output), static_cast<T*>(gradients.value), static_cast<T*>(grad_locations),
-        static_cast<T*>(grad_weights));
+    return launch(backward_kernel<V>, blocks_for(call.items * call.levels * call.points), kThreads, 0, stream, call,
+                  static_cast<const T*>(locations), static_cast<const T*>(weights),
+                  static_cast<const V*>(gradients.output), static_cast<T*>(gradients.value),
+                  static_cast<T*>(grad_locations), static_cast<T*>(grad_weights));
   });
 }
 
@@ -208,9 +208,9 @@ cudaError_t finish(const Call& call, int point_type, const void* weights, const 
   return with_type(point_type, [&](auto* type) {
     using Stored = std::remove_pointer_t<decltype(type)>;
     using T = Sum<Stored>;
-    finish_kernel<Stored><<<blocks_for(call.items), kThreads, 0, stream>>>(
-        call, static_cast<const T*>(weights), static_cast<const T*>(grad_locations),
-        static_cast<const T*>(grad_weights), gradients);
+    return launch(finish_kernel<Stored>, blocks_for(call.items), kThreads, 0, stream, call,
+                  static_cast<const T*>(weights), static_cast<const T*>(grad_locations),
+                  static_cast<const T*>(grad_weights), gradients);
   });
 }
 

@@ -52,6 +52,21 @@ __host__ __device__ inline BFloat16 narrowed<BFloat16>(float x) { return __float
 template <class T>
 __host__ __device__ inline T narrowed(double x) { return static_cast<T>(x); }
 
+// Two neighbours in memory, moved at once.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
+template <class T>
+__device__ inline float2 read_pair(const T* source) {
+  const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(source);
+  return make_float2(widened(pair.x), widened(pair.y));
+}
+template <class T>
+__device__ inline void write_pair(T* target, float x, float y) {
+  *reinterpret_cast<Pair<T>*>(target) = Pair<T>{narrowed<T>(x), narrowed<T>(y)};
+}
+
 // The four pixels around a location and where it lies between them. T: float or double.
 template <class T>
 struct Corners {
@@ -85,6 +100,20 @@ __device__ inline void reference_and_scale(const Call& call, const Stored* refer
   origin = widened(reference[axis]);
   scale = call.reference_size == 4 ? widened(reference[2 + axis]) * T(0.5) / T(call.points)
                                    : T(1) / T(axis == 0 ? call.width[level] : call.height[level]);
+}
+
+// kernel<<<blocks, threads, shared, stream>>>(arguments...) as a function call, because only nvcc reads that syntax:
+// the tests compile these sources with a C++ compiler and run them without a GPU. Returns the launch's error and leaves
+// none behind for whoever asks CUDA next.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared,
+                   cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim.x = blocks, config.blockDim.x = threads;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 // Each returns the error of its launch. `stream` is a cudaStream_t.
