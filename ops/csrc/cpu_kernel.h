@@ -77,7 +77,7 @@ class Kernel {
         const int64_t last = std::min(blocks * (part + 1) / parts * kBlock, p_.queries);
         for (int64_t query = first; query < last; query += kBlock) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, last - query));
-          points_.template prepare<kInPlace, false>(batch, query, count, head, block);
+          points_.template prepare<kInPlace, false>(batch, query, count, head, block, nullptr);
           for (int q = 0; q < count; ++q) {
             Stored* const target = output + ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
             Stored* const sums = whole_channels() ? target : channels.spare.data();
@@ -117,10 +117,11 @@ class Kernel {
         }
         for (int64_t query = 0; query < p_.queries; query += kBlock) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
-          points_.template prepare<kInPlace, true>(batch, query, count, head, block);
+          points_.template prepare<kInPlace, true>(batch, query, count, head, block, &gradients);
           for (int q = 0; q < count; ++q) {
             const int64_t place = batch * p_.queries + query + q;
             const Stored* gradient = grad_output + (place * p_.heads + head) * p_.channels;
+            prefetch_row(gradient + kBlock * p_.heads * p_.channels);
             if (!whole_channels()) {
               gradient = static_cast<const Stored*>(
                   std::memcpy(channels.spare.data(), gradient, p_.channels * sizeof(Stored)));
@@ -171,6 +172,11 @@ class Kernel {
     return static_cast<const Stored*>(tensor) + (batch * p_.positions * p_.heads + head) * p_.channels;
   }
   bool whole_channels() const { return p_.channels == stride_; }
+
+  void prefetch_row(const void* row) const {
+    const char* const first = static_cast<const char*>(row);
+    for (size_t i = 0; i < p_.channels * sizeof(Stored); i += 64) __builtin_prefetch(first + i);
+  }
 
   void copy_values(int64_t batch, int64_t head, Stored* dense) const {
     const Stored* from = of_pair(p_.value, batch, head);

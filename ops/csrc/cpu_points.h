@@ -76,10 +76,13 @@ class Points {
   // Rows and weights of every corner of every point of some queries, at most kBlock. The numbers of a head lie H*L*P
   // apart from query to query, too far for the processor to fetch them ahead by itself.
   template <bool kInPlace, bool kBackward>
-  void prepare(int64_t batch, int64_t query, int queries, int64_t head, Block& block) const {
+  void prepare(int64_t batch, int64_t query, int queries, int64_t head, Block& block,
+               const Gradients* gradients) const {
     const int64_t last = p_.queries - 1, first = batch * p_.queries;
     for (int q = 0; q < queries; ++q) {
-      prefetch((first + std::min(query + kBlock + q, last)) * p_.heads + head);
+      const int64_t item = (first + std::min(query + kBlock + q, last)) * p_.heads + head;
+      prefetch<0>(p_.coordinates, item, 2), prefetch<0>(p_.scores, item, 1);
+      if constexpr (kBackward) prefetch<1>(gradients->coordinates, item, 2), prefetch<1>(gradients->scores, item, 1);
       if (padded == kPad) {
         place<kInPlace, kBackward, kPad>(first + query + q, head, q, block);
       } else {
@@ -143,12 +146,13 @@ class Points {
   }
   static void store_index(Index* target, I vector) { std::memcpy(target, &vector, sizeof(I)); }
 
-  void prefetch(int64_t item) const {
-    const int64_t bytes = p_.point_type == ScalarType::Double ? 8 : p_.point_type == ScalarType::Float ? 4 : 2;
-    const char* const coordinates = static_cast<const char*>(p_.coordinates) + 2 * item * count * bytes;
-    const char* const scores = static_cast<const char*>(p_.scores) + item * count * bytes;
-    for (int64_t i = 0; i < 2 * count * bytes; i += 64) __builtin_prefetch(coordinates + i);
-    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(scores + i);
+  // The numbers of an item, `each` for every point, in a tensor of the points' type. kWrite: 1 for a result.
+  template <int kWrite>
+  void prefetch(const void* tensor, int64_t item, int64_t each) const {
+    const int64_t size = p_.point_type == ScalarType::Double ? 8 : p_.point_type == ScalarType::Float ? 4 : 2;
+    const int64_t bytes = each * count * size;
+    const char* const first = static_cast<const char*>(tensor) + item * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, kWrite);
   }
 
   // Rows and weights of every corner of every point of one query, into slot q of the block. kPoints: `padded` where
