@@ -54,91 +54,74 @@ class Kernel {
         row_stride_(kInPlace ? problem.heads * problem.channels : stride_) {}
 
   void forward(Stored* output) const {
-    // With more threads than (batch, head) pairs, the queries of a pair are split too; each part copies for itself.
-    const int64_t pairs = p_.batch * p_.heads;
-    const int64_t blocks = (p_.queries + kBlock - 1) / kBlock;
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks);
-    torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
-      Block block(points_);
-      Channels channels(*this);
-      Buffer<Stored> dense(kInPlace ? 0 : maps_.rows * stride_);
-      int64_t copied = -1;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t pair = task / parts, part = task % parts;
-        const int64_t batch = pair / p_.heads, head = pair % p_.heads;
-        if (!kInPlace && copied != pair) {
-          copy_values(batch, head, dense.data());
-          copied = pair;
-        }
-        const Stored* const base = kInPlace ? of_pair(p_.value, batch, head) : dense.data();
-        const Rows<const Stored> values{base, channels.zeros.data()};
-        const int64_t first = blocks * part / parts * kBlock;
-        const int64_t last = std::min(blocks * (part + 1) / parts * kBlock, p_.queries);
-        for (int64_t query = first; query < last; query += kBlock) {
-          const int count = static_cast<int>(std::min<int64_t>(kBlock, last - query));
-          points_.template prepare<kInPlace, false>(batch, query, count, head, block, nullptr);
-          for (int q = 0; q < count; ++q) {
-            Stored* const target = output + ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
-            Stored* const sums = whole_channels() ? target : channels.spare.data();
-            sum_points(values, block, q, sums);
-            if (!whole_channels()) std::memcpy(target, sums, p_.channels * sizeof(Stored));
+    const int64_t pairs = p_.batch * p_.heads, blocks = (p_.queries + kBlock - 1) / kBlock;
+    if constexpr (kInPlace) {
+      // Nothing is copied, so that any thread may take any block.
+      torch::stable::parallel_for(0, p_.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+        Thread thread(*this);
+        for (int64_t task = begin; task < end; ++task) {
+          for (int64_t head = 0; head < p_.heads; ++head) {
+            const int64_t batch = task / blocks;
+            sum_block(of_pair(p_.value, batch, head), batch, head, task % blocks * kBlock, thread, output);
           }
         }
-      }
-    });
+      });
+    } else {
+      // With more threads than (batch, head) pairs, the queries of a pair are split too; each part copies for itself.
+      const int64_t parts = std::clamp<int64_t>(torch::stable::get_num_threads() / pairs, 1, blocks);
+      torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
+        Thread thread(*this);
+        Buffer<Stored> values(maps_.rows * stride_);
+        int64_t copied = -1;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t pair = task / parts, part = task % parts;
+          const int64_t batch = pair / p_.heads, head = pair % p_.heads;
+          if (copied != pair) copy_values(batch, head, values.data()), copied = pair;
+          for (int64_t index = blocks * part / parts; index < blocks * (part + 1) / parts; ++index) {
+            sum_block(values.data(), batch, head, index * kBlock, thread, output);
+          }
+        }
+      });
+    }
   }
 
   void backward(const Gradients& gradients) const {
     const int64_t pairs = p_.batch * p_.heads;
-    const Stored* const grad_output = static_cast<const Stored*>(gradients.output);
-    if (kInPlace) {
+    if constexpr (kInPlace) {
+      static_assert(std::is_same_v<Stored, T>);
       const int64_t size = p_.positions * p_.channels;  // of a pair, though not its own part
       torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
-        std::memset(static_cast<Stored*>(gradients.value) + begin * size, 0, (end - begin) * size * sizeof(Stored));
+        std::memset(static_cast<T*>(gradients.value) + begin * size, 0, (end - begin) * size * sizeof(T));
       });
     }
     torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
-      Block block(points_);
-      Channels channels(*this);
+      Thread thread(*this);
       Buffer<Stored> dense(kInPlace ? 0 : maps_.rows * stride_);
       Buffer<T> dense_sums(kInPlace ? 0 : maps_.rows * stride_);
       for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t batch = pair / p_.heads, head = pair % p_.heads;
-        Rows<const Stored> values{dense.data(), channels.zeros.data()};
-        Rows<T> sums{dense_sums.data(), channels.waste.data()};
+        const Stored* values = dense.data();
+        T* sums = dense_sums.data();
         if constexpr (kInPlace) {
-          static_assert(std::is_same_v<Stored, T>);
-          values.base = of_pair(p_.value, batch, head);
-          sums.base = const_cast<T*>(of_pair(gradients.value, batch, head));
+          values = of_pair(p_.value, batch, head), sums = const_cast<T*>(of_pair(gradients.value, batch, head));
         } else {
           copy_values(batch, head, dense.data());
-          std::memset(sums.base, 0, maps_.rows * stride_ * sizeof(T));
+          std::memset(sums, 0, maps_.rows * stride_ * sizeof(T));
         }
         for (int64_t query = 0; query < p_.queries; query += kBlock) {
-          const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
-          points_.template prepare<kInPlace, true>(batch, query, count, head, block, &gradients);
-          for (int q = 0; q < count; ++q) {
-            const int64_t place = batch * p_.queries + query + q;
-            const Stored* gradient = grad_output + (place * p_.heads + head) * p_.channels;
-            prefetch_row(gradient + kBlock * p_.heads * p_.channels);
-            if (!whole_channels()) {
-              gradient = static_cast<const Stored*>(
-                  std::memcpy(channels.spare.data(), gradient, p_.channels * sizeof(Stored)));
-            }
-            spread_gradient(values, sums, gradient, block, q);
-            points_.store_gradients(gradients, place, head, q, block);
-          }
+          spread_block(values, sums, batch, head, query, thread, gradients);
         }
-        if constexpr (!kInPlace) store_sums(sums.base, batch, head, static_cast<Stored*>(gradients.value));
+        if constexpr (!kInPlace) store_sums(sums, batch, head, static_cast<Stored*>(gradients.value));
       }
     });
   }
 
  private:
-  // Channels of one row: zeros and waste stand for corners outside the map.
-  struct Channels {
-    explicit Channels(const Kernel& kernel) : zeros(kernel.stride_), spare(kernel.stride_), waste(kernel.stride_) {}
+  // What one thread needs. Zeros and waste stand for the channels of corners outside the map.
+  struct Thread {
+    explicit Thread(const Kernel& kernel)
+        : block(kernel.points_), zeros(kernel.stride_), spare(kernel.stride_), waste(kernel.stride_) {}
+    Block block;
     std::vector<Stored> zeros, spare;
     std::vector<T> waste;
   };
@@ -228,7 +211,42 @@ class Kernel {
     }
   }
 
-  // Forward: the weighted sum of all corners.
+  // Forward of one block of queries.
+  void sum_block(const Stored* base, int64_t batch, int64_t head, int64_t query, Thread& thread,
+                 Stored* output) const {
+    const Rows<const Stored> values{base, thread.zeros.data()};
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
+    points_.template prepare<kInPlace, false>(batch, query, count, head, thread.block, nullptr);
+    for (int q = 0; q < count; ++q) {
+      Stored* const target = output + ((batch * p_.queries + query + q) * p_.heads + head) * p_.channels;
+      Stored* const sums = whole_channels() ? target : thread.spare.data();
+      sum_points(values, thread.block, q, sums);
+      if (!whole_channels()) std::memcpy(target, sums, p_.channels * sizeof(Stored));
+    }
+  }
+
+  // Backward of one block of queries.
+  void spread_block(const Stored* base, T* sums, int64_t batch, int64_t head, int64_t query, Thread& thread,
+                    const Gradients& gradients) const {
+    const Rows<const Stored> values{base, thread.zeros.data()};
+    const Rows<T> grads{sums, thread.waste.data()};
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.queries - query));
+    points_.template prepare<kInPlace, true>(batch, query, count, head, thread.block, &gradients);
+    for (int q = 0; q < count; ++q) {
+      const int64_t place = batch * p_.queries + query + q;
+      const Stored* gradient =
+          static_cast<const Stored*>(gradients.output) + (place * p_.heads + head) * p_.channels;
+      prefetch_row(gradient + kBlock * p_.heads * p_.channels);
+      if (!whole_channels()) {
+        std::memcpy(thread.spare.data(), gradient, p_.channels * sizeof(Stored));
+        gradient = thread.spare.data();
+      }
+      spread_gradient(values, grads, gradient, thread.block, q);
+      points_.store_gradients(gradients, place, head, q, thread.block);
+    }
+  }
+
+  // The weighted sum of all corners.
   void sum_points(const Rows<const Stored>& values, const Block& block, int q, Stored* target) const {
     for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
       constexpr int kChains = C >= 4 ? 2 : 4;  // of additions that do not wait for each other
@@ -257,7 +275,7 @@ class Kernel {
     });
   }
 
-  // Backward: adds weight * gradient to the corners' rows, and leaves gradient . value in block.dots.
+  // Adds weight * gradient to the corners' rows, and leaves gradient . value in block.dots.
   void spread_gradient(const Rows<const Stored>& values, const Rows<T>& grads, const Stored* grad_output,
                        Block& block, int q) const {
     for_channels([&]<int C>(std::integral_constant<int, C>, int64_t channel) {
