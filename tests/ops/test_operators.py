@@ -115,13 +115,16 @@ def test_gradients_do_not_depend_on_the_number_of_threads(fused_arguments: Calla
     arguments = fused_arguments(queries=50)
     results = []
     threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
     try:
-        for count in (1, 2, 7):
+        for count in (1, 2, 7, 64):
             torch.set_num_threads(count)
             leaves = [a.detach().requires_grad_() for a in arguments]
-            fused_deform_attn(leaves[0], SHAPES, *leaves[1:]).square().sum().backward()
-            results.append([leaf.grad for leaf in leaves])
+            output = fused_deform_attn(leaves[0], SHAPES, *leaves[1:])
+            output.square().sum().backward()
+            results.append([output, *(leaf.grad for leaf in leaves)])
     finally:
+        torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
