@@ -1,6 +1,6 @@
 """How the operator's cost grows: with the number of queries, and with the size of the feature maps.
 
-    python benchmarks/deform_attn_growth.py [--gpu] [--out docs/images/op_growth.png]
+    python benchmarks/deform_attn_growth.py [--gpu] [--out build/op_growth.png]
 
 Prints the times and draws them beside the specification's, which take turns. Attention over all positions would grow
 with queries times positions; sampling grows with queries alone, but for what writing a gradient of value costs: it is
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--gpu", dest="device", action="store_const", const="cuda", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("docs/images/op_growth.png"))
+    parser.add_argument("--out", type=Path, default=Path("build/op_growth.png"))
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -67,6 +67,7 @@ def main() -> None:
         axis.grid(which="both", alpha=0.2)
     axes[0].legend()
     figure.suptitle(f"Cost of fused_deform_attn beside its specification ({device}, float32)", fontsize=11)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)
     print(f"\n{options.out}")
 
