@@ -58,7 +58,7 @@ def test_a_driver_that_torch_cannot_use_is_explained(
 
 def test_a_slow_op_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SPEED_SECONDS", 0.0)
-    monkeypatch.setattr(doctor.ops, "fused_deform_attn", doctor.reference.fused_deform_attn)
+    monkeypatch.setattr(doctor, "fused_deform_attn", doctor.reference.fused_deform_attn)
     finding = next(doctor.speed())
     assert finding.state == "note"
     assert "run it again" in finding.fix

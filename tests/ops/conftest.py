@@ -153,6 +153,20 @@ def rounding(shapes: Shapes, arguments: list[Tensor], gradient: Tensor, eps: flo
     return [output.flatten(2), grad_value, moved, grad_locations * scale, grad_logits]
 
 
+@pytest.fixture(
+    params=[
+        pytest.param((torch.float32, torch.float32), id="float32"),
+        pytest.param((torch.bfloat16, torch.bfloat16), id="bfloat16"),
+        pytest.param((torch.bfloat16, torch.float32), id="bfloat16-float32"),
+        pytest.param((torch.float16, torch.float16), id="float16"),
+        pytest.param((torch.float16, torch.float32), id="float16-float32"),
+    ]
+)
+def types(request: pytest.FixtureRequest) -> tuple[torch.dtype, torch.dtype]:
+    """Of value, and of all other tensors."""
+    return request.param
+
+
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn; the best one again afterwards."""

@@ -9,14 +9,6 @@ from torch import Tensor
 
 SHAPES = [(6, 7), (3, 4), (2, 1)]
 
-TYPES = [
-    pytest.param(torch.float32, torch.float32, id="float32"),
-    pytest.param(torch.bfloat16, torch.bfloat16, id="bfloat16"),
-    pytest.param(torch.bfloat16, torch.float32, id="bfloat16-float32"),
-    pytest.param(torch.float16, torch.float16, id="float16"),
-    pytest.param(torch.float16, torch.float32, id="float16-float32"),
-]
-
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 24, 32, 64, 72])
 def test_plain_agrees_for_any_channels(
@@ -37,19 +29,17 @@ def test_fused_agrees_for_any_channels(
     assert_agrees(fused_deform_attn, SHAPES, fused_arguments(channels=channels, coordinates=coordinates))
 
 
-@pytest.mark.parametrize(("dtype", "point_dtype"), TYPES)
 @pytest.mark.parametrize("channels", [20, 32])
 def test_types_agree(
     cpu_path: str,
-    dtype: torch.dtype,
-    point_dtype: torch.dtype,
+    types: tuple[torch.dtype, torch.dtype],
     channels: int,
     plain_arguments: Callable[..., list[Tensor]],
     fused_arguments: Callable[..., list[Tensor]],
     assert_agrees: Callable[..., None],
 ) -> None:
-    assert_agrees(deform_attn, SHAPES, plain_arguments(dtype, point_dtype, channels=channels))
-    assert_agrees(fused_deform_attn, SHAPES, fused_arguments(dtype, point_dtype, channels=channels))
+    assert_agrees(deform_attn, SHAPES, plain_arguments(*types, channels=channels))
+    assert_agrees(fused_deform_attn, SHAPES, fused_arguments(*types, channels=channels))
 
 
 def test_float64_agrees(
