@@ -4,11 +4,13 @@ import math
 from typing import cast
 
 import timm
+import torch
 from timm.layers import BatchNormAct2d, Format, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .frozen_norm import fold_frozen_norms
 
 STRIDES = (8, 16, 32)
 
@@ -24,7 +26,10 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         try:
-            body = timm.create_model(config.backbone, features_only=True, pretrained=config.pretrained_backbone)
+            stride = {"output_stride": 16} if config.dilation else {}
+            body = timm.create_model(
+                config.backbone, features_only=True, pretrained=config.pretrained_backbone, **stride
+            )
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor ({error}); "
@@ -32,22 +37,29 @@ class Backbone(nn.Module):
             ) from error
         feature_info = cast(FeatureInfo, body.feature_info)
         reductions = feature_info.reduction()
-        missing = [stride for stride in STRIDES if stride not in reductions]
-        if missing:
-            raise ValueError(f"model.backbone={config.backbone!r} has no feature map at stride {missing}: {reductions}")
-        kept = STRIDES if config.levels > 1 else STRIDES[-1:]
-        self.strides = kept
-        self.channels = tuple(feature_info.channels()[reductions.index(stride)] for stride in kept)
-        self._indices = tuple(reductions.index(stride) for stride in kept)
+        if config.dilation:
+            self.strides, self._indices = (16,), (len(reductions) - 1,)
+        else:
+            missing = [stride for stride in STRIDES if stride not in reductions]
+            if missing:
+                raise ValueError(
+                    f"model.backbone={config.backbone!r} has no feature map at stride {missing}: {reductions}"
+                )
+            self.strides = STRIDES if config.levels > 1 else STRIDES[-1:]
+            self._indices = tuple(reductions.index(stride) for stride in self.strides)
+        self.channels = tuple(feature_info.channels()[index] for index in self._indices)
         if config.backbone_norm == "group":
             _replace_batch_norms(body)
         else:
             body = freeze_batch_norm_2d(body)
             _freeze_before_c3(body, feature_info)
+            fold_frozen_norms(body)
         self._channels_last = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC  # as Swin returns them
         self.body = body
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        if images.device.type == "cuda" or images.dtype != torch.float32:  # on a CPU in float32 it gains nothing
+            images = images.contiguous(memory_format=torch.channels_last)
         features = self.body(images)
         features = [features[index] for index in self._indices]
         return [feature.permute(0, 3, 1, 2) for feature in features] if self._channels_last else features

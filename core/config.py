@@ -26,15 +26,20 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The detector (Deformable DETR, section 4 and appendix A.4). The defaults are the published ones."""
 
+    architecture: Literal["deformable_detr", "detr"] = "deformable_detr"
     backbone: str = Field(default="resnet50.tv_in1k", description="any timm model that supports features_only")
     pretrained_backbone: bool = True
     backbone_norm: Literal["frozen_batch", "group"] = Field(
         default="frozen_batch", description="frozen_batch needs pretrained weights; group trains from scratch"
     )
+    dilation: bool = Field(default=False, description="C5 at stride 16 instead of 32 (the published DC5)")
     hidden_dim: int = Field(default=256, gt=0)
     heads: int = Field(default=8, gt=0)
     levels: int = Field(default=4, ge=1)
     points: int = Field(default=4, ge=1)
+    multi_scale_attention: bool = Field(
+        default=True, description="false: a token of the encoder sees its own level only (the paper's table 2)"
+    )
     encoder_layers: int = Field(default=6, ge=1)
     decoder_layers: int = Field(default=6, ge=1)
     feedforward_dim: int = Field(default=1024, gt=0)
@@ -49,6 +54,9 @@ class ModelConfig(_Section):
         description="side of the first stage's boxes on the finest level, in image sides; doubles with each level",
     )
     num_classes: int = Field(default=80, gt=0)
+    classification: Literal["sigmoid", "softmax"] = Field(
+        default="sigmoid", description='sigmoid: focal loss; softmax: cross entropy with "no object" (DETR)'
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
@@ -58,6 +66,12 @@ class ModelConfig(_Section):
             raise ValueError(f"hidden_dim must be a multiple of 32 (the norm's groups), got {self.hidden_dim}")
         if self.levels == 2:
             raise ValueError("levels must be 1 (C5 alone) or at least 3 (C3, C4, C5 and stride-2 levels), got 2")
+        if self.dilation and self.levels > 1:
+            raise ValueError(f"dilation is for one level, C5 (the published DC5), got levels={self.levels}")
+        if self.architecture == "detr" and (self.levels > 1 or self.box_refine or self.two_stage):
+            raise ValueError("architecture=detr has levels=1 and neither box_refine nor two_stage")
+        if self.architecture == "deformable_detr" and self.classification == "softmax":
+            raise ValueError("classification=softmax is DETR's; Deformable DETR has classification=sigmoid")
         if self.two_stage and not self.box_refine:
             raise ValueError("two_stage needs box_refine=true (the published two-stage model builds on refinement)")
         if self.pretrained_backbone and self.backbone_norm == "group":
@@ -69,6 +83,9 @@ class OptimConfig(_Section):
     """AdamW, parameter groups, losses and schedule (appendix A.4)."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate_batch_size: int = Field(
+        default=32, gt=0, description="images per step that learning_rate is meant for; another train.batch_size warns"
+    )
     backbone_multiplier: float = Field(default=0.1, ge=0, description="rate of the backbone; 0 freezes it")
     sampling_multiplier: float = Field(default=0.1, gt=0, description="rate of sampling offsets and reference points")
     betas: tuple[float, float] = (0.9, 0.999)
@@ -86,6 +103,7 @@ class OptimConfig(_Section):
     giou_weight: float = Field(default=2.0, ge=0)
     focal_alpha: float = Field(default=0.25, ge=0, le=1)
     focal_gamma: float = Field(default=2.0, ge=0)
+    no_object_weight: float = Field(default=0.1, gt=0, le=1, description='weight of "no object" under softmax (DETR)')
 
 
 class TrainConfig(_Section):
@@ -93,6 +111,12 @@ class TrainConfig(_Section):
 
     output: str = Field(default="runs", description="folder in which the run's own folder is made")
     name: str | None = Field(default=None, description="the run's own folder; by default the time of its start")
+    initial_weights: str | None = Field(
+        default=None, description="checkpoint to start from: a run, a safetensors file or a published checkpoint"
+    )
+    new_class_head: bool = Field(
+        default=False, description="with initial_weights: class heads of another number of classes start anew"
+    )
     epochs: int = Field(default=50, gt=0)
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
     batch_size: int = Field(default=32, gt=0, description="images per optimizer step over all ranks")
@@ -104,6 +128,16 @@ class TrainConfig(_Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    compile: bool = Field(default=False, description="torch.compile for the backbone and each transformer layer")
+    checkpoint_activations: bool = Field(
+        default=False, description="compute a transformer layer again for its backward pass instead of keeping it"
+    )
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="evaluate and export a moving average of the weights (0.9997, say)"
+    )
+    most_skipped_steps: int = Field(
+        default=10, gt=0, description="stop after so many steps in a row whose loss or gradient is not finite"
+    )
     deepspeed_extra: dict[str, Any] = Field(default_factory=dict, description="merged into the DeepSpeed JSON")
     checkpoint_every_epochs: int = Field(
         default=1, ge=0, description="besides the ones before an evaluation and at the end"

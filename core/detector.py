@@ -5,9 +5,6 @@ Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image.
 """
 
 import copy
-import math
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -17,34 +14,10 @@ from torch import Tensor, nn
 from .attention import MultiScaleDeformableAttention
 from .backbone import Backbone
 from .config import ModelConfig
+from .detr import Detr
+from .heads import MLP, Predictions, class_head
 from .position import proposal_position, sine_position
 from .transformer import DecoderLayer, Encoder, SpatialShapes, decoder_reference_points
-
-PRIOR_PROBABILITY = 0.01  # of a class at initialisation (focal loss paper, section 3.3)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What one forward pass predicts, in float32."""
-
-    logits: Tensor  # (N, Q, K) of the last decoder layer
-    boxes: Tensor  # (N, Q, 4)
-    aux: tuple[tuple[Tensor, Tensor], ...]  # (logits, boxes) of the earlier decoder layers, first to last
-    proposals: tuple[Tensor, Tensor] | None  # (N, S, K) and (N, S, 4) of the first stage
-
-
-class MLP(nn.Module):
-    """Three linear layers with ReLU between: the box head."""
-
-    def __init__(self, hidden_dim: int, output_dim: int) -> None:
-        super().__init__()
-        sizes = [hidden_dim, hidden_dim, hidden_dim, output_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
 
 
 class Decoder(nn.Module):
@@ -75,7 +48,7 @@ class Transformer(nn.Module):
 
 
 class DeformableDetr(nn.Module):
-    """Deformable DETR with its two variants, iterative box refinement and two-stage.
+    """Deformable DETR with its two variants, iterative box refinement and two-stage (section 4).
 
     Raises ValueError when timm cannot build the backbone.
     """
@@ -101,11 +74,14 @@ class DeformableDetr(nn.Module):
         heads = 1  # shared by all decoder layers, unless boxes are refined; the last one makes the proposals
         if config.box_refine:
             heads = config.decoder_layers + config.two_stage
-        class_head, box_head = _initial_heads(config)
-        self.class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(heads))
-        self.bbox_embed = nn.ModuleList([box_head] + [copy.deepcopy(box_head) for _ in range(heads - 1)])
+        classes = class_head(config)
+        self.class_embed = nn.ModuleList([classes, *(copy.deepcopy(classes) for _ in range(heads - 1))])
+        boxes = MLP(c, 4)
+        nn.init.zeros_(boxes.output_layer.weight)  # moves nothing, yet
+        nn.init.zeros_(boxes.output_layer.bias)
+        self.bbox_embed = nn.ModuleList([boxes, *(copy.deepcopy(boxes) for _ in range(heads - 1))])
         if not config.two_stage:  # without proposals the first boxes come from here: start small
-            nn.init.constant_(_output_layer(box_head).bias[2:], -2.0)
+            nn.init.constant_(boxes.output_layer.bias[2:], -2.0)
         self._reset_parameters()
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> Predictions:
@@ -203,18 +179,12 @@ class DeformableDetr(nn.Module):
                 nn.init.zeros_(cast(Tensor, module.bias))
 
 
-def _initial_heads(config: ModelConfig) -> tuple[nn.Linear, MLP]:
-    """A class head that finds nothing and a box head that moves nothing, yet."""
-    class_head = nn.Linear(config.hidden_dim, config.num_classes)
-    nn.init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-    box_head = MLP(config.hidden_dim, 4)
-    nn.init.zeros_(_output_layer(box_head).weight)
-    nn.init.zeros_(_output_layer(box_head).bias)
-    return class_head, box_head
+Detector = DeformableDetr | Detr
 
 
-def _output_layer(head: MLP) -> nn.Linear:
-    return cast(nn.Linear, head.layers[-1])
+def build(config: ModelConfig) -> Detector:
+    """The detector of `model.architecture`. Raises ValueError when timm cannot build the backbone."""
+    return Detr(config) if config.architecture == "detr" else DeformableDetr(config)
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..data.categories import Categories
 from ..ops.library import UNAVAILABLE
 from .checkpoint import WEIGHTS, save_weights, step_directory
 from .config import Config, TrainConfig
-from .detector import DeformableDetr
+from .detector import Detector
 from .optimizer import adamw
 
 log = logging.getLogger("ddetr")
@@ -145,7 +145,7 @@ class Engine:
     `run` is deepspeed's own engine: call it for the forward pass, then `run.backward` and `run.step`.
     """
 
-    def __init__(self, model: DeformableDetr, config: Config, world: World) -> None:
+    def __init__(self, model: Detector, config: Config, world: World) -> None:
         import deepspeed
 
         self.config, self.world = config, world

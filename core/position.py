@@ -11,15 +11,17 @@ from torch import Tensor
 TEMPERATURE = 10000.0
 
 
-def sine_position(padding_mask: Tensor, hidden_dim: int) -> Tensor:
+def sine_position(padding_mask: Tensor, hidden_dim: int, *, centred: bool = True) -> Tensor:
     """Position embedding (N, C, H, W) float32 of a feature map from its padding mask (N, H, W).
 
-    Pixel centres are counted over the unpadded part only and scaled to [0, 2 pi]; half of the channels hold y, half x.
+    Pixels are counted over the unpadded part only, at their centres or (DETR) at their far edges, and scaled to
+    [0, 2 pi]; half of the channels hold y, half x.
     """
     valid = (~padding_mask).float()
     y, x = valid.cumsum(1), valid.cumsum(2)
-    y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
-    x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
+    shift = 0.5 if centred else 0.0
+    y = (y - shift) / (y[:, -1:, :] + 1e-6)
+    x = (x - shift) / (x[:, :, -1:] + 1e-6)
     return torch.cat([_waves(y, hidden_dim // 2), _waves(x, hidden_dim // 2)], dim=-1).permute(0, 3, 1, 2)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..data.boxes import cxcywh_to_xyxy
-from .detector import Predictions
+from .heads import Predictions
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,17 @@ class Detections:
 def detections(predictions: Predictions, original_sizes: Tensor, top_k: int) -> list[Detections]:
     """The `top_k` best (query, class) pairs of each image; a query may appear under several classes.
 
-    original_sizes (N, 2) as (height, width) in pixels. There are fewer when queries * classes is less.
+    With softmax a query has one class, its best but for "no object". original_sizes (N, 2) as (height, width) in
+    pixels. There are fewer detections when there are fewer pairs.
     """
     images, queries, classes = predictions.logits.shape
-    scores, index = predictions.logits.sigmoid().view(images, -1).topk(min(top_k, queries * classes), dim=1)
-    query, labels = index // classes, index % classes
+    if predictions.softmax:
+        best, of_query = predictions.logits.softmax(-1)[..., :-1].max(-1)
+        scores, query = best.topk(min(top_k, queries), dim=1)
+        labels = of_query.gather(1, query)
+    else:
+        scores, index = predictions.logits.sigmoid().view(images, -1).topk(min(top_k, queries * classes), dim=1)
+        query, labels = index // classes, index % classes
     boxes = cxcywh_to_xyxy(predictions.boxes).gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * original_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (width, height, width, height)
     return [Detections(s, label, box) for s, label, box in zip(scores, labels, boxes, strict=True)]

@@ -27,7 +27,7 @@ from ..data.stream import TrainStream
 from .checkpoint import find_checkpoint, load_detector, load_weights
 from .config import Config
 from .criterion import PARTS, Losses, criterion
-from .detector import DeformableDetr
+from .detector import build
 from .engine import Engine, World
 from .evaluator import coco_metrics, evaluate_shard, merge
 from .optimizer import learning_rate
@@ -131,7 +131,7 @@ def train(
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     checkpoint = find_checkpoint(run_directory) if resume else None
     model_config = config.model.model_copy(update={"pretrained_backbone": False}) if checkpoint else config.model
-    model = DeformableDetr(model_config)
+    model = build(model_config)
     if checkpoint:
         load_weights(model, checkpoint)
     engine = Engine(model.train(), config, world)

@@ -11,29 +11,56 @@ from torch import Tensor, nn
 
 from .attention import MultiScaleDeformableAttention
 from .config import ModelConfig
+from .dropout import Dropout
 
 SpatialShapes = Sequence[tuple[int, int]]
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention over all levels, then the feed-forward network."""
+class TransformerLayer(nn.Module):
+    """What every layer ends in: the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = MultiScaleDeformableAttention(config.hidden_dim, config.heads, config.levels, config.points)
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
         self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
+        self.dropout = Dropout(config.dropout)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout.after_relu(self.linear1(x))))
+
+
+class EncoderLayer(TransformerLayer):
+    """Self-attention over all levels, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        levels = config.levels if config.multi_scale_attention else 1
+        self.self_attn = MultiScaleDeformableAttention(config.hidden_dim, config.heads, levels, config.points)
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
         self.norm2 = nn.LayerNorm(config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, tokens: Tensor, position: Tensor, reference_points: Tensor, shapes: SpatialShapes, padding_mask: Tensor
     ) -> Tensor:
-        attended = self.self_attn(tokens + position, reference_points, tokens, shapes, padding_mask)
+        attended = self._attend(tokens + position, reference_points, tokens, shapes, padding_mask)
         tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.linear2(self.dropout(self.linear1(tokens).relu()))
-        return self.norm2(tokens + self.dropout(hidden))
+        return self.norm2(tokens + self.feed_forward(tokens))
+
+    def _attend(
+        self, query: Tensor, reference_points: Tensor, tokens: Tensor, shapes: SpatialShapes, padding_mask: Tensor
+    ) -> Tensor:
+        if self.self_attn.levels == len(shapes):
+            return self.self_attn(query, reference_points, tokens, shapes, padding_mask)
+        # The paper's table 2 without multi-scale attention: a token sees its own level only.
+        sizes = [height * width for height, width in shapes]
+        parts = (part.split(sizes, dim=1) for part in (query, reference_points, tokens, padding_mask))
+        return torch.cat(
+            [
+                self.self_attn(query, points[:, :, level : level + 1], tokens, [shapes[level]], mask)
+                for level, (query, points, tokens, mask) in enumerate(zip(*parts, strict=True))
+            ],
+            dim=1,
+        )
 
 
 class Encoder(nn.Module):
@@ -51,20 +78,17 @@ class Encoder(nn.Module):
         return tokens
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(TransformerLayer):
     """Self-attention among queries, deformable attention from queries to tokens, then the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         c = config.hidden_dim
         self.self_attn = nn.MultiheadAttention(c, config.heads, dropout=config.dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(c)
         self.cross_attn = MultiScaleDeformableAttention(c, config.heads, config.levels, config.points)
         self.norm1 = nn.LayerNorm(c)
-        self.linear1 = nn.Linear(c, config.feedforward_dim)
-        self.linear2 = nn.Linear(config.feedforward_dim, c)
         self.norm3 = nn.LayerNorm(c)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -80,8 +104,7 @@ class DecoderLayer(nn.Module):
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(queries + position, reference_points, tokens, shapes, padding_mask)
         queries = self.norm1(queries + self.dropout(attended))
-        hidden = self.linear2(self.dropout(self.linear1(queries).relu()))
-        return self.norm3(queries + self.dropout(hidden))
+        return self.norm3(queries + self.feed_forward(queries))
 
 
 def encoder_reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:

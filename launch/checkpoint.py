@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import TrainedDetector, export_published, load_detector, save_weights
 from ..core.config import dump
-from ..core.detector import DeformableDetr
+from ..core.detector import Detector
 from ..data.batch import normalised
 from ..data.categories import Categories
 from ..ops import reference
@@ -102,7 +102,7 @@ class FixedSizeDetector(nn.Module):
     The op's reference takes the place of the kernel, which ONNX does not know.
     """
 
-    def __init__(self, model: DeformableDetr, height: int, width: int) -> None:
+    def __init__(self, model: Detector, height: int, width: int) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         for module in self.model.modules():

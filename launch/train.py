@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..core.checkpoint import checkpoints, find_checkpoint
 from ..core.config import Config, dump
-from ..core.detector import DeformableDetr
+from ..core.detector import Detector, build
 from ..core.engine import World, deepspeed_config, device_for, join
 from ..core.trainer import CheckpointReport, EvaluationReport, Report, StepReport, as_json, train, training_stream
 from ..data.index import ShardIndex
@@ -105,13 +105,13 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
     return train_index, validation_index
 
 
-def _without_weights(config: Config) -> DeformableDetr:
+def _without_weights(config: Config) -> Detector:
     """The model's shape alone: names a backbone that timm does not have before anything is written."""
     with torch.device("meta"):
-        return DeformableDetr(config.model.model_copy(update={"pretrained_backbone": False}))
+        return build(config.model.model_copy(update={"pretrained_backbone": False}))
 
 
-def _print_plan(config: Config, index: ShardIndex, model: DeformableDetr, deepspeed_json: dict[str, Any]) -> None:
+def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_json: dict[str, Any]) -> None:
     device = device_for(config.train, local_rank=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)

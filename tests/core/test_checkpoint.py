@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from ddetr.core import checkpoint
 from ddetr.core.checkpoint import WEIGHTS, find_checkpoint, load_detector, load_weights, save_weights, step_directory
 from ddetr.core.config import Config, ModelConfig
-from ddetr.core.detector import DeformableDetr
+from ddetr.core.detector import Detector, build
 from ddetr.data.categories import Categories
 
 CATEGORIES = Categories(ids=(1, 23, 56), names=("disc", "triangle", "cross"))
+
+
+DETR = {"architecture": "detr", "levels": 1, "classification": "softmax"}
 
 
 def configuration(**changes: object) -> Config:
@@ -29,16 +33,20 @@ def configuration(**changes: object) -> Config:
     return Config(model=ModelConfig.model_validate(values | changes))
 
 
-def assert_same_weights(one: DeformableDetr, other: DeformableDetr) -> None:
-    expected = other.state_dict()
-    for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+def assert_same_state(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=0)
+
+
+def assert_same_weights(one: Detector, other: Detector) -> None:
+    assert_same_state(one.state_dict(), other.state_dict())
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> tuple[DeformableDetr, Path]:
+def written(tmp_path: Path) -> tuple[Detector, Path]:
     """A run directory with two complete checkpoints and one that was being written when the run was killed."""
-    model = DeformableDetr(configuration().model)
+    model = build(configuration().model)
     for step in (5, 12):
         folder = step_directory(tmp_path, step)
         folder.mkdir(parents=True)
@@ -47,7 +55,7 @@ def written(tmp_path: Path) -> tuple[DeformableDetr, Path]:
     return model, tmp_path
 
 
-def test_newest_complete_checkpoint_is_found_and_describes_itself(written: tuple[DeformableDetr, Path]) -> None:
+def test_newest_complete_checkpoint_is_found_and_describes_itself(written: tuple[Detector, Path]) -> None:
     model, run_directory = written
     assert find_checkpoint(run_directory) == step_directory(run_directory, 12)
     for path in (run_directory, step_directory(run_directory, 12), step_directory(run_directory, 12) / WEIGHTS):
@@ -64,33 +72,73 @@ def test_no_checkpoint_says_what_was_looked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"box_refine": True}, {"box_refine": True, "two_stage": True}, {"levels": 1, "points": 2}]
+    "variant",
+    [
+        {},
+        {"box_refine": True},
+        {"box_refine": True, "two_stage": True},
+        {"levels": 1, "points": 2},
+        {"levels": 1, "dilation": True, "backbone": "resnet50.tv_in1k"},
+        DETR,
+        DETR | {"dilation": True, "backbone": "resnet50.tv_in1k"},
+    ],
+    ids=lambda variant: "-".join(variant) or "plain",
 )
 def test_published_layout_is_an_exact_inverse(variant: dict, tmp_path: Path) -> None:
-    model = DeformableDetr(configuration(**variant).model)
+    model = build(configuration(**variant).model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_()
-    checkpoint.export_published(model, tmp_path / "published.pth")
-    again = DeformableDetr(configuration(**variant).model)
+    published = checkpoint.to_published(model)
+    arguments = argparse.Namespace(dilation=variant.get("dilation", False), num_queries=7)
+    torch.save({"model": published, "args": arguments}, tmp_path / "published.pth")
+    again = build(configuration(**variant).model)
     load_weights(again, tmp_path / "published.pth")
     assert_same_weights(again, model)
     detector = load_detector(tmp_path / "published.pth")
     assert detector.categories is None
+    assert detector.config.model == configuration(**variant).model
     assert_same_weights(detector.model, model)
-    names = torch.load(tmp_path / "published.pth", weights_only=True)["model"]
-    assert "backbone.0.body.layer1.0.conv1.weight" in names
-    assert "transformer.encoder.layers.0.self_attn.sampling_offsets.weight" in names
-    last = 2 if "two_stage" in variant else 1
-    assert f"class_embed.{last}.bias" in names
-    assert f"class_embed.{last + 1}.bias" not in names
-    assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == ("box_refine" in variant)
-    assert ("transformer.decoder.class_embed.0.weight" in names) == ("two_stage" in variant)
+    exported = checkpoint.to_published(detector.model)
+    assert list(exported) == list(published)
+    for name, tensor in published.items():
+        torch.testing.assert_close(exported[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "present", "absent"),
+    [
+        ({}, ["class_embed.0.bias", "class_embed.1.bias", "bbox_embed.1.layers.2.bias"], ["transformer.decoder.class"]),
+        (
+            {"box_refine": True},
+            ["bbox_embed.1.layers.0.weight", "transformer.decoder.bbox_embed.0.layers.0.weight"],
+            ["class_embed.2", "transformer.decoder.class_embed"],
+        ),
+        (
+            {"box_refine": True, "two_stage": True},
+            ["class_embed.2.bias", "transformer.decoder.class_embed.2.weight", "transformer.pos_trans.weight"],
+            ["class_embed.3", "query_embed"],
+        ),
+        (
+            DETR,
+            [
+                "class_embed.bias",
+                "transformer.decoder.norm.weight",
+                "transformer.decoder.layers.1.multihead_attn.in_proj_bias",
+            ],
+            ["class_embed.0", "transformer.level_embed"],
+        ),
+    ],
+)
+def test_published_names(variant: dict, present: list[str], absent: list[str]) -> None:
+    names = checkpoint.to_published(build(configuration(**variant).model))
+    assert not {"backbone.0.body.layer1.0.conv1.weight", *present} - set(names)
+    assert [name for name in names if name.startswith(tuple(absent))] == []
 
 
 def test_published_file_with_its_arguments_loads(tmp_path: Path) -> None:
     """The released files hold an argparse.Namespace, an optimizer and batch counters beside the weights."""
-    model = DeformableDetr(configuration().model)
+    model = build(configuration().model)
     weights = checkpoint.to_published(model) | {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(3)}
     content = {"model": weights, "args": argparse.Namespace(lr=2e-4), "epoch": 49, "optimizer": {"state": {}}}
     torch.save(content, tmp_path / "released.pth")
@@ -98,15 +146,30 @@ def test_published_file_with_its_arguments_loads(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_listed_and_changes_nothing(tmp_path: Path) -> None:
-    checkpoint.export_published(DeformableDetr(configuration().model), tmp_path / "published.pth")
-    model = DeformableDetr(configuration(num_classes=5, box_refine=True).model)
+    checkpoint.export_published(build(configuration().model), tmp_path / "published.pth")
+    model = build(configuration(num_classes=5, box_refine=True).model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match="holds another architecture") as raised:
         load_weights(model, tmp_path / "published.pth")
     assert "missing: class_embed.1.weight" in str(raised.value)
     assert "re-shaped: class_embed.0.weight is (3, 64) in the file, (5, 64) in the model" in str(raised.value)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert_same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"box_refine": True, "two_stage": True}, DETR], ids=["plain", "two_stage", "detr"]
+)
+def test_class_heads_start_anew_only_when_asked(variant: dict, tmp_path: Path) -> None:
+    checkpoint.export_published(build(configuration(**variant).model), tmp_path / "published.pth")
+    model = build(configuration(**variant, num_classes=5).model)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"start the class heads anew with train\.new_class_head=true"):
+        load_weights(model, tmp_path / "published.pth")
+    assert_same_state(model.state_dict(), fresh)
+    anew = load_weights(model, tmp_path / "published.pth", new_class_head=True)
+    assert anew == [name for name in fresh if name.startswith("class_embed.")]
+    loaded = load_detector(tmp_path / "published.pth").model.state_dict()
+    assert_same_state(model.state_dict(), loaded | {name: fresh[name] for name in anew})
 
 
 class Malicious:
@@ -128,7 +191,7 @@ def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors"])
-def test_truncated_files_are_named(name: str, tmp_path: Path, written: tuple[DeformableDetr, Path]) -> None:
+def test_truncated_files_are_named(name: str, tmp_path: Path, written: tuple[Detector, Path]) -> None:
     whole = step_directory(written[1], 5) / WEIGHTS
     (tmp_path / name).write_bytes(whole.read_bytes()[:5000])
     with pytest.raises(ValueError, match=name):
@@ -145,5 +208,5 @@ def test_safetensors_of_another_program(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected the published layout"):
         load_detector(tmp_path / "other.pth")
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"not a Deformable DETR checkpoint, it has no transformer\.level_embed"):
+    with pytest.raises(ValueError, match=r"neither a Deformable DETR nor a DETR checkpoint.* transformer\.level_embed"):
         load_detector(tmp_path / "model.pth")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ddetr.core.config import OptimConfig
 from ddetr.core.criterion import criterion
-from ddetr.core.detector import Predictions
-from ddetr.core.matcher import match
+from ddetr.core.heads import Predictions
+from ddetr.core.matcher import Matches, Matching, Stack
 from ddetr.data.batch import Batch
 from ddetr.data.boxes import cxcywh_to_xyxy
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
@@ -34,6 +34,12 @@ def random_batch(counts: list[int]) -> Batch:
     )
 
 
+def match(logits: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, batch: Batch) -> Matches:
+    stack = Stack(logits, boxes, labels)
+    (matches,) = Matching([stack], batch.boxes_cxcywh, batch.num_boxes.tolist(), CONFIG, softmax=False).solve()
+    return matches
+
+
 def pair_cost(logits: torch.Tensor, box: torch.Tensor, label: int, target: torch.Tensor) -> float:
     p = logits.sigmoid()[label]
     found = -CONFIG.focal_alpha * (1 - p) ** CONFIG.focal_gamma * (p + 1e-8).log()
@@ -49,7 +55,7 @@ def test_matching_is_the_cheapest_of_all_assignments(counts: list[int]) -> None:
     layers, images = 2, len(counts)
     logits, boxes = torch.randn(layers, images, QUERIES, CLASSES), random_boxes(layers, images, QUERIES)
     batch = random_batch(counts)
-    matches = match(logits, boxes, batch.labels, batch.boxes_cxcywh, counts, CONFIG)
+    matches = match(logits, boxes, batch.labels, batch)
     starts = [sum(counts[:n]) for n in range(images)]
     for layer, n in itertools.product(range(layers), range(images)):
         queries, found = matches[layer][n]
@@ -71,7 +77,7 @@ def test_matching_is_the_cheapest_of_all_assignments(counts: list[int]) -> None:
 def test_more_objects_than_queries_matches_every_query() -> None:
     batch = random_batch([QUERIES + 3])
     logits, boxes = torch.randn(1, 1, QUERIES, CLASSES), random_boxes(1, 1, QUERIES)
-    ((queries, found),) = match(logits, boxes, batch.labels, batch.boxes_cxcywh, [QUERIES + 3], CONFIG)[0]
+    ((queries, found),) = match(logits, boxes, batch.labels, batch)[0]
     assert sorted(queries.tolist()) == list(range(QUERIES))
     assert len(set(found.tolist())) == QUERIES
     predictions = Predictions(logits[0], boxes[0], (), None)
@@ -90,7 +96,7 @@ def test_losses_equal_a_loop_over_images(counts: list[int]) -> None:
     assert losses.layers == ("0", "1", "2", "proposals")
     for column, (logits, boxes) in enumerate([*outputs, proposals]):
         labels = batch.labels if column < 3 else torch.zeros_like(batch.labels)
-        matches = match(logits[None], boxes[None], labels, batch.boxes_cxcywh, counts, CONFIG)[0]
+        matches = match(logits[None], boxes[None], labels, batch)[0]
         wanted = torch.zeros_like(logits)
         l1 = giou = 0.0
         start = 0

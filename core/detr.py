@@ -1,0 +1,119 @@
+"""DETR (Carion et al., arXiv 2005.12872), the baseline of the paper: ordinary attention over one feature map.
+
+Shapes: N images, H x W pixels, S tokens of the one map, Q queries, C hidden_dim, K logits of a query.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .config import ModelConfig
+from .heads import MLP, Predictions, class_head
+from .position import sine_position
+from .transformer import TransformerLayer
+
+
+def _attention(config: ModelConfig) -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(config.hidden_dim, config.heads, dropout=config.dropout, batch_first=True)
+
+
+class DetrEncoderLayer(TransformerLayer):
+    """Every token attends to every other, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.self_attn = _attention(config)
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.norm2 = nn.LayerNorm(config.hidden_dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor) -> Tensor:
+        placed = tokens + position
+        attended, _ = self.self_attn(placed, placed, tokens, key_padding_mask=padding_mask, need_weights=False)
+        tokens = self.norm1(tokens + self.dropout(attended))
+        return self.norm2(tokens + self.feed_forward(tokens))
+
+
+class DetrDecoderLayer(TransformerLayer):
+    """Attention among queries, then from queries to all tokens, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.self_attn = _attention(config)
+        self.multihead_attn = _attention(config)
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.norm3 = nn.LayerNorm(config.hidden_dim)
+
+    def forward(
+        self, queries: Tensor, query_position: Tensor, tokens: Tensor, position: Tensor, padding_mask: Tensor
+    ) -> Tensor:
+        placed = queries + query_position
+        attended, _ = self.self_attn(placed, placed, queries, need_weights=False)
+        queries = self.norm1(queries + self.dropout(attended))
+        attended, _ = self.multihead_attn(
+            queries + query_position, tokens + position, tokens, key_padding_mask=padding_mask, need_weights=False
+        )
+        queries = self.norm2(queries + self.dropout(attended))
+        return self.norm3(queries + self.feed_forward(queries))
+
+
+class DetrEncoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DetrEncoderLayer(config) for _ in range(config.encoder_layers))
+
+
+class DetrDecoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DetrDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim)
+
+
+class DetrTransformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoder = DetrEncoder(config)
+        self.decoder = DetrDecoder(config)
+
+
+class Detr(nn.Module):
+    """DETR, and DETR-DC5 with `dilation`.
+
+    Raises ValueError when timm cannot build the backbone.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], config.hidden_dim, kernel_size=1)
+        self.transformer = DetrTransformer(config)
+        self.query_embed = nn.Embedding(config.queries, config.hidden_dim)
+        self.class_embed = class_head(config)
+        self.bbox_embed = MLP(config.hidden_dim, 4)
+        for parameter in self.transformer.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, images: Tensor, padding_mask: Tensor) -> Predictions:
+        """images (N, 3, H, W) normalised, zero on padding; padding_mask (N, H, W) bool, True on padding."""
+        features = self.input_proj(self.backbone(images)[-1])
+        mask = F.interpolate(padding_mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+        position = sine_position(mask, self.config.hidden_dim, centred=False).to(features.dtype)
+        tokens, position = (x.flatten(2).transpose(1, 2) for x in (features, position))
+        mask = mask.flatten(1)
+        for layer in self.transformer.encoder.layers:
+            tokens = layer(tokens, position, mask)
+
+        indices = torch.arange(self.config.queries, device=images.device)
+        query_position = self.query_embed(indices).expand(len(images), -1, -1)
+        queries = torch.zeros_like(query_position)
+        outputs = []
+        for layer in self.transformer.decoder.layers:
+            queries = layer(queries, query_position, tokens, position, mask)
+            seen = self.transformer.decoder.norm(queries)
+            outputs.append((self.class_embed(seen).float(), self.bbox_embed(seen).float().sigmoid()))
+        logits, boxes = outputs[-1]
+        return Predictions(logits, boxes, tuple(outputs[:-1]), None, softmax=self.config.classification == "softmax")

@@ -1,0 +1,129 @@
+"""The layout of published checkpoints, Deformable DETR's and DETR's: {"model": state_dict} under their own names.
+
+Reading runs no code of the file's: tensors and plain values only.
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .detector import Detector
+
+_PUBLISHED = {"transformer.level_embed.weight": "transformer.level_embed"}
+_OURS = {published: ours for ours, published in _PUBLISHED.items()}
+
+
+def to_published(model: Detector) -> dict[str, Tensor]:
+    """The published names and the tensors they hold."""
+    config = model.config
+    one_head = config.architecture == "deformable_detr" and not config.box_refine  # shared, listed under every layer
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        name = _PUBLISHED.get(name) or re.sub(r"^backbone\.body\.", "backbone.0.body.", name)
+        head = re.match(r"(class_embed|bbox_embed)\.0\.(.*)", name)
+        if head and one_head:
+            for layer in range(config.decoder_layers):
+                weights[f"{head[1]}.{layer}.{head[2]}"] = tensor
+            continue
+        weights[name] = tensor
+        if (config.box_refine and name.startswith("bbox_embed.")) or (
+            config.two_stage and name.startswith("class_embed.")
+        ):
+            weights[f"transformer.decoder.{name}"] = tensor  # the decoder of the original holds them as well
+    return weights
+
+
+def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict and the arguments, if the file holds them. Raises ValueError when its layout is another one."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the published files hold their arguments so
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: neither safetensors nor a checkpoint of plain tensors ({reason})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"{file}: expected the published layout, a dictionary with a state_dict under 'model'")
+    return content["model"], vars(content.get("args", argparse.Namespace()))
+
+
+def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names from the published ones: copies of heads are dropped, batch counters too."""
+    refined = any(name.startswith("transformer.decoder.bbox_embed.") for name in published)
+    one_head = not refined and not _is_detr(published)
+    weights = {}
+    for name, tensor in published.items():
+        if name.startswith("transformer.decoder.") and ("bbox_embed" in name or "class_embed" in name):
+            continue
+        if name.endswith("num_batches_tracked"):
+            continue
+        if one_head and re.match(r"(class_embed|bbox_embed)\.[1-9]", name):
+            continue
+        weights[_OURS.get(name) or re.sub(r"^backbone\.0\.body\.", "backbone.body.", name)] = tensor
+    return weights
+
+
+def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, Any], file: Path) -> ModelConfig:
+    """The model of a published checkpoint, from its tensors' shapes and, where it has them, its arguments.
+
+    Without arguments, as in the released DETR weights, what no shape tells is taken for the published default: 8
+    heads, 300 proposals, C5 at stride 32. Raises ValueError for any other file.
+    """
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in published if (match := re.match(pattern, name))})
+
+    settings: dict[str, object] = {
+        "backbone": "resnet50.tv_in1k" if "backbone.0.body.layer1.0.conv3.weight" in published else "resnet18.tv_in1k",
+        "pretrained_backbone": False,
+        "dilation": arguments.get("dilation", False),
+        "heads": arguments.get("nheads", 8),
+        "encoder_layers": count(r"transformer\.encoder\.layers\.(\d+)\."),
+        "decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
+    }
+    try:
+        settings |= _detr(published) if _is_detr(published) else _deformable(published, arguments)
+        settings["feedforward_dim"] = published["transformer.encoder.layers.0.linear1.bias"].shape[0]
+    except KeyError as error:
+        raise ValueError(
+            f"{file}: neither a Deformable DETR nor a DETR checkpoint, it has no {error.args[0]}"
+        ) from error
+    return ModelConfig.model_validate(settings)
+
+
+def _is_detr(published: Mapping[str, Tensor]) -> bool:
+    return "transformer.encoder.layers.0.self_attn.in_proj_weight" in published
+
+
+def _detr(published: Mapping[str, Tensor]) -> dict[str, object]:
+    queries, hidden_dim = published["query_embed.weight"].shape
+    return {
+        "architecture": "detr",
+        "levels": 1,
+        "hidden_dim": hidden_dim,
+        "queries": queries,
+        "classification": "softmax",
+        "num_classes": published["class_embed.bias"].shape[0] - 1,
+    }
+
+
+def _deformable(published: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, object]:
+    levels, hidden_dim = published["transformer.level_embed"].shape
+    logits = published["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0]
+    two_stage = "transformer.pos_trans.weight" in published  # and then no query embedding tells their number
+    queries = arguments.get("num_queries", 300) if two_stage else published["query_embed.weight"].shape[0]
+    return {
+        "levels": levels,
+        "hidden_dim": hidden_dim,
+        "points": logits // (arguments.get("nheads", 8) * levels),
+        "box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in published,
+        "two_stage": two_stage,
+        "num_classes": published["class_embed.0.bias"].shape[0],
+        "queries": queries,
+    }
