@@ -1,7 +1,7 @@
 """The backbone: a timm model that returns C3, C4 and C5, the feature maps at strides 8, 16 and 32 (section 4.1)."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -27,6 +27,7 @@ class Backbone(nn.Module):
         super().__init__()
         try:
             stride = {"output_stride": 16} if config.dilation else {}
+            stride: dict[str, Any] = {"output_stride": 16} if config.dilation else {}
             body = timm.create_model(
                 config.backbone, features_only=True, pretrained=config.pretrained_backbone, **stride
             )

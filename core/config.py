@@ -146,6 +146,12 @@ class TrainConfig(_Section):
     evaluate_every_epochs: int = Field(default=1, ge=0, description="0 never evaluates while training")
     log_every_steps: int = Field(default=10, gt=0)
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile does not work with zero_stage=3, which fetches weights in between; take 2")
+        return self
+
 
 class EvalConfig(_Section):
     """Evaluation and prediction."""

@@ -50,7 +50,8 @@ def criterion(
     class loss that needs no matching.
     """
     outputs = (*predictions.aux, (predictions.logits, predictions.boxes))
-    stacks = [Stack(*(torch.stack(part) for part in zip(*outputs, strict=True)), batch.labels)]
+    logits, boxes = (torch.stack(part) for part in zip(*outputs, strict=True))
+    stacks = [Stack(logits, boxes, batch.labels)]
     layers = [str(layer) for layer in range(len(outputs))]
     if predictions.proposals is not None:
         logits, boxes = predictions.proposals

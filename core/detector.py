@@ -17,7 +17,7 @@ from .config import ModelConfig
 from .detr import Detr
 from .heads import MLP, Predictions, class_head
 from .position import proposal_position, sine_position
-from .transformer import DecoderLayer, Encoder, SpatialShapes, decoder_reference_points
+from .transformer import DecoderLayer, Encoder, SpatialShapes, decoder_reference_points, run_layer
 
 
 class Decoder(nn.Module):
@@ -99,7 +99,7 @@ class DeformableDetr(nn.Module):
         outputs = []
         for index, layer in enumerate(self.transformer.decoder.layers):
             points = decoder_reference_points(reference, valid_ratios)
-            queries = layer(queries, query_position, points, memory, shapes, mask)
+            queries = run_layer(layer, queries, query_position, points, memory, shapes, mask)
             head = index if self.config.box_refine else 0
             boxes = _shift(reference, self.bbox_embed[head](queries)).sigmoid()
             outputs.append((self.class_embed[head](queries).float(), boxes))

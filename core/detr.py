@@ -11,7 +11,7 @@ from .backbone import Backbone
 from .config import ModelConfig
 from .heads import MLP, Predictions, class_head
 from .position import sine_position
-from .transformer import TransformerLayer
+from .transformer import TransformerLayer, run_layer
 
 
 def _attention(config: ModelConfig) -> nn.MultiheadAttention:
@@ -105,14 +105,14 @@ class Detr(nn.Module):
         tokens, position = (x.flatten(2).transpose(1, 2) for x in (features, position))
         mask = mask.flatten(1)
         for layer in self.transformer.encoder.layers:
-            tokens = layer(tokens, position, mask)
+            tokens = run_layer(layer, tokens, position, mask)
 
         indices = torch.arange(self.config.queries, device=images.device)
         query_position = self.query_embed(indices).expand(len(images), -1, -1)
         queries = torch.zeros_like(query_position)
         outputs = []
         for layer in self.transformer.decoder.layers:
-            queries = layer(queries, query_position, tokens, position, mask)
+            queries = run_layer(layer, queries, query_position, tokens, position, mask)
             seen = self.transformer.decoder.norm(queries)
             outputs.append((self.class_embed(seen).float(), self.bbox_embed(seen).float().sigmoid()))
         logits, boxes = outputs[-1]

@@ -7,13 +7,15 @@ WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which; 
 import datetime
 import json
 import logging
+import math
 import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,10 @@ from ..ops.library import UNAVAILABLE
 from .checkpoint import WEIGHTS, save_weights, step_directory
 from .config import Config, TrainConfig
 from .detector import Detector
+from .moving_average import MovingAverage
 from .optimizer import adamw
+from .transfer import to_device
+from .transformer import TransformerLayer
 
 log = logging.getLogger("ddetr")
 
@@ -56,7 +61,7 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` added up over all ranks, in place, on this rank's device."""
-        values = values.to(self.device)
+        values = values if values.device == self.device else to_device(values, self.device)
         dist.all_reduce(values)
         return values
 
@@ -140,9 +145,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 class Engine:
-    """The DeepSpeed engine around the detector, and the buffers that half precision would round.
+    """The DeepSpeed engine around the detector, the weights' moving average, the buffers that half precision rounds.
 
-    `run` is deepspeed's own engine: call it for the forward pass, then `run.backward` and `run.step`.
+    `run` is deepspeed's own engine: call it for the forward pass, then `run.backward`, then `step` of this class.
     """
 
     def __init__(self, model: Detector, config: Config, world: World) -> None:
@@ -152,11 +157,36 @@ class Engine:
         self.dtype = DTYPES[config.train.precision]
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # frozen norms: never change
         self._names = dict(model.named_parameters())
+        layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+        for layer in layers:
+            layer.keeps_activations = not config.train.checkpoint_activations
+        if config.train.compile:
+            for module in (model.backbone.body, *layers):
+                module.compile(dynamic=True)
         self._optimizer = adamw(model, config.optim)  # DeepSpeed wraps it and keeps its groups
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         self._own_norm: float | None = None
         if _clips_itself(config):
             self._optimizer.register_step_pre_hook(self._clip)
         self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
+        # DeepSpeed's float32 copies of half-precision weights under stage 0, of which it tells nobody.
+        self._copies = (
+            {id(p): m for p, m in zip(trained, self._masters(), strict=False)} if _keeps_copies(config) else {}
+        )
+        decay = config.train.ema_decay
+        self._average = MovingAverage(self._masters(), decay) if decay is not None else None
+
+    def step(self, number: int) -> bool:
+        """The optimizer step `number`, from 1, of all gradients since the last one; whether it took place.
+
+        It does not, on any rank, when a gradient on one of them is not finite.
+        """
+        last_micro_batch, before = self.run.is_gradient_accumulation_boundary(), self.run.skipped_steps
+        self.run.step()
+        taken = self.run.skipped_steps == before
+        if self._average is not None and last_micro_batch and taken:
+            self._average.update(number)
+        return taken
 
     def set_learning_rate(self, base: float) -> None:
         for group in self._optimizer.param_groups:
@@ -173,15 +203,24 @@ class Engine:
     def loss_scale(self) -> float:
         return float(getattr(self.run.optimizer, "cur_scale", 1.0)) if self.config.train.precision == "fp16" else 1.0
 
-    def _clip(self, *_: object) -> None:
+    def _clip(self, optimizer: Any, *_: object) -> None:
         limit = self.config.optim.clip_norm or float("inf")
-        self._own_norm = float(torch.nn.utils.clip_grad_norm_(self._names.values(), limit))
+        norm = torch.nn.utils.clip_grad_norm_(self._names.values(), limit)
+        optimizer.found_inf = (~norm.isfinite()).float()  # AdamW's own way to leave everything as it is
+        self._own_norm = float(norm)
+        optimizer.overflow = not math.isfinite(self._own_norm)  # DeepSpeed's way to be told so
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's share of the float32 weights, as the optimizer sees them."""
+        if self.config.train.zero_stage == 3:  # there the optimizer's groups are filled for the step only
+            return list(cast(Any, self.run.optimizer).fp32_partitioned_groups_flat)
+        return [master for group in self._optimizer.param_groups for master in group["params"]]
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model in float32 on the host of rank 0 (the other ranks get an empty dictionary). Collective."""
         whole: dict[str, Tensor] = {}
         for name, parameter in self._names.items():
-            full = _full_parameter(parameter)
+            full = self._copies[id(parameter)] if id(parameter) in self._copies else _full_parameter(parameter)
             if self.world.rank == 0:
                 whole[name] = full.detach().float().cpu()
         return whole | {n: b.cpu() for n, b in self._buffers.items()} if self.world.rank == 0 else {}
@@ -196,9 +235,13 @@ class Engine:
             partial.mkdir(parents=True)
         dist.barrier()
         self.run.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-        weights = self.weights()
+        if self._average is not None:
+            self._average.save(partial / self._average_file())
+        with self._average.in_place_of_weights() if self._average is not None else nullcontext():
+            weights = self.weights()  # on a CPU not a copy
+            if self.world.rank == 0:
+                save_weights(partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
         if self.world.rank == 0:
-            save_weights(partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
             (partial / STATE).write_text(json.dumps({**position, "world_size": self.world.size}))
         dist.barrier()
         if self.world.rank == 0:
@@ -220,7 +263,12 @@ class Engine:
         loaded, _ = self.run.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if loaded is None:
             raise ValueError(f"{checkpoint}: DeepSpeed found no state for ZeRO stage {self.config.train.zero_stage}")
+        if self._average is not None:
+            self._average.load(checkpoint / self._average_file())
         return position
+
+    def _average_file(self) -> str:
+        return f"moving_average_{self.world.rank:05d}.safetensors"
 
 
 def _clips_itself(config: Config) -> bool:

@@ -17,9 +17,14 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 class FoldedNorm(FrozenBatchNorm2d):
     """Holds the norm's buffers in its place; its work is done by the convolution before it."""
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     @classmethod
     def of(cls, norm: FrozenBatchNorm2d) -> "FoldedNorm":
-        folded = cls(len(norm.weight), norm.eps)
+        folded = cls(len(cast(Tensor, norm.weight)), norm.eps)
         folded.load_state_dict(norm.state_dict())
         return folded
 

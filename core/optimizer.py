@@ -52,3 +52,15 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, last_ste
         return config.learning_rate * warm * min(1.0, (last_step - step) / (LINEAR_SHARE * last_step))
     drops = sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
     return config.learning_rate * warm * 0.1**drops
+
+
+def rate_advice(config: OptimConfig, batch_size: int) -> str | None:
+    """What to set when the learning rate is meant for another batch size, by the linear rule (Goyal et al., 2017)."""
+    if batch_size == config.learning_rate_batch_size:
+        return None
+    scaled = config.learning_rate * batch_size / config.learning_rate_batch_size
+    return (
+        f"optim.learning_rate={config.learning_rate:g} is meant for {config.learning_rate_batch_size} images per step, "
+        f"train.batch_size is {batch_size}; by the linear rule set optim.learning_rate={scaled:.3g}, and in any case "
+        f"optim.learning_rate_batch_size={batch_size} when the rate is right"
+    )

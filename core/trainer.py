@@ -4,7 +4,6 @@ Every random number of step s on rank r follows from (seed, s, r), and the strea
 needs no generator state, and a resumed run repeats what the uninterrupted one does.
 """
 
-import json
 import logging
 import math
 import resource
@@ -13,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..data.batch import Batch, normalised
 from ..data.categories import Categories
@@ -26,75 +27,47 @@ from ..data.index import ShardIndex
 from ..data.stream import TrainStream
 from .checkpoint import find_checkpoint, load_detector, load_weights
 from .config import Config
-from .criterion import PARTS, Losses, criterion
+from .criterion import criterion
 from .detector import build
 from .engine import Engine, World
 from .evaluator import coco_metrics, evaluate_shard, merge
+from .guard import finite_or_poison, first_not_finite
 from .optimizer import learning_rate
+from .reports import CheckpointReport, EvaluationReport, Observe, Progress, StepReport, named_losses
 
 log = logging.getLogger("ddetr")
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """One optimizer step. The same on every rank, but for the times and the memory, which are the rank's own."""
+class Step:
+    """What one optimizer step did on this rank."""
 
-    step: int  # counted from 1
-    epoch: int  # counted from 0
-    losses: dict[str, float]  # weighted: "total", "class", "l1", "giou", and "class_0" .. "giou_proposals" per layer
-    learning_rate: float  # of the base group
-    gradient_norm: float  # before clipping
-    images: int  # over all ranks
-    step_seconds: float  # the whole step, waiting for data included
-    data_wait_seconds: float
-    skipped: bool  # DeepSpeed found a gradient that is not finite and left the weights alone
-    memory_bytes: int  # largest so far: allocated on the GPU, or resident on a CPU
-    loss_scale: float
+    weighted: Tensor  # (3, layers) weighted losses of the rank's share; their mean over ranks is the global batch's
+    errors: Tensor  # (2,) the last layer's class error in percent, and cardinality error in objects per image
+    layers: tuple[str, ...]
+    taken: bool  # not when a gradient of some rank was not finite
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
-    """The evaluation of one checkpoint on all validation images."""
+def train_step(engine: Engine, micro_batches: list[Batch], number: int, config: Config, world: World) -> Step:
+    """Optimizer step `number`, from 1: forward, losses and backward for each micro-batch, then AdamW.
 
-    step: int
-    epoch: int
-    metrics: dict[str, float]  # COCO's twelve numbers
-    images: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    step: int
-    epoch: int
-    path: str
-    seconds: float
-
-
-Report = StepReport | EvaluationReport | CheckpointReport
-Observe = Callable[[Report], None]
-
-
-def train_step(engine: Engine, micro_batches: list[Batch], config: Config, world: World) -> Losses:
-    """One optimizer step: forward, losses and backward for each micro-batch, then AdamW.
-
-    Returns the weighted losses of this rank's share, summed over the micro-batches. Their mean over the ranks is the
-    loss of the global batch, because all divide by the same number of objects.
+    All ranks divide by the same number of objects. The host waits for the device once a micro-batch, for the matching.
     """
-    objects = sum(int(batch.num_boxes.sum()) for batch in micro_batches)
-    normaliser = max(world.sum(torch.tensor(float(objects))).item(), 1.0) / (world.size * len(micro_batches))
-    values, layers = [], ()
+    objects = sum(len(batch.labels) for batch in micro_batches)
+    num_objects = world.sum(torch.tensor(float(objects)))
+    all_losses, taken = [], True
     for batch in micro_batches:
         batch = batch.to(world.device)
         images = normalised(batch.images, batch.padding_mask, engine.dtype)
         predictions = engine.run(images, batch.padding_mask)
-        losses = criterion(predictions, batch, config.optim, normaliser)
-        weighted = losses.weighted(config.optim)
-        engine.run.backward(weighted.sum())  # divided by the number of micro-batches in there
-        engine.run.step()  # takes effect after the last micro-batch
-        values.append(weighted.detach())
-        layers = losses.layers
-    return Losses(torch.stack(values).mean(0), layers)
+        losses = criterion(predictions, batch, config.optim, num_objects, world.size * len(micro_batches))
+        engine.run.backward(finite_or_poison(losses.weighted(config.optim).sum()))  # divided by their number in there
+        taken &= engine.step(number)  # takes effect after the last micro-batch
+        all_losses.append(losses)
+    weighted = torch.stack([losses.weighted(config.optim).detach() for losses in all_losses]).mean(0)
+    last = len(predictions.aux)
+    errors = [torch.stack([losses.class_error, losses.cardinality_error[last]]) for losses in all_losses]
+    return Step(weighted, torch.stack(errors).mean(0), losses.layers, taken)
 
 
 def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStream:
@@ -123,7 +96,9 @@ def train(
 ) -> dict[str, float] | None:
     """Train until config.train.epochs or max_steps, or until SIGTERM or SIGINT; returns the last evaluation's metrics.
 
-    Raises FloatingPointError, before another checkpoint is written, when the loss is not finite.
+    A step whose loss or gradient is not finite on some rank is skipped on all. Raises FloatingPointError after
+    train.most_skipped_steps of them in a row, when the state from before them is saved; ValueError or
+    FileNotFoundError when train.initial_weights cannot be loaded.
     """
     per_epoch = stream.steps_per_epoch
     last_step = config.train.epochs * per_epoch
@@ -134,9 +109,13 @@ def train(
     model = build(model_config)
     if checkpoint:
         load_weights(model, checkpoint)
+    elif config.train.initial_weights:
+        anew = load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
+        log.info("weights of %s%s", config.train.initial_weights, f"; started anew: {', '.join(anew)}" if anew else "")
     engine = Engine(model.train(), config, world)
     step = engine.load(checkpoint)["step"] if checkpoint else 0
-    progress = _Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
+    skipped_in_a_row = 0
+    progress = Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
     metrics = None
 
     def save() -> None:
@@ -156,39 +135,50 @@ def train(
                 rate = learning_rate(config.optim, step, per_epoch, last_step)
                 engine.set_learning_rate(rate)
                 _seed(config.train.seed, step, world.rank)
-                skipped_before = engine.run.skipped_steps
-                losses = train_step(engine, micro_batches, config, world)
+                done = train_step(engine, micro_batches, step + 1, config, world)
                 step += 1
-                shared = world.sum(torch.cat([losses.values.flatten(), losses.values.new_tensor([stop_requested()])]))
-                *values, stops = shared.tolist()
+                told = torch.cat([done.weighted.flatten(), done.errors, done.errors.new_tensor([stop_requested()])])
+                *losses, class_error, cardinality_error, stops = (world.sum(told) / world.size).tolist()
                 report = StepReport(
                     step=step,
                     epoch=epoch,
-                    losses=_named([value / world.size for value in values], losses.layers),
+                    losses=named_losses(losses, done.layers),
                     learning_rate=rate,
                     gradient_norm=engine.gradient_norm,
                     images=config.train.batch_size,
                     step_seconds=time.perf_counter() - clock,
                     data_wait_seconds=waited,
-                    skipped=engine.run.skipped_steps > skipped_before,
+                    skipped=not done.taken,
                     memory_bytes=_peak_memory_bytes(world.device),
                     loss_scale=engine.loss_scale,
+                    class_error=class_error,
+                    cardinality_error=cardinality_error,
+                    not_finite=None if done.taken else _diagnosis(engine, micro_batches, losses, step, config, world),
                 )
                 clock = time.perf_counter()
-                _check_finite(report, config, micro_batches)
                 observe(report)
                 progress.step(report)
+                skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
+                if skipped_in_a_row == config.train.most_skipped_steps:
+                    save()
+                    raise FloatingPointError(
+                        f"skipped {skipped_in_a_row} steps in a row, the last one step {step}: {report.not_finite}. "
+                        f"The weights from before them are saved. Lower optim.learning_rate, set optim.clip_norm, or "
+                        f"use train.precision=fp32"
+                    )
                 if stops or step >= last_step:
                     break
                 every = config.train.checkpoint_every_steps
                 if every and step % every == 0 and step % per_epoch:
                     save()
                     clock = time.perf_counter()
-            done, last = step // per_epoch, bool(stops) or step >= last_step
+            epochs_done, last = step // per_epoch, bool(stops) or step >= last_step
             evaluates = (
-                validation_index is not None and not stops and _is_due(config.train.evaluate_every_epochs, done, last)
+                validation_index is not None
+                and not stops
+                and _is_due(config.train.evaluate_every_epochs, epochs_done, last)
             )
-            if last or evaluates or _is_due(config.train.checkpoint_every_epochs, done):
+            if last or (evaluates and validation_index) or _is_due(config.train.checkpoint_every_epochs, epochs_done):
                 save()
             if stops:
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
@@ -227,23 +217,30 @@ def _is_due(every: int, done: int, last: bool = False) -> bool:
     return every > 0 and (last or done % every == 0)
 
 
-def _named(values: list[float], layers: tuple[str, ...]) -> dict[str, float]:
-    """The flattened (3, layers) table as a dictionary with the sums first."""
-    rows = {part: values[row * len(layers) : (row + 1) * len(layers)] for row, part in enumerate(PARTS)}
-    named = {"total": sum(values)} | {part: sum(row) for part, row in rows.items()}
-    for part, row in rows.items():
-        named |= {f"{part}_{layer}": value for layer, value in zip(layers, row, strict=True)}
-    return named
+def _diagnosis(
+    engine: Engine, micro_batches: list[Batch], losses: list[float], step: int, config: Config, world: World
+) -> str:
+    """Where numbers of a skipped step stopped being finite, on which ranks and images. Collective.
 
-
-def _check_finite(report: StepReport, config: Config, micro_batches: list[Batch]) -> None:
-    if math.isfinite(report.losses["total"]):
-        return
-    images = [image_id for batch in micro_batches for image_id in batch.image_ids.tolist()]
-    raise FloatingPointError(
-        f"the loss of step {report.step} is {report.losses['total']} (this rank's images: {images}); the last "
-        f"checkpoint is from before. Lower optim.learning_rate, set optim.clip_norm, or use train.precision=fp32"
-    )
+    The weights are still those of the step, and its random numbers can be drawn again.
+    """
+    if all(math.isfinite(value) for value in losses):
+        return "every loss is finite, a gradient is not" + (" (the loss scale)" if engine.loss_scale != 1 else "")
+    mine: list[str] = []
+    _seed(config.train.seed, step - 1, world.rank)
+    for batch in micro_batches:
+        batch = batch.to(world.device)
+        module = cast(nn.Module, engine.run.module)
+        with torch.no_grad(), first_not_finite(module) as found:
+            module(normalised(batch.images, batch.padding_mask, engine.dtype), batch.padding_mask)
+        finite = bool(batch.boxes_cxcywh.isfinite().all())
+        where = found[0] if found else "the losses" if finite else "the boxes"
+        if found or not finite:
+            mine.append(f"first in {where} on rank {world.rank}, images {batch.image_ids.tolist()}")
+    everywhere: list[Any] = [None] * world.size
+    dist.all_gather_object(everywhere, mine)
+    said = [text for texts in everywhere for text in texts]
+    return "; ".join(said) or "the losses are not finite, every module's output is"
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
@@ -276,49 +273,3 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Progress:
-    """One readable line every few steps, with the rate since the last line and the time left."""
-
-    def __init__(self, config: Config, step: int, last_step: int, per_epoch: int, quiet: bool) -> None:
-        self.quiet = quiet
-        self.config, self.last_step, self.per_epoch = config, last_step, per_epoch
-        self._since = (time.perf_counter(), step)
-        self._wait = 0.0
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            log.info(text)
-
-    def step(self, report: StepReport) -> None:
-        self._wait += report.data_wait_seconds
-        if report.step % self.config.train.log_every_steps and report.step != self.last_step:
-            return
-        now, (then, step) = time.perf_counter(), self._since
-        per_step = (now - then) / max(1, report.step - step)
-        losses = " ".join(f"{name} {report.losses[name]:.3f}" for name in PARTS)
-        self.line(
-            f"epoch {report.epoch + 1}/{math.ceil(self.last_step / self.per_epoch)} "
-            f"step {report.step}/{self.last_step} loss {report.losses['total']:.3f} ({losses}) "
-            f"gradient {report.gradient_norm:.2f} rate {report.learning_rate:.1e} "
-            f"{report.images / per_step:.1f} images/s, {100 * self._wait / max(now - then, 1e-9):.0f} % data wait, "
-            f"{report.memory_bytes / 2**30:.1f} GiB, {_clock(per_step * (self.last_step - report.step))} left"
-            + (", step skipped: the gradient is not finite" if report.skipped else "")
-        )
-        self._since, self._wait = (now, report.step), 0.0
-
-    def evaluation(self, report: EvaluationReport) -> None:
-        shown = ", ".join(f"{name} {report.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75", "AP_small"))
-        self.line(f"evaluated step {report.step} on {report.images} images in {report.seconds:.1f} s: {shown}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def as_json(report: Report) -> str:
-    """One line of metrics.jsonl."""
-    kind = {StepReport: "step", EvaluationReport: "evaluation", CheckpointReport: "checkpoint"}[type(report)]
-    return json.dumps({"kind": kind, "time": time.time(), **asdict(report)})

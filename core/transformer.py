@@ -5,9 +5,11 @@ Reference points are float32 whatever the precision of the features: a coordinat
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiScaleDeformableAttention
 from .config import ModelConfig
@@ -19,6 +21,8 @@ SpatialShapes = Sequence[tuple[int, int]]
 class TransformerLayer(nn.Module):
     """What every layer ends in: the feed-forward network."""
 
+    keeps_activations = True  # false: they are computed again for the backward pass
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
@@ -27,6 +31,13 @@ class TransformerLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout.after_relu(self.linear1(x))))
+
+
+def run_layer(layer: nn.Module, *inputs: object) -> Tensor:
+    """The forward pass of a TransformerLayer, with its activations kept or not."""
+    if cast(TransformerLayer, layer).keeps_activations or not torch.is_grad_enabled():
+        return layer(*inputs)
+    return checkpoint(layer, *inputs, use_reentrant=False)
 
 
 class EncoderLayer(TransformerLayer):
@@ -74,7 +85,7 @@ class Encoder(nn.Module):
         """tokens and position (N, S, C), valid_ratios (N, L, 2) as (x, y), padding_mask (N, S); returns (N, S, C)."""
         reference_points = encoder_reference_points(shapes, valid_ratios)
         for layer in self.layers:
-            tokens = layer(tokens, position, reference_points, shapes, padding_mask)
+            tokens = run_layer(layer, tokens, position, reference_points, shapes, padding_mask)
         return tokens
 
 

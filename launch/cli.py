@@ -206,6 +206,35 @@ def train(
     run(config, resume=resume, go_on=go_on, dry_run=dry_run)
 
 
+@app.command()
+def model(
+    preset: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset or a YAML file.")],
+    overrides: Overrides = None,
+    image_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="HEIGHT WIDTH",
+            help="Size of the image in pixels.  [default: 800 1120, the mean of COCO's images at evaluation]",
+        ),
+    ] = None,
+) -> None:
+    """Print what a model costs: parameters and GFLOPs (multiply-adds of one image) of each of its parts.
+
+    Examples:
+
+    `ddetr model r50_two_stage`
+
+    `ddetr model r50 model.encoder_layers=3 --image-size 480 640`
+    """
+    from ..core.config import load
+
+    config = load(preset, overrides or ())
+
+    from .model import model as print_costs  # only now: a misspelt key need not wait for torch
+
+    print_costs(config, image_size)
+
+
 @app.command("eval")
 def evaluate(
     path: CheckpointPath,

@@ -12,11 +12,13 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from ..core.checkpoint import checkpoints, find_checkpoint
+from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
 from ..core.config import Config, dump
 from ..core.detector import Detector, build
 from ..core.engine import World, deepspeed_config, device_for, join
-from ..core.trainer import CheckpointReport, EvaluationReport, Report, StepReport, as_json, train, training_stream
+from ..core.optimizer import rate_advice
+from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport, as_json
+from ..core.trainer import train, training_stream
 from ..data.index import ShardIndex
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
@@ -43,6 +45,8 @@ def run(
     train_index, validation_index = _open_data(config)
     deepspeed_json = deepspeed_config(config)
     model = _without_weights(config)
+    if config.train.initial_weights:  # whether they fit, before anything is written
+        load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
     if dry_run:
         _print_plan(config, train_index, model, deepspeed_json)
         return Path(config.train.output)
@@ -71,6 +75,8 @@ def run(
             if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
                 report(item)
 
+        if world.rank == 0 and (advice := rate_advice(config.optim, config.train.batch_size)):
+            log.warning(advice)
         record.event(
             "resume" if resumes else "start", ranks=world.size, device=str(world.device), torch=torch.__version__
         )
@@ -119,6 +125,8 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(dump(config))
     print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
     print(f"# device {device.type}; {trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen")
+    if advice := rate_advice(config.optim, config.train.batch_size):
+        print(f"# {advice}")
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
@@ -202,7 +210,9 @@ class _Record:
             return
         if isinstance(item, EvaluationReport):
             self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
-        if isinstance(item, StepReport) and item.step % self._every and not item.skipped:
+        if isinstance(item, StepReport) and item.skipped:
+            self.event("skipped", step=item.step, reason=item.not_finite)
+        elif isinstance(item, StepReport) and item.step % self._every:
             return
         self._metrics.write(as_json(item) + "\n")
 

@@ -1,0 +1,112 @@
+"""What a run tells while it goes on: reports of steps, checkpoints and evaluations, and now and then a line to read."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from .config import Config
+from .criterion import PARTS
+
+log = logging.getLogger("ddetr")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. The same on every rank, but for the times and the memory, which are the rank's own."""
+
+    step: int  # counted from 1
+    epoch: int  # counted from 0
+    losses: dict[str, float]  # weighted: "total", "class", "l1", "giou", and "class_0" .. "giou_proposals" per layer
+    learning_rate: float  # of the base group
+    gradient_norm: float  # before clipping
+    images: int  # over all ranks
+    step_seconds: float  # the whole step, waiting for data included
+    data_wait_seconds: float
+    skipped: bool  # a loss or a gradient was not finite: no rank changed its weights
+    memory_bytes: int  # largest so far: allocated on the GPU, or resident on a CPU
+    loss_scale: float
+    class_error: float  # percent of the last layer's matched queries whose best class is wrong
+    cardinality_error: float  # of the last layer: queries with an object, as DETR counts them, less objects; per image
+    not_finite: str | None  # of a skipped step: where on which ranks, with their images
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The evaluation of one checkpoint on all validation images."""
+
+    step: int
+    epoch: int
+    metrics: dict[str, float]  # COCO's twelve numbers
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    step: int
+    epoch: int
+    path: str
+    seconds: float
+
+
+Report = StepReport | EvaluationReport | CheckpointReport
+Observe = Callable[[Report], None]
+
+
+def named_losses(values: list[float], layers: tuple[str, ...]) -> dict[str, float]:
+    """The flattened (3, layers) table as a dictionary with the sums first."""
+    rows = {part: values[row * len(layers) : (row + 1) * len(layers)] for row, part in enumerate(PARTS)}
+    named = {"total": sum(values)} | {part: sum(row) for part, row in rows.items()}
+    for part, row in rows.items():
+        named |= {f"{part}_{layer}": value for layer, value in zip(layers, row, strict=True)}
+    return named
+
+
+def as_json(report: Report) -> str:
+    """One line of metrics.jsonl."""
+    kind = {StepReport: "step", EvaluationReport: "evaluation", CheckpointReport: "checkpoint"}[type(report)]
+    return json.dumps({"kind": kind, "time": time.time(), **asdict(report)})
+
+
+class Progress:
+    """One readable line every few steps, with the rate since the last line and the time left."""
+
+    def __init__(self, config: Config, step: int, last_step: int, per_epoch: int, quiet: bool) -> None:
+        self.quiet = quiet
+        self.config, self.last_step, self.per_epoch = config, last_step, per_epoch
+        self._since = (time.perf_counter(), step)
+        self._wait = 0.0
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            log.info(text)
+
+    def step(self, report: StepReport) -> None:
+        self._wait += report.data_wait_seconds
+        if report.skipped and not self.quiet:
+            log.warning("step %d skipped: %s", report.step, report.not_finite)
+        if report.step % self.config.train.log_every_steps and report.step != self.last_step:
+            return
+        now, (then, step) = time.perf_counter(), self._since
+        per_step = (now - then) / max(1, report.step - step)
+        losses = " ".join(f"{name} {report.losses[name]:.3f}" for name in PARTS)
+        self.line(
+            f"epoch {report.epoch + 1}/{math.ceil(self.last_step / self.per_epoch)} "
+            f"step {report.step}/{self.last_step} loss {report.losses['total']:.3f} ({losses}) "
+            f"gradient {report.gradient_norm:.2f} rate {report.learning_rate:.1e} "
+            f"{report.images / per_step:.1f} images/s, {100 * self._wait / max(now - then, 1e-9):.0f} % data wait, "
+            f"{report.memory_bytes / 2**30:.1f} GiB, {_clock(per_step * (self.last_step - report.step))} left"
+        )
+        self._since, self._wait = (now, report.step), 0.0
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        shown = ", ".join(f"{name} {report.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75", "AP_small"))
+        self.line(f"evaluated step {report.step} on {report.images} images in {report.seconds:.1f} s: {shown}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

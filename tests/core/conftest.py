@@ -1,0 +1,27 @@
+"""Real training runs of a small model."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.core.runs import SMALL, Run, Train, collect, command
+
+
+@pytest.fixture(scope="session")
+def train(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs `ddetr train` on the small model once for each set of arguments."""
+    output = tmp_path_factory.mktemp("runs")
+    done: dict[tuple, Run] = {}
+
+    def run(ranks: int, *overrides: str, steps: int = 4) -> Run:
+        key = (ranks, overrides, steps)
+        if key not in done:
+            name = f"run{len(done)}"
+            arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={output}"]
+            arguments += [f"train.name={name}", f"train.max_steps={steps}", *overrides]
+            finished = subprocess.run(command(ranks, *arguments), capture_output=True, text=True, timeout=600)
+            done[key] = collect(output / name, finished.stdout + finished.stderr, finished.returncode)
+        return done[key]
+
+    return run

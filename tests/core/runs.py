@@ -1,0 +1,69 @@
+"""How tests start `ddetr train` on a small model, and what such a run leaves."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Half a million parameters, everything switched on; batches of 4 of the 24 images of `synthetic_shards`.
+SMALL = (
+    "model.backbone=test_resnet.r160_in1k",
+    "model.hidden_dim=64",
+    "model.heads=4",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.feedforward_dim=64",
+    "model.queries=12",
+    "model.dropout=0.1",
+    "data.short_sides=[96]",
+    "data.validation_short_side=96",
+    "train.batch_size=4",
+    "train.epochs=10",
+    "train.log_every_steps=1",
+    "train.evaluate_every_epochs=0",
+    "train.threads=1",
+    "train.precision=fp32",
+    "optim.warmup_steps=0",
+    "optim.schedule=step",
+    "optim.learning_rate=1e-4",
+    "monitor.port=0",
+)
+
+
+@dataclass
+class Run:
+    directory: Path
+    output: str
+    exit_status: int
+    steps: list[dict] = field(default_factory=list)
+    events: list[dict] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["losses"]["total"] for step in self.steps]
+
+
+def command(ranks: int, *arguments: str) -> list[str]:
+    start = [sys.executable, "-m", "ddetr.launch.cli"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start += ["-m", "ddetr.launch.cli"]
+    return [*start, "train", *arguments]
+
+
+def collect(directory: Path, output: str, exit_status: int) -> Run:
+    def lines(name: str) -> list[dict]:
+        file = directory / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    steps = [line for line in lines("metrics.jsonl") if line["kind"] == "step"]
+    return Run(directory, output, exit_status, steps, lines("events.jsonl"))
+
+
+Train = Callable[..., Run]
+
+
+def succeeded(run: Run) -> Run:
+    assert run.exit_status == 0, run.output[-3000:]
+    return run
