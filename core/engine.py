@@ -169,10 +169,9 @@ class Engine:
         if _clips_itself(config):
             self._optimizer.register_step_pre_hook(self._clip)
         self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
-        # DeepSpeed's float32 copies of half-precision weights under stage 0, of which it tells nobody.
-        self._copies = (
-            {id(p): m for p, m in zip(trained, self._masters(), strict=False)} if _keeps_copies(config) else {}
-        )
+        self._copies: dict[int, Tensor] = {}  # DeepSpeed's, in float32, of half-precision weights: stage 0 tells nobody
+        if config.train.zero_stage == 0 and config.train.precision != "fp32":
+            self._copies = {id(p): copy for p, copy in zip(trained, self._masters(), strict=True)}
         decay = config.train.ema_decay
         self._average = MovingAverage(self._masters(), decay) if decay is not None else None
 

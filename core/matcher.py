@@ -117,7 +117,7 @@ def _slots(num_boxes: Sequence[int], most: int) -> Tensor:
     counts = torch.as_tensor(num_boxes)
     starts = counts.cumsum(0) - counts
     rows = starts[:, None] + torch.arange(most).clamp(max=(counts[:, None] - 1).clamp(min=0))
-    return rows.clamp(max=int(counts.sum()) - 1)
+    return rows.clamp(max=sum(num_boxes) - 1)
 
 
 def _cost(stack: Stack, targets: Tensor, slots: Tensor, config: OptimConfig, softmax: bool) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: N images, H and W the largest height and width in the batch, T boxes of all images together.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -80,6 +81,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 def normalised(images: Tensor, padding_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images (N, 3, H, W) scaled to zero mean and unit deviation over ImageNet, zero on padding."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).mul(255).view(1, 3, 1, 1)
-    scale = torch.tensor(IMAGE_STD, device=images.device).mul(255).reciprocal().view(1, 3, 1, 1)
+    mean, scale = _statistics(images.device)
     return (images.float().sub_(mean).mul_(scale)).masked_fill_(padding_mask[:, None], 0.0).to(dtype)
+
+
+@functools.cache  # copied to a GPU once: each copy makes the host wait
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(IMAGE_MEAN, device=device).mul(255).view(1, 3, 1, 1)
+    return mean, torch.tensor(IMAGE_STD, device=device).mul(255).reciprocal().view(1, 3, 1, 1)

@@ -26,7 +26,6 @@ PUBLISHED = {
     "r50_refine": (41, 173),
     "r50_two_stage": (41, 173),
 }
-PARTS = ["backbone", "feature projections", "encoder", "decoder", "class heads", "box heads"]
 
 
 def total(config: ModelConfig) -> Cost:
@@ -42,7 +41,7 @@ def test_the_published_table(preset: str) -> None:
 
 
 def test_the_image_is_as_large_as_those_of_coco(coco_free: Path) -> None:
-    """The table holds at one size for all rows; that size is the mean of real images, not fitted to the table."""
+    """All rows of the table are counted at one size, which has as many pixels as the mean of real images."""
     images = json.loads((coco_free / "annotations.json").read_text())["images"]
     sizes = [evaluation_view(image["height"], image["width"], DataConfig()).size for image in images]
     mean_pixels = sum(height * width for height, width in sizes) / len(sizes)
@@ -80,10 +79,8 @@ def test_frozen_parameters_are_the_stem_and_the_first_stage() -> None:
     """ResNet-50's first convolution (7 x 7, 3 to 64) and its three first blocks; norms are buffers."""
     blocks = [(64, 64), (256, 64), (256, 64)]
     convolutions = sum(before * width + 9 * width * width + width * 256 for before, width in blocks) + 64 * 256
-    assert {part: cost.num_frozen for part, cost in costs(load("r50").model).items()} == {
-        **dict.fromkeys(PARTS, 0),
-        "backbone": 49 * 3 * 64 + convolutions,
-    }
+    frozen = {part: cost.num_frozen for part, cost in costs(load("r50").model).items() if cost.num_frozen}
+    assert frozen == {"backbone": 49 * 3 * 64 + convolutions}
 
 
 def test_resnet_50_has_its_well_known_count() -> None:

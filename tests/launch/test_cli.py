@@ -15,6 +15,7 @@ COMMANDS = [
     ["data", "synth"],
     ["data", "show"],
     ["train"],
+    ["model"],
     ["eval"],
     ["predict"],
     ["explain"],

@@ -1,0 +1,106 @@
+"""The training step waits for the device once, for the matching costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ddetr.core import matcher
+from ddetr.core.config import Config, load
+from ddetr.core.criterion import criterion
+from ddetr.core.detector import build
+from ddetr.core.guard import finite_or_poison
+from ddetr.core.optimizer import adamw
+from ddetr.data.batch import Batch, Sample, collate, normalised
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VARIANTS = {
+    "plain": ["model.box_refine=false", "model.two_stage=false"],
+    "two_stage": [],
+    "detr": [
+        *("model.box_refine=false", "model.two_stage=false", "model.levels=1"),
+        *("model.architecture=detr", "model.classification=softmax"),
+    ],
+}
+# What must know a value on the host, or how many there are, before the host can go on.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2", "item"}
+
+
+class Waits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+        masks = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name in WAITS or masks:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def step_of(variant: str, device: str) -> tuple[Callable[[], None], Batch, Config]:
+    config = load("tiny", ["model.hidden_dim=64", "model.dropout=0.1", *VARIANTS[variant]])
+    torch.manual_seed(0)
+    model = build(config.model).to(device).train()
+    optimizer = adamw(model, config.optim)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.6, 0.2, 0.1], [0.7, 0.2, 0.1, 0.1]])
+    samples = [
+        Sample(torch.randint(256, (3, 64, 80), dtype=torch.uint8), boxes, torch.tensor([0, 1, 2]), 1, (64, 80)),
+        Sample(torch.randint(256, (3, 96, 64), dtype=torch.uint8), boxes[:0], torch.tensor([]).long(), 2, (96, 64)),
+    ]
+    batch = collate(samples)
+    objects = torch.tensor(3.0, device=device)
+
+    def step() -> None:
+        moved = batch.to(torch.device(device))
+        predictions = model(normalised(moved.images, moved.padding_mask), moved.padding_mask)
+        losses = criterion(predictions, moved, config.optim, objects)
+        finite_or_poison(losses.weighted(config.optim).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, batch, config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_copy_and_no_other_wait(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _, _ = step_of(variant, "cpu")
+    copies: list[torch.Size] = []
+
+    class Counted(matcher.HostCopy):
+        def __init__(self, source: torch.Tensor) -> None:
+            copies.append(source.shape)
+            super().__init__(source)
+
+    monkeypatch.setattr(matcher, "HostCopy", Counted)
+    step()  # what is done once, as the optimizer's state, is done
+    copies.clear()
+    with Waits() as waits:
+        step()
+    assert waits.found == []
+    assert len(copies) == 1
+
+
+def test_the_counter_sees_what_waits() -> None:
+    values = torch.tensor([1.0, -1.0])
+    with Waits() as waits:
+        values.sum().item()
+        values[values > 0]
+        bool(values.isfinite().all())
+    assert len(waits.found) >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_synchronizes_but_the_one_event(variant: str) -> None:
+    step, _, _ = step_of(variant, "cuda")
+    for _ in range(2):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

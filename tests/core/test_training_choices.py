@@ -1,0 +1,110 @@
+"""Choices of how to train, each in a real run: recomputed activations, compilation, DETR, initial weights."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ddetr.core.checkpoint import export_published, load_detector
+from ddetr.core.config import load, preset_names
+from ddetr.core.detector import build
+from ddetr.core.optimizer import rate_advice
+
+from tests.core.runs import SMALL, Train, command, succeeded
+
+DETR = (
+    *("model.architecture=detr", "model.classification=softmax", "model.levels=1"),
+    *("model.box_refine=false", "model.two_stage=false"),
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        (0, ()),
+        pytest.param(3, (), marks=pytest.mark.slow),
+        pytest.param(2, DETR, marks=pytest.mark.slow),
+        pytest.param(1, ("train.precision=bf16",), marks=pytest.mark.slow),
+    ],
+)
+def test_recomputed_activations_change_no_digit(train: Train, stage: int, more: tuple[str, ...]) -> None:
+    """Dropout included: its random numbers are drawn again."""
+    settings = (f"train.zero_stage={stage}", *more)
+    kept = succeeded(train(1, *settings))
+    recomputed = succeeded(train(1, *settings, "train.checkpoint_activations=true"))
+    assert recomputed.losses == kept.losses
+
+
+@pytest.mark.slow
+def test_compiled_model_takes_the_same_steps(train: Train) -> None:
+    settings = ("train.zero_stage=1", "model.dropout=0", "data.short_sides=[64,96]")
+    eager = succeeded(train(1, *settings))
+    compiled = succeeded(train(1, *settings, "train.compile=true"))
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
+
+
+def test_compiling_under_stage_3_is_refused(train: Train) -> None:
+    run = train(1, "train.compile=true", "train.zero_stage=3")
+    assert run.exit_status == 2
+    assert "compile does not work with zero_stage=3" in run.output
+
+
+@pytest.mark.parametrize("dilation", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_detr_trains_on_two_ranks_as_on_one(train: Train, dilation: bool) -> None:
+    settings = (*DETR, f"model.dilation={str(dilation).lower()}", "model.dropout=0", "optim.class_weight=1")
+    one = succeeded(train(1, *settings, "train.zero_stage=0"))
+    two = succeeded(train(2, *settings, "train.zero_stage=2"))
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    detector = load_detector(two.directory)
+    assert detector.config.model.architecture == "detr"
+    assert {"class_error", "cardinality_error"} <= set(two.steps[0])
+
+
+def test_run_starts_from_published_weights_and_says_what_starts_anew(
+    train: Train, synthetic_shards: Path, tmp_path: Path
+) -> None:
+    settings = [setting for setting in SMALL if setting.startswith("model.")]
+    config = load("tiny", [*settings, "model.num_classes=7"])
+    torch.manual_seed(11)
+    model = build(config.model)
+    export_published(model, tmp_path / "published.pth")
+    initial = f"train.initial_weights={tmp_path / 'published.pth'}"
+
+    refused = train(1, initial)
+    assert refused.exit_status == 2
+    assert "re-shaped: class_embed.0.weight is (7, 64) in the file, (3, 64) in the model" in refused.output
+    assert "start the class heads anew with train.new_class_head=true" in refused.output
+    assert not refused.directory.exists()
+
+    run = succeeded(train(1, initial, "train.new_class_head=true", "optim.learning_rate=1e-12", steps=1))
+    assert "started anew: class_embed.0.weight, class_embed.0.bias, class_embed.1.weight" in run.output
+    trained, given = load_detector(run.directory).model.state_dict(), model.state_dict()
+    for name, tensor in trained.items():
+        if name.startswith("class_embed."):
+            assert tensor.shape[0] == 3
+        else:
+            torch.testing.assert_close(tensor, given[name], rtol=1e-4, atol=1e-6)
+
+
+def test_initial_weights_that_are_not_there(train: Train) -> None:
+    run = train(1, "train.initial_weights=nowhere.pth")
+    assert run.exit_status == 2
+    assert "nowhere.pth" in run.output
+    assert "Traceback" not in run.output
+    assert not run.directory.exists()
+
+
+def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -> None:
+    arguments = command(1, "r50", f"data.train={synthetic_shards}", "model.num_classes=3", "train.batch_size=8")
+    shown = subprocess.run([*arguments, "--dry-run"], capture_output=True, text=True, timeout=600)
+    assert shown.returncode == 0, shown.stderr
+    assert "optim.learning_rate=0.0002 is meant for 32 images per step, train.batch_size is 8" in shown.stdout
+    assert "by the linear rule set optim.learning_rate=5e-05" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "preset", ["r50", "r50_two_stage", "r50_single_scale_dc5", "detr_r50", "detr_r50_dc5_plus", "tiny"]
+)
+def test_presets_have_rates_for_their_batch_sizes(preset: str) -> None:
+    config = load(preset)
+    assert rate_advice(config.optim, config.train.batch_size) is None
