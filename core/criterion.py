@@ -37,13 +37,19 @@ class Losses:
 
 
 def criterion(
-    predictions: Predictions, batch: Batch, config: OptimConfig, num_objects: Tensor | float, num_parts: int = 1
+    predictions: Predictions,
+    batch: Batch,
+    config: OptimConfig,
+    num_objects: Tensor | float,
+    num_parts: int = 1,
+    num_matched: Tensor | float | None = None,
 ) -> Losses:
     """Match each layer's predictions to the batch's objects and take the losses.
 
     num_objects is the number of objects in the whole step, num_parts the number of equal parts (ranks times
     micro-batches) that it is divided in, of which this batch is one: with them, the mean of the parts' gradients is
-    the gradient of the whole. Proposals are matched without regard to classes: every object has label 0 there
+    the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
+    objects than there are queries, which matters to softmax alone. Proposals are matched without regard to classes: every object has label 0 there
     (section 4.2).
 
     The host waits for the device once, for the matching costs. Until they are there the device has the part of the
@@ -78,7 +84,8 @@ def criterion(
     class_normaliser = normaliser
     if predictions.softmax:  # the sum of all queries' weights
         queries = predictions.boxes.shape[0] * predictions.boxes.shape[1]
-        class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * objects / num_parts
+        matched = (objects if num_matched is None else num_matched) / num_parts
+        class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * matched
     values = torch.stack([of_class / class_normaliser, l1 / normaliser, giou / normaliser])
     return Losses(values, tuple(layers), _class_error(stacks[0], pairs[0]), cardinality)
 

@@ -53,14 +53,15 @@ def train_step(engine: Engine, micro_batches: list[Batch], number: int, config: 
 
     All ranks divide by the same number of objects. The host waits for the device once a micro-batch, for the matching.
     """
-    objects = sum(len(batch.labels) for batch in micro_batches)
-    num_objects = world.sum(torch.tensor(float(objects)))
+    counts = torch.cat([batch.num_boxes for batch in micro_batches])
+    objects, matched = world.sum(torch.stack([counts.sum(), counts.clamp(max=config.model.queries).sum()]).float())
+    parts = world.size * len(micro_batches)
     all_losses, taken = [], True
     for batch in micro_batches:
         batch = batch.to(world.device)
         images = normalised(batch.images, batch.padding_mask, engine.dtype)
         predictions = engine.run(images, batch.padding_mask)
-        losses = criterion(predictions, batch, config.optim, num_objects, world.size * len(micro_batches))
+        losses = criterion(predictions, batch, config.optim, objects, parts, matched)
         engine.run.backward(finite_or_poison(losses.weighted(config.optim).sum()))  # divided by their number in there
         taken &= engine.step(number)  # takes effect after the last micro-batch
         all_losses.append(losses)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.checkpoint import export_published, load_detector
-from ddetr.core.config import load, preset_names
+from ddetr.core.config import load
 from ddetr.core.detector import build
 from ddetr.core.optimizer import rate_advice
 
