@@ -83,9 +83,6 @@ class OptimConfig(_Section):
     """AdamW, parameter groups, losses and schedule (appendix A.4)."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
-    learning_rate_batch_size: int = Field(
-        default=32, gt=0, description="images per step that learning_rate is meant for; another train.batch_size warns"
-    )
     backbone_multiplier: float = Field(default=0.1, ge=0, description="rate of the backbone; 0 freezes it")
     sampling_multiplier: float = Field(default=0.1, gt=0, description="rate of sampling offsets and reference points")
     betas: tuple[float, float] = (0.9, 0.999)

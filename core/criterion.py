@@ -49,8 +49,8 @@ def criterion(
     num_objects is the number of objects in the whole step, num_parts the number of equal parts (ranks times
     micro-batches) that it is divided in, of which this batch is one: with them, the mean of the parts' gradients is
     the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
-    objects than there are queries, which matters to softmax alone. Proposals are matched without regard to classes: every object has label 0 there
-    (section 4.2).
+    objects than there are queries, which matters to softmax alone. Proposals are matched without regard to classes:
+    every object has label 0 there (section 4.2).
 
     The host waits for the device once, for the matching costs. Until they are there the device has the part of the
     class loss that needs no matching.

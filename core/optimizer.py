@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
-from .config import OptimConfig
+from .config import Config, OptimConfig
 
 SLOW = ("sampling_offsets", "reference_points")
+# (rate, images per step) of each architecture.
+PUBLISHED_RATES = {"deformable_detr": (2e-4, 32), "detr": (1e-4, 64)}
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 
 
@@ -54,13 +56,19 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, last_ste
     return config.learning_rate * warm * 0.1**drops
 
 
-def rate_advice(config: OptimConfig, batch_size: int) -> str | None:
-    """What to set when the learning rate is meant for another batch size, by the linear rule (Goyal et al., 2017)."""
-    if batch_size == config.learning_rate_batch_size:
+def rate_advice(config: Config) -> str | None:
+    """What the linear rule (Goyal et al., 2017) makes of the published rate, when the run's is more than twice off.
+
+    None as well for a backbone trained from scratch, for which nothing is published.
+    """
+    if config.model.backbone_norm == "group":
         return None
-    scaled = config.learning_rate * batch_size / config.learning_rate_batch_size
+    rate, images = PUBLISHED_RATES[config.model.architecture]
+    fitting = rate * config.train.batch_size / images
+    if 0.5 <= config.optim.learning_rate / fitting <= 2:
+        return None
     return (
-        f"optim.learning_rate={config.learning_rate:g} is meant for {config.learning_rate_batch_size} images per step, "
-        f"train.batch_size is {batch_size}; by the linear rule set optim.learning_rate={scaled:.3g}, and in any case "
-        f"optim.learning_rate_batch_size={batch_size} when the rate is right"
+        f"optim.learning_rate={config.optim.learning_rate:g} with train.batch_size={config.train.batch_size}: "
+        f"published is {rate:g} for {images} images per step, so by the linear rule {fitting:.3g} fits; set "
+        f"optim.learning_rate={fitting:.3g}, unless this is meant"
     )

@@ -165,7 +165,9 @@ def _write_onnx(detector: TrainedDetector, file: Path, image_size: tuple[int, in
         {
             "images": f"uint8 RGB, (1, 3, {height}, {width}), the whole image resized to this size",
             "boxes": "cxcywh relative to the image",
-            "logits": "one per query and class; sigmoid gives the score",
+            "logits": "one per query and class; sigmoid gives the score"
+            if detector.config.model.classification == "sigmoid"
+            else 'one per query and class, "no object" the last; softmax gives the score',
             "categories": json.dumps(Categories(ids, names).to_json()),
         },
     )

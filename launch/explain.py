@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import TrainedDetector
+from ..core.detector import DeformableDetr
 from ..core.engine import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
@@ -65,6 +66,8 @@ def explain(checkpoint: Path, image: Path, output: Path, query: int | None = Non
 @torch.inference_mode()
 def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None = None) -> Explanation:
     """The sampling points behind one query's detection in an RGB image (height, width, 3) uint8."""
+    if not isinstance(detector.model, DeformableDetr) or not detector.config.model.multi_scale_attention:
+        raise ValueError(f"{detector.path}: only multi-scale deformable attention has sampling points to draw")
     device = device_for(detector.config.train, local_rank=0)
     model = detector.model.to(device)
     batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)

@@ -75,7 +75,7 @@ def run(
             if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
                 report(item)
 
-        if world.rank == 0 and (advice := rate_advice(config.optim, config.train.batch_size)):
+        if world.rank == 0 and (advice := rate_advice(config)):
             log.warning(advice)
         record.event(
             "resume" if resumes else "start", ranks=world.size, device=str(world.device), torch=torch.__version__
@@ -125,7 +125,7 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(dump(config))
     print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
     print(f"# device {device.type}; {trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen")
-    if advice := rate_advice(config.optim, config.train.batch_size):
+    if advice := rate_advice(config):
         print(f"# {advice}")
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 

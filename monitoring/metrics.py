@@ -50,7 +50,9 @@ LOSS_SCALE = Metric("ddetr_loss_scale", "gauge", "Factor on the loss before the 
 EPOCH = Metric("ddetr_current_epoch", "gauge", "Epoch of the last step, from 0.")
 STEP = Metric("ddetr_current_step", "gauge", "Last optimizer step, counted over the whole run, resumes included.")
 STEPS = Metric("ddetr_steps_total", "counter", "Optimizer steps taken by this process, the skipped ones included.")
-SKIPPED_STEPS = Metric("ddetr_skipped_steps_total", "counter", "Steps not applied because a gradient was not finite.")
+SKIPPED_STEPS = Metric(
+    "ddetr_skipped_steps_total", "counter", "Steps not applied because a loss or a gradient was not finite."
+)
 IMAGES = Metric("ddetr_images_total", "counter", "Images trained on by all ranks together; do not sum this over ranks.")
 STEP_SECONDS = Metric(
     "ddetr_step_seconds", "histogram", "Duration of a step, the wait for data included.", buckets=STEP_BUCKETS
