@@ -179,7 +179,7 @@ def train(
                 and not stops
                 and _is_due(config.train.evaluate_every_epochs, epochs_done, last)
             )
-            if last or (evaluates and validation_index) or _is_due(config.train.checkpoint_every_epochs, epochs_done):
+            if last or evaluates or _is_due(config.train.checkpoint_every_epochs, epochs_done):
                 save()
             if stops:
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
