@@ -26,7 +26,6 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         try:
-            stride = {"output_stride": 16} if config.dilation else {}
             stride: dict[str, Any] = {"output_stride": 16} if config.dilation else {}
             body = timm.create_model(
                 config.backbone, features_only=True, pretrained=config.pretrained_backbone, **stride

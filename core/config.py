@@ -80,7 +80,7 @@ class ModelConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """AdamW, parameter groups, losses and schedule (appendix A.4)."""
+    """AdamW, parameter groups, losses and schedule (section 5, implementation details)."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     backbone_multiplier: float = Field(default=0.1, ge=0, description="rate of the backbone; 0 freezes it")

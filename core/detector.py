@@ -111,7 +111,7 @@ class DeformableDetr(nn.Module):
     def _tokens(
         self, images: Tensor, padding_mask: Tensor
     ) -> tuple[Tensor, Tensor, list[tuple[int, int]], Tensor, Tensor]:
-        """Feature maps of all levels one after another (section 4.1, "multi-scale feature maps").
+        """Feature maps of all levels one after another (section 4.1 and appendix A.2).
 
         Returns tokens and position (N, S, C), the levels' (height, width), padding_mask (N, S) and
         valid_ratios (N, L, 2), the unpadded share of each level's (width, height).

@@ -1,4 +1,4 @@
-"""Sine position embeddings (DETR, appendix A.4; Deformable DETR, section 4.1 and A.3).
+"""Sine position embeddings (DETR, appendix A.4; Deformable DETR, section 4.1).
 
 Shapes: N images, H x W a feature map, C hidden_dim.
 """
