@@ -1,4 +1,4 @@
-"""AdamW with the published parameter groups, and the rate as a function of the step (section 5, implementation details)."""
+"""AdamW with the published parameter groups; the rate as a function of the step (section 5, implementation details)."""
 
 import torch
 from torch import nn
