@@ -26,7 +26,7 @@ help:
 	@echo 'make test       lint, then every test that needs neither a GPU nor much time'
 	@echo 'make test-all   the slow tests as well'
 	@echo 'make test-gpu   the tests that need a CUDA device'
-	@echo 'make bench      the benchmarks on the CPU; make bench-gpu checks and times the op on a GPU'
+	@echo 'make bench      the benchmarks on the CPU; make bench-gpu those of a GPU'
 	@echo 'make lint       ruff, pyright and shellcheck'
 	@echo 'make wheel      dist/ddetr-*.whl'
 	@echo 'make setup      only install, into $(VENV)'
@@ -49,12 +49,14 @@ bench: setup $(COCO)/annotations.json
 	$(BIN)/python benchmarks/deform_attn.py
 	$(BIN)/python benchmarks/deform_attn_growth.py
 	$(BIN)/python benchmarks/transformers_drop_in.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/stream.py $(COCO)/annotations.json $(COCO)/images
 
 bench-gpu: setup gpu
 	$(PYTEST) -m gpu -k 'not sanitizer' tests/ops
 	$(BIN)/python benchmarks/cuda_code.py
 	$(BIN)/python benchmarks/deform_attn.py --gpu
+	$(BIN)/python benchmarks/step.py --device cuda
 
 build/bench/annotations.json: | setup
 	rm -rf build/bench
