@@ -30,14 +30,17 @@ class Backbone(nn.Module):
             body = timm.create_model(
                 config.backbone, features_only=True, pretrained=config.pretrained_backbone, **stride
             )
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            dilated = " with model.dilation=true" if config.dilation else ""
             raise ValueError(
-                f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor ({error}); "
+                f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor{dilated} ({error}); "
                 f"timm.list_models() names the models"
             ) from error
         feature_info = cast(FeatureInfo, body.feature_info)
         reductions = feature_info.reduction()
         if config.dilation:
+            if reductions[-1] != 16:
+                raise ValueError(f"model.dilation=true: {config.backbone!r} ends at stride {reductions[-1]}, not 16")
             self.strides, self._indices = (16,), (len(reductions) - 1,)
         else:
             missing = [stride for stride in STRIDES if stride not in reductions]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data.categories import Categories
 from .config import Config, EvalConfig, dump
 from .detector import Detector, build
-from .published import from_published, published_config, read_published, to_published
+from .published import from_published, published_arguments, published_config, read_published, to_published
 
 WEIGHTS = "model.safetensors"
 _STEP = re.compile(r"step_(\d{8})")
@@ -83,7 +83,8 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
 
     With `new_class_head`, class heads made for another number of classes stay as they are in `model`; the names of
     their tensors are returned. Raises FileNotFoundError when there is no such file, ValueError that lists the
-    missing, unexpected and re-shaped names when it belongs to another architecture; the model is unchanged then.
+    missing, unexpected and re-shaped names when it belongs to another architecture; the model is unchanged then. For
+    a model on the meta device nothing but that is checked.
     """
     file = _weights_file(path)
     weights = _read_safetensors(file)[0] if file.suffix == ".safetensors" else from_published(read_published(file)[0])
@@ -95,7 +96,9 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
     ]
     if new_class_head:
         weights |= {name: ours[name] for name in resized}
-    _fill(model, weights, file, ", or start the class heads anew with train.new_class_head=true" if resized else "")
+    _check(ours, weights, file, ", or start the class heads anew with train.new_class_head=true" if resized else "")
+    if not any(tensor.is_meta for tensor in ours.values()):
+        model.load_state_dict(weights)
     return resized
 
 
@@ -123,19 +126,22 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Train
 
 
 def export_published(model: Detector, path: str | Path) -> None:
-    """Write the published layout, {"model": state_dict}, in which heads that are one here stand once per layer."""
-    torch.save({"model": to_published(model)}, path)
+    """Write the published layout, in which heads that are one here stand once per layer.
+
+    That is {"model": state_dict, "args": Namespace}, the arguments those that no tensor's shape tells.
+    """
+    torch.save({"model": to_published(model), "args": published_arguments(model)}, path)
 
 
 def _build(config: Config, weights: dict[str, Tensor], file: Path, device: str | torch.device) -> Detector:
     without_download = config.model.model_copy(update={"pretrained_backbone": False})
     model = build(without_download)
-    _fill(model, weights, file)
+    _check(model.state_dict(), weights, file)
+    model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _fill(model: Detector, weights: Mapping[str, Tensor], file: Path, hint: str = "") -> None:
-    ours = model.state_dict()
+def _check(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path, hint: str = "") -> None:
     mistakes = [f"missing: {name}" for name in ours if name not in weights]
     mistakes += [f"unexpected: {name}" for name in weights if name not in ours]
     mistakes += [
@@ -150,7 +156,6 @@ def _fill(model: Detector, weights: Mapping[str, Tensor], file: Path, hint: str 
             f"{file}: holds another architecture than the configuration describes; {len(mistakes)} tensor(s) "
             f"differ:\n{shown}{more}\nSet the model section to what the checkpoint was trained with{hint}."
         )
-    model.load_state_dict(dict(weights))
 
 
 def _weights_file(path: str | Path) -> Path:

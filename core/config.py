@@ -72,6 +72,8 @@ class ModelConfig(_Section):
             raise ValueError("architecture=detr has levels=1 and neither box_refine nor two_stage")
         if self.architecture == "deformable_detr" and self.classification == "softmax":
             raise ValueError("classification=softmax is DETR's; Deformable DETR has classification=sigmoid")
+        if not self.multi_scale_attention and self.levels == 1:
+            raise ValueError("multi_scale_attention=false is for several levels, got levels=1")
         if self.two_stage and not self.box_refine:
             raise ValueError("two_stage needs box_refine=true (the published two-stage model builds on refinement)")
         if self.pretrained_backbone and self.backbone_norm == "group":
@@ -99,7 +101,7 @@ class OptimConfig(_Section):
     l1_weight: float = Field(default=5.0, ge=0)
     giou_weight: float = Field(default=2.0, ge=0)
     focal_alpha: float = Field(default=0.25, ge=0, le=1)
-    focal_gamma: float = Field(default=2.0, ge=0)
+    focal_gamma: float = Field(default=2.0, ge=1, description="below 1 its gradient is not finite for sure answers")
     no_object_weight: float = Field(default=0.1, gt=0, le=1, description='weight of "no object" under softmax (DETR)')
 
 
@@ -145,6 +147,8 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
+        if self.new_class_head and not self.initial_weights:
+            raise ValueError("new_class_head needs initial_weights: without them every head is new")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile does not work with zero_stage=3, which fetches weights in between; take 2")
         return self

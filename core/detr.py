@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .config import ModelConfig
+from .dropout import Dropout
 from .heads import MLP, Predictions, class_head
 from .position import sine_position
 from .transformer import TransformerLayer, run_layer
@@ -22,10 +23,14 @@ class DetrEncoderLayer(TransformerLayer):
     """Every token attends to every other, then the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__()
+        c = config.hidden_dim
         self.self_attn = _attention(config)
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
-        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.linear1 = nn.Linear(c, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, c)
+        self.norm1 = nn.LayerNorm(c)
+        self.norm2 = nn.LayerNorm(c)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor) -> Tensor:
         placed = tokens + position
@@ -38,12 +43,16 @@ class DetrDecoderLayer(TransformerLayer):
     """Attention among queries, then from queries to all tokens, then the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__()
+        c = config.hidden_dim
         self.self_attn = _attention(config)
         self.multihead_attn = _attention(config)
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
-        self.norm2 = nn.LayerNorm(config.hidden_dim)
-        self.norm3 = nn.LayerNorm(config.hidden_dim)
+        self.linear1 = nn.Linear(c, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, c)
+        self.norm1 = nn.LayerNorm(c)
+        self.norm2 = nn.LayerNorm(c)
+        self.norm3 = nn.LayerNorm(c)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, queries: Tensor, query_position: Tensor, tokens: Tensor, position: Tensor, padding_mask: Tensor

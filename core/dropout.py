@@ -11,15 +11,16 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.p > 0 and input.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _Dropout.apply(input, self.p)
-        return super().forward(input)
+        return _Dropout.apply(input, self.p) if self._is_ours(input) else super().forward(input)
 
     def after_relu(self, input: Tensor) -> Tensor:
-        """Dropout of ReLU, in place. The result alone is kept for the backward pass: zero where either made it so."""
-        if not self.training or self.p == 0:
-            return input.relu_()
-        return _DropoutOfReLU.apply(input, self.p)
+        """Dropout of ReLU, in place. On a CPU the result alone is kept: it is zero where either made it so."""
+        if self._is_ours(input):
+            return _DropoutOfReLU.apply(input, self.p)
+        return super().forward(input.relu_())
+
+    def _is_ours(self, input: Tensor) -> bool:
+        return self.training and self.p > 0 and input.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _Dropout(torch.autograd.Function):
@@ -40,10 +41,7 @@ class _DropoutOfReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         ctx.mark_dirty(x)
-        if x.device.type == "cpu":
-            x.masked_fill_(_dropped(x, p), 0.0).relu_().mul_(1 / (1 - p))
-        else:
-            torch.dropout_(x.relu_(), p, True)
+        x.masked_fill_(_dropped(x, p), 0.0).relu_().mul_(1 / (1 - p))
         ctx.save_for_backward(x)
         ctx.p = p
         return x

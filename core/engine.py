@@ -60,7 +60,7 @@ class World:
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` added up over all ranks, in place, on this rank's device."""
+        """`values` added up over all ranks, on this rank's device; in place when they are there already."""
         values = values if values.device == self.device else to_device(values, self.device)
         dist.all_reduce(values)
         return values
@@ -165,6 +165,8 @@ class Engine:
                 module.compile(dynamic=True)
         self._optimizer = adamw(model, config.optim)  # DeepSpeed wraps it and keeps its groups
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        names = {id(parameter): name for name, parameter in self._names.items()}
+        self._order = [names[id(parameter)] for parameter in trained]  # by which DeepSpeed's files know the parameters
         self._own_norm: float | None = None
         if _clips_itself(config):
             self._optimizer.register_step_pre_hook(self._clip)
@@ -200,7 +202,7 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        return float(getattr(self.run.optimizer, "cur_scale", 1.0)) if self.config.train.precision == "fp16" else 1.0
+        return float(cast(Any, self.run.optimizer).loss_scale) if self.config.train.precision == "fp16" else 1.0
 
     def _clip(self, optimizer: Any, *_: object) -> None:
         limit = self.config.optim.clip_norm or float("inf")
@@ -241,7 +243,8 @@ class Engine:
             if self.world.rank == 0:
                 save_weights(partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
         if self.world.rank == 0:
-            (partial / STATE).write_text(json.dumps({**position, "world_size": self.world.size}))
+            state = {**position, "world_size": self.world.size, "parameters": self._order}
+            (partial / STATE).write_text(json.dumps(state))
         dist.barrier()
         if self.world.rank == 0:
             partial.rename(final)
@@ -254,7 +257,12 @@ class Engine:
         Raises ValueError when it was written by another number of ranks or ZeRO stage.
         """
         position = json.loads((checkpoint / STATE).read_text())
-        written = position.pop("world_size")
+        written, order = position.pop("world_size"), position.pop("parameters", None)
+        if order != self._order:
+            raise ValueError(
+                f"{checkpoint}: its optimizer state is of other parameters, or another version of ddetr wrote it; start "
+                f"from its weights instead: train.initial_weights={checkpoint}"
+            )
         if written != self.world.size:
             raise ValueError(
                 f"{checkpoint} was written by {written} rank(s); resume it with as many, not {self.world.size}"

@@ -6,7 +6,7 @@ from torch import nn
 from .config import Config, OptimConfig
 
 SLOW = ("sampling_offsets", "reference_points")
-# (rate, images per step) of each architecture.
+# Learning rate and images per step with which the published results of each architecture were made.
 PUBLISHED_RATES = {"deformable_detr": (2e-4, 32), "detr": (1e-4, 64)}
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 

@@ -4,6 +4,7 @@ Reading runs no code of the file's: tensors and plain values only.
 """
 
 import argparse
+import logging
 import pickle
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .detector import Detector
 
+log = logging.getLogger("ddetr")
 _PUBLISHED = {"transformer.level_embed.weight": "transformer.level_embed"}
 _OURS = {published: ours for ours, published in _PUBLISHED.items()}
 
@@ -38,6 +40,21 @@ def to_published(model: Detector) -> dict[str, Tensor]:
         ):
             weights[f"transformer.decoder.{name}"] = tensor  # the decoder of the original holds them as well
     return weights
+
+
+def published_arguments(model: Detector) -> argparse.Namespace:
+    """What no tensor's shape tells, under the published names where there is one."""
+    config = model.config
+    return argparse.Namespace(
+        dilation=config.dilation,
+        nheads=config.heads,
+        num_queries=config.queries,
+        num_feature_levels=config.levels,
+        two_stage=config.two_stage,
+        with_box_refine=config.box_refine,
+        classification=config.classification,
+        multi_scale_attention=config.multi_scale_attention,
+    )
 
 
 def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,8 +90,18 @@ def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, An
     """The model of a published checkpoint, from its tensors' shapes and, where it has them, its arguments.
 
     Without arguments, as in the released DETR weights, what no shape tells is taken for the published default: 8
-    heads, 300 proposals, C5 at stride 32. Raises ValueError for any other file.
+    heads, 300 proposals, softmax in DETR, and C5 at stride 32 unless the file's name says dc5; a warning says so.
+    Raises ValueError for any other file.
     """
+    if not arguments:
+        arguments = {"dilation": "dc5" in file.name.lower()}
+        log.warning(
+            "%s holds no arguments: taken for a model of 8 heads%s",
+            file,
+            ", with dilation (DC5)"
+            if arguments["dilation"]
+            else ", without dilation (a DC5 file must have dc5 in its name)",
+        )
 
     def count(pattern: str) -> int:
         return len({match[1] for name in published if (match := re.match(pattern, name))})
@@ -88,7 +115,7 @@ def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, An
         "decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
     }
     try:
-        settings |= _detr(published) if _is_detr(published) else _deformable(published, arguments)
+        settings |= _detr(published, arguments) if _is_detr(published) else _deformable(published, arguments)
         settings["feedforward_dim"] = published["transformer.encoder.layers.0.linear1.bias"].shape[0]
     except KeyError as error:
         raise ValueError(
@@ -101,21 +128,22 @@ def _is_detr(published: Mapping[str, Tensor]) -> bool:
     return "transformer.encoder.layers.0.self_attn.in_proj_weight" in published
 
 
-def _detr(published: Mapping[str, Tensor]) -> dict[str, object]:
+def _detr(published: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, object]:
     queries, hidden_dim = published["query_embed.weight"].shape
+    classification = arguments.get("classification", "softmax")
     return {
         "architecture": "detr",
         "levels": 1,
         "hidden_dim": hidden_dim,
         "queries": queries,
-        "classification": "softmax",
-        "num_classes": published["class_embed.bias"].shape[0] - 1,
+        "classification": classification,
+        "num_classes": published["class_embed.bias"].shape[0] - (classification == "softmax"),
     }
 
 
 def _deformable(published: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, object]:
     levels, hidden_dim = published["transformer.level_embed"].shape
-    logits = published["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0]
+    logits = published["transformer.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0]
     two_stage = "transformer.pos_trans.weight" in published  # and then no query embedding tells their number
     queries = arguments.get("num_queries", 300) if two_stage else published["query_embed.weight"].shape[0]
     return {
@@ -124,6 +152,7 @@ def _deformable(published: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
         "points": logits // (arguments.get("nheads", 8) * levels),
         "box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in published,
         "two_stage": two_stage,
+        "multi_scale_attention": arguments.get("multi_scale_attention", True),
         "num_classes": published["class_embed.0.bias"].shape[0],
         "queries": queries,
     }

@@ -51,7 +51,8 @@ class Step:
 def train_step(engine: Engine, micro_batches: list[Batch], number: int, config: Config, world: World) -> Step:
     """Optimizer step `number`, from 1: forward, losses and backward for each micro-batch, then AdamW.
 
-    All ranks divide by the same number of objects. The host waits for the device once a micro-batch, for the matching.
+    All ranks divide by the same number of objects. Forward and losses make the host wait for the device once a
+    micro-batch, for the matching; DeepSpeed's step does so too, for the norm of the gradients.
     """
     counts = torch.cat([batch.num_boxes for batch in micro_batches])
     objects, matched = world.sum(torch.stack([counts.sum(), counts.clamp(max=config.model.queries).sum()]).float())
@@ -106,13 +107,17 @@ def train(
     last_step = min(last_step, config.train.max_steps or last_step)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     checkpoint = find_checkpoint(run_directory) if resume else None
-    model_config = config.model.model_copy(update={"pretrained_backbone": False}) if checkpoint else config.model
+    model_config = config.model
+    if checkpoint or config.train.initial_weights:  # nothing to fetch that is not overwritten
+        model_config = model_config.model_copy(update={"pretrained_backbone": False})
     model = build(model_config)
     if checkpoint:
         load_weights(model, checkpoint)
     elif config.train.initial_weights:
         anew = load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
-        log.info("weights of %s%s", config.train.initial_weights, f"; started anew: {', '.join(anew)}" if anew else "")
+        if world.rank == 0:
+            started_anew = f"; started anew: {', '.join(anew)}" if anew else ""
+            log.info("weights of %s%s", config.train.initial_weights, started_anew)
     engine = Engine(model.train(), config, world)
     step = engine.load(checkpoint)["step"] if checkpoint else 0
     skipped_in_a_row = 0
@@ -174,18 +179,16 @@ def train(
                     save()
                     clock = time.perf_counter()
             epochs_done, last = step // per_epoch, bool(stops) or step >= last_step
-            evaluates = (
-                validation_index is not None
-                and not stops
-                and _is_due(config.train.evaluate_every_epochs, epochs_done, last)
-            )
-            if last or evaluates or _is_due(config.train.checkpoint_every_epochs, epochs_done):
+            due = None
+            if not stops and _is_due(config.train.evaluate_every_epochs, epochs_done, last):
+                due = validation_index
+            if last or due is not None or _is_due(config.train.checkpoint_every_epochs, epochs_done):
                 save()
             if stops:
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
                 break
-            if validation_index is not None and evaluates:
-                report = _evaluate(run_directory, validation_index, world, step, epoch, config)
+            if due is not None:
+                report = _evaluate(run_directory, due, world, step, epoch, config)
                 progress.evaluation(report)
                 observe(report)
                 metrics = report.metrics
@@ -232,12 +235,10 @@ def _diagnosis(
     for batch in micro_batches:
         batch = batch.to(world.device)
         module = cast(nn.Module, engine.run.module)
-        with torch.no_grad(), first_not_finite(module) as found:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), first_not_finite(module) as found:
             module(normalised(batch.images, batch.padding_mask, engine.dtype), batch.padding_mask)
-        finite = bool(batch.boxes_cxcywh.isfinite().all())
-        where = found[0] if found else "the losses" if finite else "the boxes"
-        if found or not finite:
-            mine.append(f"first in {where} on rank {world.rank}, images {batch.image_ids.tolist()}")
+        if found:
+            mine.append(f"first in {found[0]} on rank {world.rank}, images {batch.image_ids.tolist()}")
     everywhere: list[Any] = [None] * world.size
     dist.all_gather_object(everywhere, mine)
     said = [text for texts in everywhere for text in texts]

@@ -19,15 +19,15 @@ SpatialShapes = Sequence[tuple[int, int]]
 
 
 class TransformerLayer(nn.Module):
-    """What every layer ends in: the feed-forward network."""
+    """What every layer ends in: the feed-forward network.
+
+    The layers make its modules in their own place: the order of parameters is that of optimizer states on disk.
+    """
 
     keeps_activations = True  # false: they are computed again for the backward pass
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
-        self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
-        self.dropout = Dropout(config.dropout)
+    linear1: nn.Linear
+    linear2: nn.Linear
+    dropout: Dropout
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout.after_relu(self.linear1(x))))
@@ -44,11 +44,15 @@ class EncoderLayer(TransformerLayer):
     """Self-attention over all levels, then the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__()
+        c = config.hidden_dim
         levels = config.levels if config.multi_scale_attention else 1
-        self.self_attn = MultiScaleDeformableAttention(config.hidden_dim, config.heads, levels, config.points)
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
-        self.norm2 = nn.LayerNorm(config.hidden_dim)
+        self.self_attn = MultiScaleDeformableAttention(c, config.heads, levels, config.points)
+        self.norm1 = nn.LayerNorm(c)
+        self.linear1 = nn.Linear(c, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, c)
+        self.norm2 = nn.LayerNorm(c)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, tokens: Tensor, position: Tensor, reference_points: Tensor, shapes: SpatialShapes, padding_mask: Tensor
@@ -64,14 +68,13 @@ class EncoderLayer(TransformerLayer):
             return self.self_attn(query, reference_points, tokens, shapes, padding_mask)
         # The paper's table 2 without multi-scale attention: a token sees its own level only.
         sizes = [height * width for height, width in shapes]
-        parts = (part.split(sizes, dim=1) for part in (query, reference_points, tokens, padding_mask))
-        return torch.cat(
-            [
-                self.self_attn(query, points[:, :, level : level + 1], tokens, [shapes[level]], mask)
-                for level, (query, points, tokens, mask) in enumerate(zip(*parts, strict=True))
-            ],
-            dim=1,
-        )
+        whole = (query, reference_points, tokens, padding_mask)
+        of_levels = zip(*(tensor.split(sizes, dim=1) for tensor in whole), strict=True)
+        attended = [
+            self.self_attn(own_query, own_points[:, :, level : level + 1], own_tokens, [shapes[level]], own_mask)
+            for level, (own_query, own_points, own_tokens, own_mask) in enumerate(of_levels)
+        ]
+        return torch.cat(attended, dim=1)
 
 
 class Encoder(nn.Module):
@@ -93,13 +96,16 @@ class DecoderLayer(TransformerLayer):
     """Self-attention among queries, deformable attention from queries to tokens, then the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+        super().__init__()
         c = config.hidden_dim
         self.self_attn = nn.MultiheadAttention(c, config.heads, dropout=config.dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(c)
         self.cross_attn = MultiScaleDeformableAttention(c, config.heads, config.levels, config.points)
         self.norm1 = nn.LayerNorm(c)
+        self.linear1 = nn.Linear(c, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, c)
         self.norm3 = nn.LayerNorm(c)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,

@@ -81,11 +81,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 def normalised(images: Tensor, padding_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images (N, 3, H, W) scaled to zero mean and unit deviation over ImageNet, zero on padding."""
-    mean, scale = _statistics(images.device)
+    mean, scale = _statistics_on_gpu(images.device) if images.is_cuda else _statistics(images.device)
     return (images.float().sub_(mean).mul_(scale)).masked_fill_(padding_mask[:, None], 0.0).to(dtype)
 
 
-@functools.cache  # copied to a GPU once: each copy makes the host wait
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(IMAGE_MEAN, device=device).mul(255).view(1, 3, 1, 1)
     return mean, torch.tensor(IMAGE_STD, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
+
+
+_statistics_on_gpu = functools.cache(_statistics)  # copied once: each copy makes the host wait

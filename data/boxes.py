@@ -48,7 +48,7 @@ def clip(boxes_xyxy: Tensor, height: float, width: float) -> Tensor:
 
 def area(boxes_xyxy: Tensor) -> Tensor:
     """(...) area of each box; zero for one that is inside out."""
-    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0).prod(-1)
+    return _product(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2])
 
 
 def is_degenerate(boxes_xyxy: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def paired_generalized_box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     iou, union = _iou_and_union(a_xyxy, b_xyxy)
     top_left = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
     bottom_right = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    hull = (bottom_right - top_left).clamp(min=0).prod(-1)
+    hull = _product(bottom_right - top_left)
     return iou - (hull - union) / hull.clamp(min=_LEAST_AREA)
 
 
@@ -84,9 +84,15 @@ def _iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     a_xyxy, b_xyxy = _at_least_float32(a_xyxy), _at_least_float32(b_xyxy)
     top_left = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
     bottom_right = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
+    intersection = _product(bottom_right - top_left)
     union = area(a_xyxy) + area(b_xyxy) - intersection
     return intersection / union.clamp(min=_LEAST_AREA), union
+
+
+def _product(size: Tensor) -> Tensor:
+    """(..., 2) width and height to (...) area, zero when one is negative. Unlike prod's, its gradient waits for no host."""
+    width, height = size.clamp(min=0).unbind(-1)
+    return width * height
 
 
 def _at_least_float32(boxes: Tensor) -> Tensor:

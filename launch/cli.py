@@ -42,7 +42,7 @@ CheckpointPath = Annotated[
     typer.Argument(
         metavar="CHECKPOINT",
         help="A run directory (its newest checkpoint), one `checkpoints/step_...` folder, a `model.safetensors`, "
-        "or a `.pth` in the published Deformable DETR layout.",
+        "or a `.pth` in the published layout.",
     ),
 ]
 RayAddress = Annotated[
@@ -156,7 +156,7 @@ def train(
         typer.Argument(
             metavar=f"PRESET_OR_FILE {OVERRIDES}",
             show_default=False,
-            help="A preset (tiny, r50, r50_refine, r50_two_stage) or a YAML file, then settings to change.",
+            help="A preset (r50_two_stage, say; a name that is none lists all) or a YAML file, then settings.",
         ),
     ] = None,
     resume: Annotated[

@@ -264,7 +264,8 @@ def _by_epoch(run: RunLog) -> str:
     rows = []
     for epoch in sorted({record["epoch"] for record in run.steps}):
         steps = [record for record in run.steps if record["epoch"] == epoch]
-        losses = [sum(record["losses"][part] for record in steps) / len(steps) for part in ("total", *PARTS)]
+        taken = [record for record in steps if not record["skipped"]] or steps
+        losses = [sum(record["losses"][part] for record in taken) / len(taken) for part in ("total", *PARTS)]
         seconds = sum(record["step_seconds"] for record in steps)
         row = [str(epoch + 1), number(steps[-1]["step"]), *(f"{value:.3f}" for value in losses)]
         row += [number(steps[-1]["learning_rate"]), number(sum(record["images"] for record in steps) / seconds)]

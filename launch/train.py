@@ -45,9 +45,8 @@ def run(
     train_index, validation_index = _open_data(config)
     deepspeed_json = deepspeed_config(config)
     model = _without_weights(config)
-    if config.train.initial_weights:  # whether they fit, before anything is written
-        load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
     if dry_run:
+        _fit_initial_weights(model, config)
         _print_plan(config, train_index, model, deepspeed_json)
         return Path(config.train.output)
     with contextlib.ExitStack() as stack:
@@ -55,6 +54,8 @@ def run(
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
         run_directory, resumes = _agree(lambda: _run_directory(config, resume, go_on), world)
+        if not resumes:
+            _agree(lambda: _fit_initial_weights(model, config), world)
         metrics = RunMetrics(run_directory.name, world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
@@ -117,6 +118,12 @@ def _without_weights(config: Config) -> Detector:
         return build(config.model.model_copy(update={"pretrained_backbone": False}))
 
 
+def _fit_initial_weights(model: Detector, config: Config) -> None:
+    """Whether they fit the model, before anything is written. Raises what `load_weights` raises."""
+    if config.train.initial_weights:
+        load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
+
+
 def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_json: dict[str, Any]) -> None:
     device = device_for(config.train, local_rank=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -130,7 +137,7 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
-def _agree(choose: Callable[[], tuple[Path, bool]], world: World) -> tuple[Path, bool]:
+def _agree(choose: Callable[[], Any], world: World) -> Any:
     """Rank 0's choice on every rank; its error on every rank as well."""
     choice: list[Any] = [None]
     if world.rank == 0:

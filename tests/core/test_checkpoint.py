@@ -81,6 +81,8 @@ def test_no_checkpoint_says_what_was_looked_for(tmp_path: Path) -> None:
         {"levels": 1, "dilation": True, "backbone": "resnet50.tv_in1k"},
         DETR,
         DETR | {"dilation": True, "backbone": "resnet50.tv_in1k"},
+        DETR | {"classification": "sigmoid", "heads": 4},
+        {"multi_scale_attention": False, "heads": 4},
     ],
     ids=lambda variant: "-".join(variant) or "plain",
 )
@@ -90,8 +92,7 @@ def test_published_layout_is_an_exact_inverse(variant: dict, tmp_path: Path) -> 
         for parameter in model.parameters():
             parameter.uniform_()
     published = checkpoint.to_published(model)
-    arguments = argparse.Namespace(dilation=variant.get("dilation", False), num_queries=7)
-    torch.save({"model": published, "args": arguments}, tmp_path / "published.pth")
+    checkpoint.export_published(model, tmp_path / "published.pth")
     again = build(configuration(**variant).model)
     load_weights(again, tmp_path / "published.pth")
     assert_same_weights(again, model)
@@ -143,6 +144,19 @@ def test_published_file_with_its_arguments_loads(tmp_path: Path) -> None:
     content = {"model": weights, "args": argparse.Namespace(lr=2e-4), "epoch": 49, "optimizer": {"state": {}}}
     torch.save(content, tmp_path / "released.pth")
     assert_same_weights(load_detector(tmp_path / "released.pth").model, model)
+
+
+def test_released_detr_weights_without_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They hold nothing else, and no shape tells of dilation: the file's name does."""
+    config = configuration(**DETR, backbone="resnet50.tv_in1k", dilation=True)
+    torch.save({"model": checkpoint.to_published(build(config.model))}, tmp_path / "detr-r50-dc5-f0fb7ef5.pth")
+    with caplog.at_level("WARNING", logger="ddetr"):
+        assert load_detector(tmp_path / "detr-r50-dc5-f0fb7ef5.pth").config.model == config.model
+    assert "with dilation (DC5)" in caplog.text
+    (tmp_path / "detr-r50-dc5-f0fb7ef5.pth").rename(tmp_path / "other.pth")
+    with caplog.at_level("WARNING", logger="ddetr"):
+        assert not load_detector(tmp_path / "other.pth").config.model.dilation
+    assert "must have dc5 in its name" in caplog.text
 
 
 def test_another_architecture_is_listed_and_changes_nothing(tmp_path: Path) -> None:
