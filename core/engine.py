@@ -260,8 +260,8 @@ class Engine:
         written, order = position.pop("world_size"), position.pop("parameters", None)
         if order != self._order:
             raise ValueError(
-                f"{checkpoint}: its optimizer state is of other parameters, or another version of ddetr wrote it; start "
-                f"from its weights instead: train.initial_weights={checkpoint}"
+                f"{checkpoint}: its optimizer state is of other parameters, or another version of ddetr wrote it; "
+                f"start from its weights instead: train.initial_weights={checkpoint}"
             )
         if written != self.world.size:
             raise ValueError(

@@ -95,13 +95,8 @@ def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, An
     """
     if not arguments:
         arguments = {"dilation": "dc5" in file.name.lower()}
-        log.warning(
-            "%s holds no arguments: taken for a model of 8 heads%s",
-            file,
-            ", with dilation (DC5)"
-            if arguments["dilation"]
-            else ", without dilation (a DC5 file must have dc5 in its name)",
-        )
+        dilation = "with dilation (DC5)" if arguments["dilation"] else "without dilation (else dc5 is in its name)"
+        log.warning("%s holds no arguments: taken for a model of 8 heads, %s", file, dilation)
 
     def count(pattern: str) -> int:
         return len({match[1] for name in published if (match := re.match(pattern, name))})

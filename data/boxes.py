@@ -90,7 +90,7 @@ def _iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(size: Tensor) -> Tensor:
-    """(..., 2) width and height to (...) area, zero when one is negative. Unlike prod's, its gradient waits for no host."""
+    """(..., 2) width and height to (...) area, zero when one is negative. The gradient of prod would ask the host."""
     width, height = size.clamp(min=0).unbind(-1)
     return width * height
 

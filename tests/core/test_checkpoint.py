@@ -156,7 +156,7 @@ def test_released_detr_weights_without_arguments(tmp_path: Path, caplog: pytest.
     (tmp_path / "detr-r50-dc5-f0fb7ef5.pth").rename(tmp_path / "other.pth")
     with caplog.at_level("WARNING", logger="ddetr"):
         assert not load_detector(tmp_path / "other.pth").config.model.dilation
-    assert "must have dc5 in its name" in caplog.text
+    assert "without dilation (else dc5 is in its name)" in caplog.text
 
 
 def test_another_architecture_is_listed_and_changes_nothing(tmp_path: Path) -> None:
