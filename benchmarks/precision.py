@@ -38,7 +38,7 @@ def main() -> None:
     shards = {part: shards_of(folder, part, n) for part, n in (("train", options.images), ("val", VALIDATION_IMAGES))}
     runs = [(precision, seed) for seed in range(1, options.seeds + 1) for precision in precisions]
     with ThreadPoolExecutor(1 if options.gpu else 2) as pool:
-        done = list(pool.map(lambda run: scores(folder, shards, *run, options.epochs, options.gpu), runs))
+        done = list(pool.map(lambda run: scores(folder, shards, run[0], run[1], options.epochs, options.gpu), runs))
 
     device = torch.cuda.get_device_name() if options.gpu else platform.processor() or platform.machine()
     print(f"{device}, torch {torch.__version__}, {datetime.date.today()}: `{' '.join(sys.argv)}`\n")

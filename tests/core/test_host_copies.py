@@ -29,7 +29,7 @@ def waits_of(step: Callable[[], None]) -> list[str]:
     """Seen by the profiler, and so in the backward pass too; an index by a mask counts as nonzero."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
-    return [event.name for event in profiled.events() if event.name.removeprefix("aten::") in WAITS]
+    return [event.name for event in profiled.events() or () if event.name.removeprefix("aten::") in WAITS]
 
 
 def step_of(variant: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
