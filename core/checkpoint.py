@@ -128,7 +128,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Train
 def export_published(model: Detector, path: str | Path) -> None:
     """Write the published layout, in which heads that are one here stand once per layer.
 
-    That is {"model": state_dict, "args": Namespace}, the arguments those that no tensor's shape tells.
+    That is {"model": state_dict, "args": dictionary}, the arguments those that no tensor's shape tells.
     """
     torch.save({"model": to_published(model), "args": published_arguments(model)}, path)
 

@@ -42,19 +42,19 @@ def to_published(model: Detector) -> dict[str, Tensor]:
     return weights
 
 
-def published_arguments(model: Detector) -> argparse.Namespace:
+def published_arguments(model: Detector) -> dict[str, Any]:
     """What no tensor's shape tells, under the published names where there is one."""
     config = model.config
-    return argparse.Namespace(
-        dilation=config.dilation,
-        nheads=config.heads,
-        num_queries=config.queries,
-        num_feature_levels=config.levels,
-        two_stage=config.two_stage,
-        with_box_refine=config.box_refine,
-        classification=config.classification,
-        multi_scale_attention=config.multi_scale_attention,
-    )
+    return {
+        "dilation": config.dilation,
+        "nheads": config.heads,
+        "num_queries": config.queries,
+        "num_feature_levels": config.levels,
+        "two_stage": config.two_stage,
+        "with_box_refine": config.box_refine,
+        "classification": config.classification,
+        "multi_scale_attention": config.multi_scale_attention,
+    }
 
 
 def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -67,7 +67,8 @@ def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{file}: neither safetensors nor a checkpoint of plain tensors ({reason})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{file}: expected the published layout, a dictionary with a state_dict under 'model'")
-    return content["model"], vars(content.get("args", argparse.Namespace()))
+    arguments = content.get("args", {})  # a Namespace in the published files, a plain dictionary in ours
+    return content["model"], arguments if isinstance(arguments, dict) else vars(arguments)
 
 
 def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
