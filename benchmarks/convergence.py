@@ -11,10 +11,10 @@ attention has fewer parameters, so that all agree within 2 % in parameters and w
 stand between DETR and Deformable DETR, so that each differs from the next in one thing: the loss, the attention, the
 number of scales. DETR and the single-scale model see C5 at stride 16 ("DC5", as in the paper's figure 3), Deformable
 DETR sees strides 8, 16 and 32; a fourth level would have one pixel. Neither box refinement nor two stages. Batch,
-schedule and epochs are the same for all. One run of the better DETR takes LONGER times as many epochs, with a schedule
-as much longer: whether it learns at all.
+schedule and epochs are the same for all. One run of DETR with the focal loss takes LONGER times as many epochs, with a
+schedule as much longer: whether it learns at all.
 
-Each model has a rate of its own, the best of those that `--rates` tries for a few epochs with one seed.
+Each model has a rate of its own, the best of those that `--rates` tries for half the epochs with another seed.
 Minutes are the sum of the steps' own times: without start, checkpoints, evaluations, and steps in which the process
 was stopped.
 """
@@ -88,7 +88,7 @@ PUBLISHED_DETR = Model(
     "DETR", "tab:gray", (*DETR, "model.classification=softmax", "optim.class_weight=1"), 2e-4, (1e-4, 2e-4, 4e-4)
 )
 MODELS = (DEFORMABLE, SINGLE_SCALE, FOCAL_DETR, PUBLISHED_DETR)
-PATIENT = FOCAL_DETR  # trained once more, for LONGER times the epochs: the DETR that `--rates` found to learn sooner
+PATIENT = FOCAL_DETR  # trained once more, for LONGER times the epochs: it differs from the others in less
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,8 @@ def main() -> None:
     epochs, seeds, longer = (1, SEEDS[:1], 2) if options.quick else (EPOCHS, SEEDS, LONGER)
     shards = make_shards(folder / "data", *((64, 16) if options.quick else (TRAINING_IMAGES, VALIDATION_IMAGES)))
     if options.rates:
-        tried = [Run(model, rate, 0, epochs, epochs) for model in MODELS for rate in model.rates]
+        half = max(1, epochs // 2)
+        tried = [Run(model, rate, 0, half, half) for model in MODELS for rate in model.rates]
         print_rates(train_all(tried, folder / "runs", shards))
         return
     every = max(1, epochs // EVALUATIONS)

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a module (section 4.1, equation 3).
+"""Multi-scale deformable attention as a module (section 4.1, equation 3), and the ordinary one (equation 1).
 
 Shapes: N images, Q queries, C hidden_dim, H heads, L levels, P points, S tokens of all levels, D = C / H.
 """
@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import fused_deform_attn
+from .dropout import Dropout
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -59,3 +61,39 @@ class MultiScaleDeformableAttention(nn.Module):
             for projection in (self.value_proj, self.output_proj):
                 nn.init.xavier_uniform_(projection.weight)
                 projection.bias.zero_()
+
+
+class Attention(nn.Module):
+    """Each query attends to every token: nn.MultiheadAttention, its parameters, their names and initial values.
+
+    On a CPU torch has no fused attention with dropout, and what it does instead keeps the dropped weights thrice.
+    """
+
+    def __init__(self, hidden_dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_dim))
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.dropout = Dropout(dropout)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """query (N, Q, C); key and value (N, S, C); padding_mask (N, S), True on padding; returns (N, Q, C)."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        padding = None if padding_mask is None else padding_mask[:, None, None]
+        if self.dropout.draws_for(q):
+            logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            if padding is not None:
+                logits = logits.masked_fill(padding, -math.inf)
+            attended = self.dropout(logits.softmax(-1)) @ v
+        else:
+            mask = None if padding is None else ~padding
+            dropout = self.dropout.p if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2))

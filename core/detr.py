@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attention
 from .backbone import Backbone
 from .config import ModelConfig
 from .dropout import Dropout
@@ -15,17 +16,13 @@ from .position import sine_position
 from .transformer import TransformerLayer, run_layer
 
 
-def _attention(config: ModelConfig) -> nn.MultiheadAttention:
-    return nn.MultiheadAttention(config.hidden_dim, config.heads, dropout=config.dropout, batch_first=True)
-
-
 class DetrEncoderLayer(TransformerLayer):
     """Every token attends to every other, then the feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config.hidden_dim
-        self.self_attn = _attention(config)
+        self.self_attn = Attention(c, config.heads, config.dropout)
         self.linear1 = nn.Linear(c, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, c)
         self.norm1 = nn.LayerNorm(c)
@@ -34,7 +31,7 @@ class DetrEncoderLayer(TransformerLayer):
 
     def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor) -> Tensor:
         placed = tokens + position
-        attended, _ = self.self_attn(placed, placed, tokens, key_padding_mask=padding_mask, need_weights=False)
+        attended = self.self_attn(placed, placed, tokens, padding_mask)
         tokens = self.norm1(tokens + self.dropout(attended))
         return self.norm2(tokens + self.feed_forward(tokens))
 
@@ -45,8 +42,8 @@ class DetrDecoderLayer(TransformerLayer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config.hidden_dim
-        self.self_attn = _attention(config)
-        self.multihead_attn = _attention(config)
+        self.self_attn = Attention(c, config.heads, config.dropout)
+        self.multihead_attn = Attention(c, config.heads, config.dropout)
         self.linear1 = nn.Linear(c, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, c)
         self.norm1 = nn.LayerNorm(c)
@@ -58,11 +55,9 @@ class DetrDecoderLayer(TransformerLayer):
         self, queries: Tensor, query_position: Tensor, tokens: Tensor, position: Tensor, padding_mask: Tensor
     ) -> Tensor:
         placed = queries + query_position
-        attended, _ = self.self_attn(placed, placed, queries, need_weights=False)
+        attended = self.self_attn(placed, placed, queries)
         queries = self.norm1(queries + self.dropout(attended))
-        attended, _ = self.multihead_attn(
-            queries + query_position, tokens + position, tokens, key_padding_mask=padding_mask, need_weights=False
-        )
+        attended = self.multihead_attn(queries + query_position, tokens + position, tokens, padding_mask)
         queries = self.norm2(queries + self.dropout(attended))
         return self.norm3(queries + self.feed_forward(queries))
 

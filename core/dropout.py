@@ -11,15 +11,16 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Dropout.apply(input, self.p) if self._is_ours(input) else super().forward(input)
+        return _Dropout.apply(input, self.p) if self.draws_for(input) else super().forward(input)
 
     def after_relu(self, input: Tensor) -> Tensor:
         """Dropout of ReLU, in place. On a CPU the result alone is kept: it is zero where either made it so."""
-        if self._is_ours(input):
+        if self.draws_for(input):
             return _DropoutOfReLU.apply(input, self.p)
         return super().forward(input.relu_())
 
-    def _is_ours(self, input: Tensor) -> bool:
+    def draws_for(self, input: Tensor) -> bool:
+        """Whether the random bits are ours."""
         return self.training and self.p > 0 and input.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -36,6 +36,9 @@ log = logging.getLogger("ddetr")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits longer than this for the others gives up
 STATE = "state.json"
+# Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full: with the
+# 40 million of these models the first reduction would wait for the last gradient.
+BUCKET_ELEMENTS = 10_000_000
 
 # Keys of the DeepSpeed JSON that follow from our configuration, and where to set each instead.
 _MODELLED = {
@@ -135,7 +138,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "train_batch_size": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": 0.0 if _clips_itself(config) else config.optim.clip_norm,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS},
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "initial_scale_power": 16},
         "steps_per_print": 2**31,  # the trainer reports each step itself

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MultiScaleDeformableAttention
+from .attention import Attention, MultiScaleDeformableAttention
 from .config import ModelConfig
 from .dropout import Dropout
 
@@ -98,7 +98,7 @@ class DecoderLayer(TransformerLayer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config.hidden_dim
-        self.self_attn = nn.MultiheadAttention(c, config.heads, dropout=config.dropout, batch_first=True)
+        self.self_attn = Attention(c, config.heads, config.dropout)
         self.norm2 = nn.LayerNorm(c)
         self.cross_attn = MultiScaleDeformableAttention(c, config.heads, config.levels, config.points)
         self.norm1 = nn.LayerNorm(c)
@@ -117,8 +117,7 @@ class DecoderLayer(TransformerLayer):
         padding_mask: Tensor,
     ) -> Tensor:
         placed = queries + position
-        attended, _ = self.self_attn(placed, placed, queries, need_weights=False)
-        queries = self.norm2(queries + self.dropout(attended))
+        queries = self.norm2(queries + self.dropout(self.self_attn(placed, placed, queries)))
         attended = self.cross_attn(queries + position, reference_points, tokens, shapes, padding_mask)
         queries = self.norm1(queries + self.dropout(attended))
         return self.norm3(queries + self.feed_forward(queries))

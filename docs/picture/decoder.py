@@ -81,7 +81,7 @@ def _self_attention(canvas: Canvas, record: Record, f: float) -> tuple[Box, Box,
         "self_attn",
         ["who takes what: each query asks all others"],
         place(DecoderLayer.forward),
-        note=f"{type(attention).__name__}, {attention.num_heads} heads",
+        note=f"{type(attention).__name__}, {attention.heads} heads",
     )
     canvas.arrow(placed.bottom(), (X, box.y))
     canvas.text(X + 8, f + 118, "query, key", "quiet")
