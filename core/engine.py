@@ -36,8 +36,8 @@ log = logging.getLogger("ddetr")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits longer than this for the others gives up
 STATE = "state.json"
-# Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full: with the
-# 40 million of these models the first reduction would wait for the last gradient.
+# Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full:
+# with the 40 million of these models the first reduction would wait for the last gradient.
 BUCKET_ELEMENTS = 10_000_000
 
 # Keys of the DeepSpeed JSON that follow from our configuration, and where to set each instead.
