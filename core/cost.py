@@ -23,7 +23,7 @@ IMAGE_SIZE = (800, 1120)
 
 # Parts by the beginnings of their parameters' and modules' names, in the order of the forward pass.
 _FIRST_STAGE = "first stage"
-_PARTS = {
+PARTS = {
     "backbone": ("backbone.",),
     "feature projections": ("input_proj.",),
     "encoder": ("transformer.encoder.", "transformer.level_embed."),
@@ -64,9 +64,9 @@ def costs(config: ModelConfig, image_size: tuple[int, int] = IMAGE_SIZE) -> dict
         model = build(config.model_copy(update={"pretrained_backbone": False})).eval()
     trained, frozen = Counter(), Counter()
     for name, parameter in model.named_parameters():
-        (trained if parameter.requires_grad else frozen)[_part(name, config)] += parameter.numel()
+        (trained if parameter.requires_grad else frozen)[part_of(name, config)] += parameter.numel()
     multiply_adds = _multiply_adds(model, image_size)
-    return {part: Cost(trained[part], frozen[part], multiply_adds[part]) for part in _PARTS if part in multiply_adds}
+    return {part: Cost(trained[part], frozen[part], multiply_adds[part]) for part in PARTS if part in multiply_adds}
 
 
 def _multiply_adds(model: Detector, image_size: tuple[int, int]) -> Counter[str]:
@@ -85,7 +85,7 @@ def _multiply_adds(model: Detector, image_size: tuple[int, int]) -> Counter[str]
     parts: Counter[str] = Counter()
     for path, count in flops.items():
         if not any(path.startswith(f"{outer}.") for outer in flops):
-            parts[_part(path.removeprefix(f"{model_name}."), model.config)] += count // 2  # two FLOPs a multiply-add
+            parts[part_of(path.removeprefix(f"{model_name}."), model.config)] += count // 2  # two FLOPs a multiply-add
     assert sum(parts.values()) * 2 == total, "every product belongs to a part"
     return parts
 
@@ -105,9 +105,9 @@ def _deformable_attention_flops(
     return 2 * 5 * math.prod(sampling_offsets[:5]) * value[3]
 
 
-def _part(name: str, config: ModelConfig) -> str:
+def part_of(name: str, config: ModelConfig) -> str:
     """The part of a parameter or module; the heads after those of the decoder's layers are the first stage's."""
     name = f"{name}."
     if name.startswith((f"class_embed.{config.decoder_layers}.", f"bbox_embed.{config.decoder_layers}.")):
         return _FIRST_STAGE
-    return next(part for part, beginnings in _PARTS.items() if name.startswith(beginnings))
+    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import TrainedDetector, export_published, load_detector, save_weights
 from ..core.config import dump
+from ..core.cost import PARTS, part_of
 from ..core.detector import Detector
 from ..data.batch import normalised
 from ..data.categories import Categories
@@ -25,17 +26,6 @@ from ..ops import reference
 from .predict import category_names
 
 SUFFIXES = {"safetensors": ".safetensors", "published": ".pth", "onnx": ".onnx"}
-
-# Parts of the model by the beginning of a tensor's name; the first that fits counts.
-PARTS = {
-    "backbone": "backbone.",
-    "feature projections": "input_proj.",
-    "encoder": "transformer.encoder.",
-    "decoder": "transformer.decoder.",
-    "queries and proposals": ("transformer.", "query_embed."),
-    "class heads": "class_embed.",
-    "box heads": "bbox_embed.",
-}
 
 
 def inspect(path: Path) -> None:
@@ -58,8 +48,12 @@ def inspect(path: Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     tensors = detector.model.state_dict()
-    parts = [(title, [t for name, t in tensors.items() if _part(name) == title]) for title in PARTS]
-    for title, held in [*parts, ("total", list(tensors.values()))]:
+    parts: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    for name, tensor in tensors.items():
+        parts[part_of(name, detector.config.model)].append(tensor)
+    for title, held in (*parts.items(), ("total", list(tensors.values()))):
+        if not held:
+            continue
         values = sum(tensor.numel() for tensor in held)
         table.add_row(title, str(len(held)), f"{values:,}", _bytes(4 * values))
     console.print(table)
@@ -174,10 +168,6 @@ def _write_onnx(detector: TrainedDetector, file: Path, image_size: tuple[int, in
     onnx.checker.check_model(model)
     onnx.save(model, str(file))
     return f", for uint8 images of exactly {height}x{width} pixels; outputs logits and boxes (cxcywh in [0, 1])"
-
-
-def _part(name: str) -> str:
-    return next(title for title, beginning in PARTS.items() if name.startswith(beginning))
 
 
 def _stored_types(file: Path) -> str:

@@ -36,11 +36,13 @@ def test_recomputed_activations_change_no_digit(train: Train, stage: int, more: 
 
 
 @pytest.mark.slow
-def test_compiled_model_takes_the_same_steps(train: Train) -> None:
-    settings = ("train.zero_stage=1", "model.dropout=0", "data.short_sides=[64,96]")
+@pytest.mark.parametrize(("dropout", "tolerance"), [(0.0, 1e-4), (0.1, 0.1)])
+def test_compiled_model_takes_the_same_steps(train: Train, dropout: float, tolerance: float) -> None:
+    """With dropout only nearly: a compiled layer draws other random numbers."""
+    settings = ("train.zero_stage=1", f"model.dropout={dropout}", "data.short_sides=[64,96]")
     eager = succeeded(train(1, *settings))
     compiled = succeeded(train(1, *settings, "train.compile=true"))
-    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
+    assert compiled.losses == pytest.approx(eager.losses, rel=tolerance)
 
 
 def test_compiling_under_stage_3_is_refused(train: Train) -> None:

@@ -27,7 +27,8 @@ def test_inspect_tells_what_is_inside(run_directory: Path, tmp_path: Path, capsy
         assert expected in text
     model = load_detector(run_directory).model
     assert f"{sum(tensor.numel() for tensor in model.state_dict().values()):,}" in text
-    assert f"{sum(p.numel() for p in model.transformer.encoder.parameters()):,}" in text
+    encoder = [*model.transformer.encoder.parameters(), model.transformer.level_embed]
+    assert f"{sum(p.numel() for p in encoder):,}" in text
 
 
 def test_inspect_shows_the_evaluation(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
