@@ -27,7 +27,7 @@ def test_inspect_tells_what_is_inside(run_directory: Path, tmp_path: Path, capsy
         assert expected in text
     model = load_detector(run_directory).model
     assert f"{sum(tensor.numel() for tensor in model.state_dict().values()):,}" in text
-    encoder = [*model.transformer.encoder.parameters(), model.transformer.level_embed]
+    encoder = [*model.transformer.encoder.parameters(), *model.transformer.level_embed.parameters()]
     assert f"{sum(p.numel() for p in encoder):,}" in text
 
 
