@@ -50,6 +50,7 @@ bench: setup $(COCO)/annotations.json
 	$(BIN)/python benchmarks/deform_attn_growth.py
 	$(BIN)/python benchmarks/transformers_drop_in.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/padding.py $(COCO)/annotations.json
 	$(BIN)/python benchmarks/stream.py $(COCO)/annotations.json $(COCO)/images
 
 bench-gpu: setup gpu

@@ -24,7 +24,6 @@ from ddetr.data.boxes import clip, xywh_to_xyxy, xyxy_to_cxcywh
 from ddetr.data.config import DataConfig
 from ddetr.data.shards import ShardIndex, pack
 from ddetr.data.stream import TrainStream, evaluation_batches
-from ddetr.data.transforms import resized_size
 from torch import Tensor
 from torchvision.datasets import CocoDetection
 from torchvision.transforms import functional as F
@@ -64,9 +63,9 @@ def published_sample(image: Any, annotations: list[dict[str, Any]], training: bo
 
     def resize(short_side: int, long_side: int | None) -> None:
         nonlocal image, boxes
-        height, width = resized_size(image.height, image.width, short_side, long_side)
-        boxes = boxes * torch.tensor([width / image.width, height / image.height] * 2)
-        image = F.resize(image, [height, width])
+        width, height = image.size
+        image = F.resize(image, [short_side], max_size=long_side)
+        boxes = boxes * torch.tensor([image.width / width, image.height / height] * 2)
 
     if training and random.random() < CONFIG.flip_probability:
         image = F.hflip(image)

@@ -43,14 +43,15 @@ def criterion(
     num_objects: Tensor | float,
     num_parts: int = 1,
     num_matched: Tensor | float | None = None,
+    num_images: Tensor | float | None = None,
 ) -> Losses:
     """Match each layer's predictions to the batch's objects and take the losses.
 
     num_objects is the number of objects in the whole step, num_parts the number of equal parts (ranks times
     micro-batches) that it is divided in, of which this batch is one: with them, the mean of the parts' gradients is
     the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
-    objects than there are queries, which matters to softmax alone. Proposals are matched without regard to classes:
-    every object has label 0 there (section 4.2).
+    objects than there are queries; num_images, how many images of the step are real. Both matter to softmax alone.
+    Proposals are matched without regard to classes: every object has label 0 there (section 4.2).
 
     The host waits for the device once, for the matching costs. Until they are there the device has the part of the
     class loss that needs no matching.
@@ -66,8 +67,9 @@ def criterion(
     counts = batch.num_boxes.tolist()
     matching = Matching(stacks, batch.boxes_cxcywh, counts, config, predictions.softmax)
     class_loss = _cross_entropy if predictions.softmax else _focal
-    unmatched = [class_loss(stack.logits, config).sum((1, 2)) for stack in stacks]
-    cardinality = torch.cat([_cardinality_error(stack.logits, batch.num_boxes) for stack in stacks])
+    real = batch.is_real.float()
+    unmatched = [class_loss(stack.logits, config).sum(2) @ real for stack in stacks]
+    cardinality = torch.cat([_cardinality_error(stack.logits, batch.num_boxes, real) for stack in stacks])
     pairs = [_Pairs(stack, matches, batch.num_boxes) for stack, matches in zip(stacks, matching.solve(), strict=True)]
 
     columns = []
@@ -83,8 +85,9 @@ def criterion(
     normaliser = objects.clamp(min=1) / num_parts
     class_normaliser = normaliser
     if predictions.softmax:  # the sum of all queries' weights
-        queries = predictions.boxes.shape[0] * predictions.boxes.shape[1]
+        images = real.sum() if num_images is None else num_images / num_parts
         matched = (objects if num_matched is None else num_matched) / num_parts
+        queries = images * predictions.boxes.shape[1]
         class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * matched
     values = torch.stack([of_class / class_normaliser, l1 / normaliser, giou / normaliser])
     return Losses(values, tuple(layers), _class_error(stacks[0], pairs[0]), cardinality)
@@ -146,7 +149,7 @@ def _class_error(stack: Stack, pairs: _Pairs) -> Tensor:
 
 
 @torch.no_grad()
-def _cardinality_error(logits: Tensor, num_boxes: Tensor) -> Tensor:
+def _cardinality_error(logits: Tensor, num_boxes: Tensor, real: Tensor) -> Tensor:
     """(D,) mean over the images of |queries whose best class is not the last one - objects|, as published."""
     found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    return (found - to_device(num_boxes, logits.device)).abs().float().mean(-1)
+    return (found - to_device(num_boxes, logits.device)).abs().float() @ real / real.sum().clamp(min=1)

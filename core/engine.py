@@ -68,6 +68,12 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """The lists of all ranks as one, rank after rank."""
+        everywhere: list[Any] = [None] * self.size
+        dist.all_gather_object(everywhere, mine)
+        return [item for items in everywhere for item in items]
+
 
 def device_for(config: TrainConfig, local_rank: int) -> torch.device:
     """Raises ValueError when a GPU is asked for and there is none for this rank."""

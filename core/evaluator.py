@@ -117,7 +117,7 @@ def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
         rule = f"it knows {_listed([f'{name!r} (id {id_})' for id_, name in known.items()])}"
     if wrong:
         raise ValueError(
-            f"the categories of the shards {index.folder} and of the checkpoint {detector.path} do not correspond: "
+            f"the categories of the shards {index.location} and of the checkpoint {detector.path} do not correspond: "
             f"{_listed(wrong)}; {rule}. Evaluate on shards packed from data with the checkpoint's categories"
         )
 

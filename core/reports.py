@@ -22,7 +22,7 @@ class StepReport:
     losses: dict[str, float]  # weighted: "total", "class", "l1", "giou", and "class_0" .. "giou_proposals" per layer
     learning_rate: float  # of the base group
     gradient_norm: float  # before clipping
-    images: int  # over all ranks
+    images: int  # over all ranks, that carried a loss
     step_seconds: float  # the whole step, waiting for data included
     data_wait_seconds: float
     skipped: bool  # a loss or a gradient was not finite: no rank changed its weights
@@ -31,6 +31,7 @@ class StepReport:
     class_error: float  # percent of the last layer's matched queries whose best class is wrong
     cardinality_error: float  # of the last layer: queries with an object, as DETR counts them, less objects; per image
     not_finite: str | None  # of a skipped step: where on which ranks, with their images
+    bad_samples: tuple[str, ...]  # left out by any rank: shard, key, and what is wrong
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Progress:
         self._wait += report.data_wait_seconds
         if report.skipped and not self.quiet:
             log.warning("step %d skipped: %s", report.step, report.not_finite)
+        for message in report.bad_samples if not self.quiet else ():
+            log.warning("left out in step %d: %s", report.step, message)
         if report.step % self.config.train.log_every_steps and report.step != self.last_step:
             return
         now, (then, step) = time.perf_counter(), self._since

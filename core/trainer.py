@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, normalised
 from ..data.categories import Categories
-from ..data.index import ShardIndex
+from ..data.index import SampleError, ShardIndex
 from ..data.stream import TrainStream
 from .checkpoint import find_checkpoint, load_detector, load_weights
 from .config import Config
@@ -44,6 +44,7 @@ class Step:
 
     weighted: Tensor  # (3, layers) weighted losses of the rank's share; their mean over ranks is the global batch's
     errors: Tensor  # (2,) the last layer's class error in percent, and cardinality error in objects per image
+    num_images: Tensor  # () how many images of all ranks carried a loss
     layers: tuple[str, ...]
     taken: bool  # not when a gradient of some rank was not finite
 
@@ -55,21 +56,23 @@ def train_step(engine: Engine, micro_batches: list[Batch], number: int, config: 
     micro-batch, for the matching; DeepSpeed's step does so too, for the norm of the gradients.
     """
     counts = torch.cat([batch.num_boxes for batch in micro_batches])
-    objects, matched = world.sum(torch.stack([counts.sum(), counts.clamp(max=config.model.queries).sum()]).float())
+    real = sum(int(batch.is_real.sum()) for batch in micro_batches)
+    totals = [counts.sum(), counts.clamp(max=config.model.queries).sum(), torch.tensor(real)]
+    objects, matched, images = world.sum(torch.stack(totals).float())
     parts = world.size * len(micro_batches)
     all_losses, taken = [], True
     for batch in micro_batches:
         batch = batch.to(world.device)
-        images = normalised(batch.images, batch.padding_mask, engine.dtype)
-        predictions = engine.run(images, batch.padding_mask)
-        losses = criterion(predictions, batch, config.optim, objects, parts, matched)
+        pixels = normalised(batch.images, batch.padding_mask, engine.dtype)
+        predictions = engine.run(pixels, batch.padding_mask)
+        losses = criterion(predictions, batch, config.optim, objects, parts, matched, images)
         engine.run.backward(finite_or_poison(losses.weighted(config.optim).sum()))  # divided by their number in there
         taken &= engine.step(number)  # takes effect after the last micro-batch
         all_losses.append(losses)
     weighted = torch.stack([losses.weighted(config.optim).detach() for losses in all_losses]).mean(0)
     last = len(predictions.aux)
     errors = [torch.stack([losses.class_error, losses.cardinality_error[last]]) for losses in all_losses]
-    return Step(weighted, torch.stack(errors).mean(0), losses.layers, taken)
+    return Step(weighted, torch.stack(errors).mean(0), images, losses.layers, taken)
 
 
 def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStream:
@@ -121,6 +124,7 @@ def train(
     engine = Engine(model.train(), config, world)
     step = engine.load(checkpoint)["step"] if checkpoint else 0
     skipped_in_a_row = 0
+    known_bad: set[str] = set()
     progress = Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
     metrics = None
 
@@ -143,15 +147,19 @@ def train(
                 _seed(config.train.seed, step, world.rank)
                 done = train_step(engine, micro_batches, step + 1, config, world)
                 step += 1
-                told = torch.cat([done.weighted.flatten(), done.errors, done.errors.new_tensor([stop_requested()])])
-                *losses, class_error, cardinality_error, stops = (world.sum(told) / world.size).tolist()
+                bad = [message for batch in micro_batches for message in batch.bad_samples]
+                means = torch.cat([done.weighted.flatten(), done.errors, done.num_images[None]])
+                counts = done.errors.new_tensor([stop_requested(), len(bad)])
+                *sums, stops, num_bad = world.sum(torch.cat([means, counts])).tolist()
+                *losses, class_error, cardinality_error, num_images = (value / world.size for value in sums)
+                bad = world.gather(bad) if num_bad else []
                 report = StepReport(
                     step=step,
                     epoch=epoch,
                     losses=named_losses(losses, done.layers),
                     learning_rate=rate,
                     gradient_norm=engine.gradient_norm,
-                    images=config.train.batch_size,
+                    images=round(num_images),
                     step_seconds=time.perf_counter() - clock,
                     data_wait_seconds=waited,
                     skipped=not done.taken,
@@ -160,6 +168,7 @@ def train(
                     class_error=class_error,
                     cardinality_error=cardinality_error,
                     not_finite=None if done.taken else _diagnosis(engine, micro_batches, losses, step, config, world),
+                    bad_samples=tuple(bad),
                 )
                 clock = time.perf_counter()
                 observe(report)
@@ -171,6 +180,13 @@ def train(
                         f"skipped {skipped_in_a_row} steps in a row, the last one step {step}: {report.not_finite}. "
                         f"The weights from before them are saved. Lower optim.learning_rate, set optim.clip_norm, or "
                         f"use train.precision=fp32"
+                    )
+                known_bad.update(bad)
+                if len(known_bad) > config.data.most_bad_samples * stream.num_samples:
+                    save()
+                    raise SampleError(
+                        f"{len(known_bad)} of {stream.num_samples} images are damaged, more than "
+                        f"data.most_bad_samples={config.data.most_bad_samples:g}; the last one: {bad[-1]}"
                     )
                 if stops or step >= last_step:
                     break
@@ -206,11 +222,10 @@ def _evaluate(
         evaluate_shard(detector, index, shard, world.device)
         for shard in range(world.rank, len(index.shards), world.size)
     ]
-    gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, mine)
+    gathered = world.gather(mine)
     metrics: list = [None]
     if world.rank == 0:
-        found = merge(result for results in gathered for result in results)
+        found = merge(gathered)
         metrics = [coco_metrics(index.ground_truth(), found)]
     dist.broadcast_object_list(metrics, src=0)
     return EvaluationReport(step, epoch, metrics[0], index.num_samples, time.perf_counter() - started)
@@ -239,10 +254,7 @@ def _diagnosis(
             module(normalised(batch.images, batch.padding_mask, engine.dtype), batch.padding_mask)
         if found:
             mine.append(f"first in {found[0]} on rank {world.rank}, images {batch.image_ids.tolist()}")
-    everywhere: list[Any] = [None] * world.size
-    dist.all_gather_object(everywhere, mine)
-    said = [text for texts in everywhere for text in texts]
-    return "; ".join(said) or "the losses are not finite, every module's output is"
+    return "; ".join(world.gather(mine)) or "the losses are not finite, every module's output is"
 
 
 def _seed(seed: int, step: int, rank: int) -> None:

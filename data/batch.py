@@ -16,7 +16,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Sample:
-    """One transformed image with its objects, before batching.
+    """One transformed image with its objects, before batching; without an image id it fills a place and trains nothing.
 
     image: (3, h, w) uint8 RGB. boxes_cxcywh: (t, 4) float32, relative to the image, in [0, 1].
     labels: (t,) int64 in 0..K-1. original_size: (height, width) in pixels of the file as stored.
@@ -25,7 +25,7 @@ class Sample:
     image: Tensor
     boxes_cxcywh: Tensor
     labels: Tensor
-    image_id: int
+    image_id: int | None
     original_size: tuple[int, int]
 
 
@@ -38,22 +38,31 @@ class Batch:
     boxes_cxcywh: Tensor  # (T, 4) float32, each relative to its own unpadded image
     labels: Tensor  # (T,) int64
     num_boxes: Tensor  # (N,) int64, how many of the T rows belong to each image
-    image_ids: Tensor  # (N,) int64
+    image_ids: Tensor  # (N,) int64; -1 for an image that only fills a place
     original_sizes: Tensor  # (N, 2) int64, (height, width) in pixels
+    is_real: Tensor  # (N,) bool, whether the image carries a loss
+    bad_samples: tuple[str, ...] = ()  # in whose places there are images without one: shard, key and what is wrong
 
     def to(self, device: torch.device) -> "Batch":
-        """Images, mask, boxes and labels on `device`; counts, ids and sizes stay on the host, where they are needed.
+        """Images, mask, boxes, labels, is_real on `device`; counts, ids and sizes stay on the host, which needs them.
 
         Copies from pinned memory do not block.
         """
-        moved = ("images", "padding_mask", "boxes_cxcywh", "labels")
+        moved = ("images", "padding_mask", "boxes_cxcywh", "labels", "is_real")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
     def pin_memory(self) -> "Batch":
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bad_samples"}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def nothing() -> Sample:
+    """An empty image that fills a place."""
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, (64, 64))
+
+
+def collate(samples: Sequence[Sample], bad_samples: Sequence[str] = ()) -> Batch:
     """Pad the samples' images to one size and pack their boxes.
 
     Raises ValueError for an empty sequence.
@@ -74,8 +83,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
         boxes_cxcywh=torch.cat([sample.boxes_cxcywh for sample in samples]),
         labels=torch.cat([sample.labels for sample in samples]),
         num_boxes=torch.tensor([len(sample.labels) for sample in samples]),
-        image_ids=torch.tensor([sample.image_id for sample in samples]),
+        image_ids=torch.tensor([-1 if sample.image_id is None else sample.image_id for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        is_real=torch.tensor([sample.image_id is not None for sample in samples]),
+        bad_samples=tuple(bad_samples),
     )
 
 

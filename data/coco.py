@@ -25,7 +25,7 @@ FIXES = {
     "missing image": "put the file into the images folder, or remove the image from the json",
     "undecodable image": "replace the file, or remove the image from the json",
     "wrong size": "correct height and width in the json; boxes refer to the stored pixels, EXIF rotation not applied",
-    "bad entry": "correct the entry of the json",
+    "bad entry": "correct the entry, or delete it",
     "missing shard": "run `ddetr data pack` again: it makes only what is missing",
     "extra shard": "delete the file, or pack into an empty folder",
     "wrong bytes": "delete the shard and run `ddetr data pack` again: it makes only what is missing",
@@ -82,6 +82,11 @@ def read_coco(path: Path) -> CocoSet:
         values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); expected a COCO json") from error
+    return coco_set(path, values)
+
+
+def coco_set(path: Path, values: Any) -> CocoSet:
+    """The content of a COCO json, read from `path`. Raises ValueError as `read_coco`."""
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(_get(values, k), list)]
     if missing:
         raise ValueError(f"{path}: not a COCO json: no list {' and no list '.join(repr(k) for k in missing)}")

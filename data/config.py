@@ -1,12 +1,15 @@
 """The `data` section of the configuration."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DataConfig(BaseModel):
     """Where the shards are and how images become batches.
 
-    Sizes are pixels. `train` and `validation` are folders written by `ddetr data pack`.
+    Sizes are pixels. `train` and `validation` are folders written by `ddetr data pack`, on a disk or where they were
+    copied to: http(s)://host/folder, s3://bucket/prefix, or pipe:COMMAND with {} in place of a file's name.
     The defaults are the published augmentation (Deformable DETR inherits it from DETR, appendix A.4).
     """
 
@@ -27,6 +30,21 @@ class DataConfig(BaseModel):
     shuffle_window: int = Field(
         default=8192, gt=0, description="samples shuffled together; bounds how far a sample moves"
     )
+    similar_sizes: bool = Field(
+        default=True, description="images of one step have about the same size, so that little is padded"
+    )
+    remainder: Literal["drop", "pad"] = Field(
+        default="drop",
+        description="images left over at an epoch's end: left out, or a step filled up with empty ones",
+    )
+    most_bad_samples: float = Field(
+        default=0.001, ge=0, le=1, description="share of the images that may be damaged before a run stops"
+    )
+
+    cache: str = Field(default="~/.cache/ddetr/shards", description="folder for shards that are not on a disk")
+    cache_bytes: int = Field(default=100 << 30, gt=0, description="most that folder holds")
+    fetch_attempts: int = Field(default=8, gt=0, description="in a row that bring nothing, before a source is given up")
+    fetch_timeout_seconds: float = Field(default=30.0, gt=0, description="how long a source may be silent")
 
     @model_validator(mode="after")
     def _sizes_are_positive_and_ordered(self) -> "DataConfig":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from .coco import CocoImage, Finding, box_fault, read_coco
+from .coco import CocoImage, Finding, box_fault
+from .formats import read_annotations
 from .index import SampleError, Shard, ShardIndex, ShardReader, file_sha256, tar_members
 from .parallel import ordered_map
 from .shards import inspect_image, missing_images
@@ -25,7 +26,7 @@ def check_coco(annotations: Path, images: Path, *, workers: int = 0, progress: P
 
     Raises FileNotFoundError without json or folder, ValueError when the json is no COCO json.
     """
-    coco = read_coco(annotations)
+    coco = read_annotations(annotations, images)
     findings = coco.findings + missing_images(coco, images)
     present = [image for image in coco.images if (images / image.file_name).is_file()]
     task = progress.add_task("checking images", total=len(present)) if progress else None

@@ -11,7 +11,7 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,20 +78,32 @@ class Shard:
     def from_json(cls, folder: Path, values: dict[str, Any]) -> "Shard":
         rows = [tuple(sample[name] for name in SAMPLE_DTYPE.names or ()) for sample in values["samples"]]
         samples = np.array(rows, dtype=SAMPLE_DTYPE)
+        if Path(values["name"]).name != values["name"]:
+            raise ValueError(f"a shard is called {values['name']!r}, which is no file name")
         return cls(folder / values["name"], values["bytes"], values["sha256"], values["fingerprint"], samples)
 
 
 class ShardIndex:
-    """All shards of a folder, in order; samples are numbered through them.
+    """All shards of a set, in order; samples are numbered through them.
 
+    location: their folder, as it was asked for. open: a descriptor of a shard's file, or of a local copy of it. fetch:
+    makes sure of the copy; None where the shards themselves are local.
     Raises nothing itself; `load` checks the files.
     """
 
-    def __init__(self, folder: Path, categories: Categories, source: dict[str, Any], shards: Sequence[Shard]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        location: str | Path,
+        categories: Categories,
+        source: dict[str, Any],
+        shards: Sequence[Shard],
+    ) -> None:
+        self.location = str(location)
         self.categories = categories
         self.source = source  # what the shards were made from: name and digest of the json, counts
         self.shards = tuple(shards)
+        self.open: Callable[[Shard], int] = _open
+        self.fetch: Callable[[Shard], Any] | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
@@ -101,19 +113,7 @@ class ShardIndex:
         shards that are cut short or not in the index.
         """
         index = cls.read(folder)
-        faults = []
-        for shard in index.shards:
-            if not shard.path.is_file():
-                faults.append(f"{shard.name} is missing")
-            elif shard.path.stat().st_size != shard.bytes:
-                faults.append(f"{shard.name} has {shard.path.stat().st_size} bytes instead of {shard.bytes}")
-        faults += [f"{name} is not in the index" for name in index.extra_shards()]
-        if faults:
-            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise FileNotFoundError(
-                f"{folder}: the shards do not fit their index: {'; '.join(faults[:5])}{more}. "
-                "Copy the folder again, or run the same `ddetr data pack` again: it makes only what is missing."
-            )
+        index.check({shard.name: shard.path.stat().st_size if shard.path.is_file() else None for shard in index.shards})
         return index
 
     @classmethod
@@ -124,14 +124,41 @@ class ShardIndex:
         if not path.is_file():
             what = "no such folder" if not folder.exists() else f"no {INDEX_NAME} in it, so it is no folder of shards"
             raise FileNotFoundError(f"{folder}: {what}. Make one with `ddetr data pack COCO_JSON IMAGES {folder}`.")
+        return cls.parse(path.read_bytes(), folder, folder)
+
+    @classmethod
+    def parse(cls, text: bytes, location: str | Path, folder: Path) -> "ShardIndex":
+        """The index in the text of index.json, its shards in `folder`. Raises ValueError when it is not usable."""
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(text)
             if values["version"] != INDEX_VERSION:
                 raise ValueError(f"version {values['version']} (this release reads {INDEX_VERSION})")
             shards = [Shard.from_json(folder, item) for item in values["shards"]]
-            return cls(folder, Categories.from_json(values["categories"]), values["source"], shards)
+            return cls(location, Categories.from_json(values["categories"]), values["source"], shards)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a usable index ({error}); delete the folder and pack again") from error
+            raise ValueError(
+                f"{location}/{INDEX_NAME}: not a usable index ({error}); delete the folder and pack again"
+            ) from error
+
+    def check(self, sizes: Mapping[str, int | None]) -> None:
+        """Raise FileNotFoundError unless exactly the shards of the index are there, each of its size.
+
+        sizes: bytes of shards by name, None for one that is not there; one that is not named is not judged.
+        """
+        faults = []
+        for shard in self.shards:
+            size = sizes.get(shard.name, shard.bytes)
+            if size is None:
+                faults.append(f"{shard.name} is missing")
+            elif size != shard.bytes:
+                faults.append(f"{shard.name} has {size} bytes instead of {shard.bytes}")
+        faults += [f"{name} is not in the index" for name in self.extra_shards()]
+        if faults:
+            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise FileNotFoundError(
+                f"{self.location}: the shards do not fit their index: {'; '.join(faults[:5])}{more}. "
+                "Copy the folder again, or run the same `ddetr data pack` again: it makes only what is missing."
+            )
 
     def save(self) -> None:
         """Write index.json, whole or not at all."""
@@ -141,15 +168,20 @@ class ShardIndex:
             "source": self.source,
             "shards": [shard.to_json() for shard in self.shards],
         }
-        write_whole(self.folder / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
+        write_whole(Path(self.location) / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
 
     def extra_shards(self) -> list[str]:
-        """Tar files in the folder that the index does not name."""
-        return sorted({path.name for path in self.folder.glob("*.tar")} - {shard.name for shard in self.shards})
+        """Tar files in a local folder that the index does not name."""
+        return sorted({path.name for path in Path(self.location).glob("*.tar")} - {shard.name for shard in self.shards})
 
     @property
     def num_samples(self) -> int:
         return sum(len(shard.samples) for shard in self.shards)
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """Rows of SAMPLE_DTYPE by sample number."""
+        return np.concatenate([shard.samples for shard in self.shards])
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -197,8 +229,8 @@ class ShardReader:
         """The one message for a sample that cannot be used."""
         place = self._index.shards[shard]
         return SampleError(
-            f"{place.path}: sample {place.key(row)}: {what}. "
-            f"`ddetr data check {self._index.folder}` lists every bad sample; delete this shard and pack it again."
+            f"{self._index.location}/{place.name}: sample {place.key(row)}: {what}. "
+            f"`ddetr data check {self._index.location}` lists every bad sample; delete this shard and pack it again."
         )
 
     def close(self) -> None:
@@ -209,7 +241,7 @@ class ShardReader:
         if shard not in self._files:
             if len(self._files) >= self.MOST_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._index.shards[shard].path, os.O_RDONLY)
+            self._files[shard] = self._index.open(self._index.shards[shard])
         self._files.move_to_end(shard)
         place = self._index.shards[shard].samples[row]
         size = int(place[f"{member}_bytes"])
@@ -220,6 +252,10 @@ class ShardReader:
         if zlib.crc32(data) != place[f"{member}_crc32"]:
             raise self.error(shard, row, f"the {member} in the shard is damaged (its checksum is wrong)")
         return data
+
+
+def _open(shard: Shard) -> int:
+    return os.open(shard.path, os.O_RDONLY)
 
 
 def sample_key(image_id: int) -> str:

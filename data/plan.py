@@ -1,20 +1,36 @@
 """Which sample comes when: pure arithmetic on numbers, without a file or a process.
 
-The order of an epoch is a function of (seed, epoch, sizes of the shards, window) alone. Ranks, micro-batches and
-loader workers only divide it. B is the global batch, A the micro-batches of a step, b = B / (A * world) images each.
+The order of an epoch is a function of (seed, epoch, sizes of the shards and of the images, window, global batch) alone.
+Ranks, micro-batches and loader workers only divide it. B is the global batch, A the micro-batches of a step,
+b = B / (A * world) images each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 
+NOTHING = -1  # in place of a sample: an image without pixels of interest that carries no loss
 
-def random_numbers(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch, whoever loads it. Use only `.random()` (see `_shuffled`)."""
-    # A counter-based generator: each sample is a place far away in the one stream of (seed, epoch).
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, sample, 1]))
+SeenSizes = Callable[[int, np.ndarray], np.ndarray]  # epoch, samples (n,) -> (height, width) they are seen at, (n, 2)
+
+
+def random_numbers(seed: int, epoch: int, keys: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) float64 in [0, 1) that belong to each of the keys (n,) in an epoch, whoever asks.
+
+    SplitMix64 (Steele, Lea and Flood, 2014) has a random access: its i-th number is a hash of i.
+    """
+    stream = _mixed(_mixed(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
+    place = keys.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
+    return (_mixed(stream + place * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int) -> np.ndarray:
@@ -39,8 +55,10 @@ def _shuffled(values: np.ndarray, raw: np.random.Philox) -> np.ndarray:
 class StepPlan:
     """How the samples of an epoch become the optimizer steps of one rank.
 
-    Raises ValueError when the global batch does not divide, or exceeds the data set. The samples left over at the end
-    of an epoch's order, fewer than a batch, are not used in that epoch; each epoch leaves out others.
+    seen_sizes: images of similar size come in one step; None: as the shuffling has it. remainder: what becomes of the
+    samples left over at the end of an epoch's order, fewer than a batch: "drop" leaves them out of this epoch (each
+    leaves out others), "pad" makes a last step of them, filled up with `NOTHING`.
+    Raises ValueError when the global batch does not divide, or is dropped whole.
     """
 
     shard_sizes: tuple[int, ...]
@@ -50,6 +68,8 @@ class StepPlan:
     world_size: int
     seed: int
     window: int
+    remainder: Literal["drop", "pad"] = "drop"
+    seen_sizes: SeenSizes | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.accumulation * self.world_size):
@@ -60,7 +80,7 @@ class StepPlan:
         if not self.steps_per_epoch:
             raise ValueError(
                 f"train.batch_size must be at most the number of images in the shards, {sum(self.shard_sizes)}, "
-                f"got {self.batch_size}"
+                f"got {self.batch_size}; or set data.remainder=pad"
             )
 
     @property
@@ -69,14 +89,62 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return sum(self.shard_sizes) // self.batch_size
+        steps, left = divmod(sum(self.shard_sizes), self.batch_size)
+        return steps + (left > 0 and self.remainder == "pad")
+
+    @property
+    def _steps_per_window(self) -> int:
+        return max(1, self.window // self.batch_size)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
+        """The global batch (B,) of every step of an epoch from a step on.
+
+        Whatever the shuffling brings into one window is sorted by area into strata, so that all ranks of a step have
+        as much to do, and inside a stratum by aspect ratio, so that little is padded. The steps of a window come in
+        random order.
+        """
+        steps_per_window = self._steps_per_window
+        window = steps_per_window * self.batch_size
+        order = epoch_order(self.shard_sizes, seed=self.seed, epoch=epoch, window=window)
+        raw = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, 1])
+        whole_steps = len(order) // self.batch_size
+        for start in range(0, whole_steps, steps_per_window):
+            end = min(start + steps_per_window, whole_steps)
+            turns = _shuffled(np.arange(end - start), raw)
+            if end <= first_step:
+                continue
+            batches = self._by_size(epoch, order[start * self.batch_size : end * self.batch_size])[turns]
+            yield from batches[max(0, first_step - start) :]
+        left = order[whole_steps * self.batch_size :]
+        if len(left) and self.remainder == "pad":
+            yield np.concatenate([left, np.full(self.batch_size - len(left), NOTHING)])
+
+    def windows(self, epoch: int, first_step: int = 0) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """((epoch, step), shards) of every window from the one of a step on, without end: what is read from then on."""
+        ends = np.cumsum(self.shard_sizes)
+        window = self._steps_per_window * self.batch_size
+        while True:
+            order = epoch_order(self.shard_sizes, seed=self.seed, epoch=epoch, window=window)
+            for start in range(first_step // self._steps_per_window * window, len(order), window):
+                shards = np.searchsorted(ends, order[start : start + window], side="right")
+                yield (epoch, start // self.batch_size), list(dict.fromkeys(shards.tolist()))
+            epoch, first_step = epoch + 1, 0
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, list[int]]]:
         """This rank's (epoch, samples) of every micro-batch from a step on, through all later epochs, without end."""
         while True:
-            order = epoch_order(self.shard_sizes, seed=self.seed, epoch=epoch, window=self.window)
-            for step in range(first_step, self.steps_per_epoch):
-                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            for batch in self.batches(epoch, first_step):
                 for micro_batch in batch.reshape(self.accumulation, self.world_size, self.micro_batch_size):
                     yield epoch, micro_batch[self.rank].tolist()
             epoch, first_step = epoch + 1, 0
+
+    def _by_size(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """(steps, B); where sizes are equal the order stays."""
+        if self.seen_sizes is not None:
+            height, width = self.seen_sizes(epoch, samples).T
+            by_area = np.argsort(height * width, kind="stable")
+            # About as many strata of area as differ in aspect ratio inside one: then groups of 8 differ least in both.
+            stratum = max(1, round((8 * len(samples)) ** 0.5 / self.batch_size)) * self.batch_size
+            strata = (by_area[i : i + stratum] for i in range(0, len(samples), stratum))
+            samples = samples[np.concatenate([s[np.argsort((height / width)[s], kind="stable")] for s in strata])]
+        return samples.reshape(-1, self.batch_size)

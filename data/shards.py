@@ -20,7 +20,8 @@ from PIL import Image
 from rich.progress import Progress
 from webdataset.writer import TarWriter
 
-from .coco import CocoImage, CocoSet, Finding, read_coco, summary
+from .coco import CocoImage, CocoSet, Finding, summary
+from .formats import digest, read_annotations
 from .index import (
     INDEX_NAME,
     SAMPLE_DTYPE,
@@ -64,6 +65,7 @@ def pack(
 ) -> ShardIndex:
     """Write the images that a COCO json names, with their annotations, as shards of nearly equal size.
 
+    annotations: the json, or a folder of Pascal VOC xml or YOLO txt files.
     shard_bytes: size that shards do not exceed by more than a sample. workers: processes, 0 for one per core. Every
     image is decoded once to be sure of it.
 
@@ -73,7 +75,7 @@ def pack(
     """
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
-    coco = read_coco(annotations)
+    coco = read_annotations(annotations, images)
     refused = [f for f in coco.findings if f.severity == "error" and not (drop_degenerate and _is_droppable(f))]
     refused += missing_images(coco, images)
     if refused:
@@ -100,7 +102,7 @@ def pack(
         )
     source = {
         "annotations": annotations.name,
-        "annotations_sha256": file_sha256(annotations),
+        "annotations_sha256": digest(annotations),
         "images": len(coco.images),
         "boxes": sum(len(image.annotations) for image in coco.images),
         "dropped_boxes": sum(_is_droppable(finding) for finding in coco.findings),

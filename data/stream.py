@@ -1,39 +1,36 @@
 """Batches from shards: the endless, exactly ordered stream of training and the finite one of evaluation.
 
 Both are short lists of WebDataset stages. What flows through the training stages is a micro-batch: first its sample
-numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a packed `Batch`.
+numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a packed `Batch`. In training a
+sample that cannot be used leaves an empty image in its place and a message with the batch; evaluation stops at it.
 """
 
 import atexit
 import signal
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 from webdataset import filters
 from webdataset.compat import WebLoader
 from webdataset.pipeline import DataPipeline
 
-from .batch import Batch, Sample, collate
+from .batch import Batch, Sample, collate, nothing
 from .config import DataConfig
 from .index import SampleError, ShardIndex, ShardReader
-from .plan import StepPlan, random_numbers
-from .transforms import (
-    View,
-    annotated_sample,
-    decode_image,
-    evaluation_sample,
-    evaluation_view,
-    load_image,
-    training_view,
-)
+from .plan import NOTHING, StepPlan, random_numbers
+from .prefetch import Prefetch
+from .sources import SourceError
+from .transforms import annotated_sample, decode_image, evaluation_sample, load_image
+from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
 
 __all__ = ["SampleError", "TrainStream", "evaluation_batches", "evaluation_sample", "load_image"]
 
@@ -52,13 +49,12 @@ def _close_streams() -> None:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as its shard holds it, and the epoch it is wanted for."""
+    """A sample as its shard holds it."""
 
     shard: int
     row: int
     image: bytes
     entry: dict[str, Any]  # image_id, file_name, height, width, annotations
-    epoch: int
 
 
 class TrainStream:
@@ -89,23 +85,29 @@ class TrainStream:
             world_size=world_size,
             seed=seed,
             window=config.shuffle_window,
+            remainder=config.remainder,
+            seen_sizes=partial(seen_sizes, index.samples, config, seed) if config.similar_sizes else None,
         )
+        self.num_samples = index.num_samples
         self.steps_per_epoch = self._plan.steps_per_epoch
-        self._batches: Generator[Batch | SampleError, None, None] | None = None
+        self._batches: Generator[Batch | SourceError, None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the open loader gives next
+        self._prefetch: Prefetch | None = None
         _streams.add(self)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on.
 
-        The loader stays open between epochs and reads ahead into the next one. Raises SampleError for a sample that
-        cannot be read or decoded.
+        The loader stays open between epochs and reads ahead into the next one. Raises SourceError when a shard cannot
+        be fetched.
         """
         for step in range(first_step, self.steps_per_epoch):
             if self._position != (epoch, step):
                 self._open(epoch, step)
             assert self._batches is not None
             self._position = None
+            if self._prefetch:
+                self._prefetch.at(epoch, step)
             micro_batches = [self._checked(batch) for batch in islice(self._batches, self._plan.accumulation)]
             self._position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield micro_batches
@@ -114,11 +116,16 @@ class TrainStream:
         """End the loader's worker processes."""
         if self._batches is not None:
             self._batches.close()  # drops the loader's iterator, which ends its workers
-        self._batches = self._position = None
+        if self._prefetch is not None:
+            self._prefetch.close()
+        self._batches = self._position = self._prefetch = None
 
     def _open(self, epoch: int, first_step: int) -> None:
         self.close()
         workers = self._config.workers
+        if fetch := self._index.fetch:
+            shards = self._index.shards
+            self._prefetch = Prefetch(self._plan.windows(epoch, first_step), lambda shard: fetch(shards[shard]))
         loader = WebLoader(
             training_pipeline(self._index, self._plan, self._config, epoch, first_step),
             batch_size=None,
@@ -133,8 +140,8 @@ class TrainStream:
         self._batches = batches
         self._position = (epoch, first_step)
 
-    def _checked(self, batch: Batch | SampleError) -> Batch:
-        if isinstance(batch, SampleError):
+    def _checked(self, batch: Batch | SourceError) -> Batch:
+        if isinstance(batch, SourceError):
             self.close()
             raise batch
         return batch
@@ -152,33 +159,51 @@ def training_pipeline(
         # The loader takes one batch from each worker in turn, so dealing them out keeps the order.
         return islice(plan.micro_batches(epoch, first_step), number, None, count)
 
-    def read(micro_batch: tuple[int, list[int]]) -> list[StoredSample]:
+    def read(micro_batch: tuple[int, list[int]]) -> tuple[int, list[StoredSample | SampleError | None]]:
         epoch, samples = micro_batch
-        return [read_sample(reader, *index.locate(sample), epoch=epoch) for sample in samples]
+        return epoch, [None if n == NOTHING else _or_error(read_sample, reader, *index.locate(n)) for n in samples]
 
-    def augment(micro_batch: list[StoredSample]) -> list[Sample]:
-        return [training_sample(reader, stored, index, config, plan.seed) for stored in micro_batch]
+    def augment(micro_batch: tuple[int, list[StoredSample | SampleError | None]]) -> list[Sample | SampleError | None]:
+        epoch, found = micro_batch
+        stored = [sample for sample in found if isinstance(sample, StoredSample)]
+        views = iter(seen_views([sample.entry for sample in stored], config, plan.seed, epoch))
+        return [
+            _or_error(_seen, reader, sample, index, next(views)) if isinstance(sample, StoredSample) else sample
+            for sample in found
+        ]
 
-    return DataPipeline(
-        planned,
-        filters.map(read),
-        filters.map(augment),
-        filters.map(collate),
-        errors_as_items,
-    )
-
-
-def read_sample(reader: ShardReader, shard: int, row: int, epoch: int = 0) -> StoredSample:
-    return StoredSample(shard, row, reader.image(shard, row), reader.annotations(shard, row), epoch)
+    return DataPipeline(planned, filters.map(read), filters.map(augment), filters.map(packed), errors_as_items)
 
 
-def training_sample(
-    reader: ShardReader, stored: StoredSample, index: ShardIndex, config: DataConfig, seed: int
-) -> Sample:
-    """Decode and augment; the random numbers belong to (seed, epoch, image id)."""
-    random = random_numbers(seed, stored.epoch, stored.entry["image_id"])
-    view = training_view(stored.entry["height"], stored.entry["width"], config, random)
-    return _seen(reader, stored, index, view)
+def errors_as_items(batches: Iterable[Batch]) -> Iterator[Batch | SourceError]:
+    """Hand a source's error on as the last item: raised in a worker process, it would arrive as a traceback."""
+    try:
+        yield from batches
+    except SourceError as error:
+        yield SourceError(str(error))
+
+
+def packed(found: Sequence[Sample | SampleError | None]) -> Batch:
+    """A batch with an empty image in the place of each sample that is bad or not there."""
+    samples = [sample if isinstance(sample, Sample) else nothing() for sample in found]
+    return collate(samples, [str(sample) for sample in found if isinstance(sample, SampleError)])
+
+
+def read_sample(reader: ShardReader, shard: int, row: int) -> StoredSample:
+    return StoredSample(shard, row, reader.image(shard, row), reader.annotations(shard, row))
+
+
+def seen_views(entries: Sequence[Mapping[str, Any]], config: DataConfig, seed: int, epoch: int) -> list[View]:
+    """The training views of samples; their random numbers belong to (seed, epoch, image id)."""
+    ids, heights, widths = (np.array([entry[name] for entry in entries]) for name in ("image_id", "height", "width"))
+    return training_views(heights, widths, config, random_numbers(seed, epoch, ids, DRAWS))
+
+
+def seen_sizes(rows: np.ndarray, config: DataConfig, seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """(n, 2) the (height, width) of those views, from the index alone. rows: of SAMPLE_DTYPE, by sample number."""
+    chosen = rows[samples]
+    random = random_numbers(seed, epoch, chosen["image_id"], DRAWS)
+    return training_sizes(chosen["height"], chosen["width"], config, random)
 
 
 def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, batch_size: int) -> Iterator[Batch]:
@@ -189,8 +214,8 @@ def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, bat
     """
     samples = index.shards[shard].samples
     rows_of_size: dict[tuple[int, int], list[int]] = {}
-    for row, (height, width) in enumerate(zip(samples["height"].tolist(), samples["width"].tolist(), strict=True)):
-        rows_of_size.setdefault(evaluation_view(height, width, config).size, []).append(row)
+    for row, (height, width) in enumerate(evaluation_sizes(samples["height"], samples["width"], config).tolist()):
+        rows_of_size.setdefault((height, width), []).append(row)
     batches = [rows[i : i + batch_size] for rows in rows_of_size.values() for i in range(0, len(rows), batch_size)]
     reader = ShardReader(index)
 
@@ -220,12 +245,11 @@ def _seen(reader: ShardReader, stored: StoredSample, index: ShardIndex, view: Vi
     return annotated_sample(image, view, entry["annotations"], index.categories, entry["image_id"])
 
 
-def errors_as_items(batches: Iterable[Batch]) -> Iterator[Batch | SampleError]:
-    """Hand a bad sample's error on as the last item: raised in a worker process, it would arrive as a traceback."""
+def _or_error(function: Callable[..., Result], *arguments: Any) -> Result | SampleError:
     try:
-        yield from batches
+        return function(*arguments)
     except SampleError as error:
-        yield SampleError(str(error))
+        return error
 
 
 def threaded_map(

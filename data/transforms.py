@@ -1,16 +1,10 @@
-"""From a file's bytes to a training or evaluation sample: decode, choose a view, resample once, carry the boxes along.
-
-The augmentation is the published one (appendix A.4, inherited from DETR): flip with probability one half; then, half
-of the time each, resize to a random short side, or resize to 400-600, crop 384-600 pixels and resize. All of its steps
-but the last pixel size are arithmetic on a rectangle, so they are done as such: `training_view` draws a rectangle of
-the stored image and a final size, and the pixels are resampled once, antialiased, from the one to the other.
+"""From a file's bytes to a training or evaluation sample: decode, resample once to a view, carry the boxes along.
 
 Images are read as stored: COCO's boxes refer to the stored pixels, so an EXIF rotation is not applied.
 """
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,18 +16,7 @@ from . import boxes
 from .batch import Sample
 from .categories import Categories
 from .config import DataConfig
-
-
-@dataclass(frozen=True)
-class View:
-    """The rectangle of the stored image that is seen, the size it is seen at, and whether mirrored.
-
-    window_xyxy: pixels of the stored image, fractions allowed. size: (height, width) of the result.
-    """
-
-    window_xyxy: tuple[float, float, float, float]
-    size: tuple[int, int]
-    flipped: bool = False
+from .views import View, evaluation_view
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -56,39 +39,6 @@ def decode_image(data: bytes) -> Image.Image:
 def load_image(data: bytes) -> np.ndarray:
     """The bytes of an image file as (height, width, 3) uint8 RGB. Raises ValueError as `decode_image`."""
     return np.asarray(decode_image(data))
-
-
-def resized_size(height: int, width: int, short_side: int, long_side: int | None = None) -> tuple[int, int]:
-    """(height, width) after resizing to a short side, the long side at most `long_side`; rounded as published."""
-    shorter, longer = min(height, width), max(height, width)
-    if long_side is not None and longer / shorter * short_side > long_side:
-        short_side = max(1, round(long_side * shorter / longer))
-    if shorter == short_side:
-        return height, width
-    if width < height:
-        return int(short_side * height / width), short_side
-    return short_side, int(short_side * width / height)
-
-
-def training_view(height: int, width: int, config: DataConfig, random: np.random.Generator) -> View:
-    """Draw the published augmentation for an image of this size."""
-    flipped = bool(random.random() < config.flip_probability)
-    window = (0.0, 0.0, float(width), float(height))
-    seen_height, seen_width = height, width
-    if config.crop and random.random() < 0.5:
-        first = resized_size(height, width, _one_of(config.crop_resize_short_sides, random))
-        seen_width, left = _crop(first[1], config.crop_sizes, random)
-        seen_height, top = _crop(first[0], config.crop_sizes, random)
-        x_scale, y_scale = width / first[1], height / first[0]
-        window = (left * x_scale, top * y_scale, (left + seen_width) * x_scale, (top + seen_height) * y_scale)
-    size = resized_size(seen_height, seen_width, _one_of(config.short_sides, random), config.long_side)
-    return View(window, size, flipped)
-
-
-def evaluation_view(height: int, width: int, config: DataConfig) -> View:
-    """The whole image at the validation size."""
-    size = resized_size(height, width, config.validation_short_side, config.long_side)
-    return View((0.0, 0.0, float(width), float(height)), size)
 
 
 def view_pixels(image: Image.Image, view: View) -> Tensor:
@@ -145,19 +95,3 @@ def evaluation_sample(image: np.ndarray, config: DataConfig, *, image_id: int = 
         image_id=image_id,
         original_size=(height, width),
     )
-
-
-def _one_of(sizes: Sequence[int], random: np.random.Generator) -> int:
-    return sizes[_whole(0, len(sizes) - 1, random)]
-
-
-def _whole(low: int, high: int, random: np.random.Generator) -> int:
-    """A whole number in [low, high]. Made from `random()`, whose stream numpy keeps the same in every release."""
-    return low + int(random.random() * (high - low + 1))
-
-
-def _crop(side: int, crop_sizes: tuple[int, int], random: np.random.Generator) -> tuple[int, int]:
-    """(length, start) of a random crop along one side; a side shorter than the smallest crop is kept whole."""
-    smallest, largest = crop_sizes
-    length = _whole(min(side, smallest), min(side, largest), random)
-    return length, _whole(0, side - length, random)

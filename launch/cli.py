@@ -75,7 +75,9 @@ def _global_options(
 
 @data_app.command("pack")
 def data_pack(
-    annotations: Annotated[Path, typer.Argument(metavar="COCO_JSON", help="COCO instance annotations.")],
+    annotations: Annotated[
+        Path, typer.Argument(metavar="COCO_JSON", help="COCO json; or a folder of VOC or YOLO files.")
+    ],
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of the images that it names.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their index.json.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and write.")] = 2,
@@ -97,9 +99,9 @@ def data_pack(
 
 @data_app.command("check")
 def data_check(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A COCO json, or a folder of shards.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards; or what `pack` takes.")],
     images: Annotated[
-        Path | None, typer.Argument(metavar="IMAGES", help="With a COCO json: the folder of its images.")
+        Path | None, typer.Argument(metavar="IMAGES", help="With annotations: the folder of their images.")
     ] = None,
 ) -> None:
     """Find bad boxes, missing or broken images, unknown categories and duplicates, and say which.

@@ -51,9 +51,7 @@ def pack(
 
 def check(path: Path, images: Path | None) -> bool:
     """Print everything wrong with a COCO json and its images, or with a folder of shards; True without errors."""
-    if path.is_dir():
-        if images is not None:
-            raise ValueError(f"{path} is a folder of shards, which hold their images; leave out {images}")
+    if path.is_dir() and images is None:
         with _progress() as progress:
             findings = check_shards(path, progress=progress)
     else:

@@ -16,6 +16,7 @@ from ..core.checkpoint import TrainedDetector, checkpoints
 from ..core.config import Config
 from ..core.engine import device_for
 from ..core.evaluator import ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
 from .inference import configured_detector
 
@@ -74,7 +75,7 @@ def _shards(data: Path | None, config: Config, checkpoint: Path) -> ShardIndex:
     folder = str(data) if data is not None else config.data.validation
     if folder is None:
         raise ValueError(f"{checkpoint} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
-    return ShardIndex.load(folder)
+    return open_shards(folder, config.data)
 
 
 def _evaluate_here(detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]) -> list[ShardResult]:
@@ -94,7 +95,7 @@ def _on_ray(address: str, config: Config, index: ShardIndex, console: Console) -
     from .workers import ShardWorkers
 
     with cluster(address):
-        workers = ShardWorkers(index.folder, len(index.shards), config.train.device, CPU_THREADS, console.print)
+        workers = ShardWorkers(index.location, len(index.shards), config.train.device, CPU_THREADS, console.print)
         try:
             yield workers.evaluate
         finally:
@@ -133,7 +134,7 @@ def _write(folder: Path, contents: dict[str, Any]) -> None:
 def _print(
     console: Console, detector: TrainedDetector, index: ShardIndex, metrics: dict[str, float], folder: Path
 ) -> None:
-    console.print(f"{detector.path} on {index.num_samples} images of {index.folder}", soft_wrap=True)
+    console.print(f"{detector.path} on {index.num_samples} images of {index.location}", soft_wrap=True)
     table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..core.config import Config, ConfigError, changed, load
 from ..core.evaluator import METRICS
-from ..data.index import ShardIndex
+from ..data.cache import open_shards
 
 RESERVED = ("train.output", "train.name")  # the sweep gives each trial its own directory
 
@@ -142,7 +142,7 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     if found:
         raise _mistakes(path, list(dict.fromkeys(found)))
     for shards in (base.data.train, base.data.validation):
-        ShardIndex.load(str(shards))
+        open_shards(str(shards), base.data)
     return sweep, base
 
 

@@ -19,6 +19,7 @@ from ..core.engine import World, deepspeed_config, device_for, join
 from ..core.optimizer import rate_advice
 from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
+from ..data.cache import open_shards
 from ..data.index import ShardIndex
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
@@ -100,8 +101,8 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
         raise ValueError(
             "data.train is not set: give the folder of training shards that `ddetr data pack` wrote, data.train=FOLDER"
         )
-    train_index = ShardIndex.load(config.data.train)
-    validation_index = ShardIndex.load(config.data.validation) if config.data.validation else None
+    train_index = open_shards(config.data.train, config.data)
+    validation_index = open_shards(config.data.validation, config.data) if config.data.validation else None
     if len(train_index.categories) != config.model.num_classes:
         raise ValueError(
             f"model.num_classes={config.model.num_classes}, but {config.data.train} has {len(train_index.categories)} "
@@ -217,6 +218,8 @@ class _Record:
             return
         if isinstance(item, EvaluationReport):
             self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
+        for message in item.bad_samples if isinstance(item, StepReport) else ():
+            self.event("bad_sample", step=item.step, reason=message)
         if isinstance(item, StepReport) and item.skipped:
             self.event("skipped", step=item.step, reason=item.not_finite)
         elif isinstance(item, StepReport) and item.step % self._every:

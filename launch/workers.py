@@ -14,7 +14,9 @@ import torch
 from ..core.checkpoint import TrainedDetector
 from ..core.engine import device_for
 from ..core.evaluator import ShardResult, evaluate_shard
+from ..data.cache import open_shards
 from ..data.index import ShardIndex
+from ..data.sources import is_remote
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
@@ -38,7 +40,7 @@ class ShardWorker:
         self.images = 0
         torch.set_num_threads(self.threads)
         try:
-            index = ShardIndex.load(folder)
+            index = open_shards(folder, detector.config.data)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"node {socket.gethostname()} cannot read the shards; every node of the cluster must see them "
@@ -73,7 +75,7 @@ class ShardWorkers:
     def __init__(self, folder: str | Path, most: int, device: str, threads: int, report: Callable[[str], None]) -> None:
         import ray
 
-        self._folder = str(folder) if "://" in str(folder) else str(Path(folder).resolve())
+        self._folder = str(folder) if is_remote(str(folder)) else str(Path(folder).resolve())
         self._threads = threads
         self._report = report
         self._failed_starts = 0

@@ -10,7 +10,7 @@ a further label takes its values from a fixed tuple, so the number of series per
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -54,6 +54,9 @@ SKIPPED_STEPS = Metric(
     "ddetr_skipped_steps_total", "counter", "Steps not applied because a loss or a gradient was not finite."
 )
 IMAGES = Metric("ddetr_images_total", "counter", "Images trained on by all ranks together; do not sum this over ranks.")
+BAD_SAMPLES = Metric(
+    "ddetr_bad_samples_total", "counter", "Damaged images left out by all ranks together; do not sum this over ranks."
+)
 STEP_SECONDS = Metric(
     "ddetr_step_seconds", "histogram", "Duration of a step, the wait for data included.", buckets=STEP_BUCKETS
 )
@@ -82,7 +85,7 @@ CHECKPOINT_TIME = Metric(
 )
 
 METRICS = (
-    *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES),
+    *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
     *(STEP_SECONDS, DATA_WAIT_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
     *(SCORE, EVALUATION_SECONDS, EVALUATION_IMAGES, START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
@@ -104,6 +107,8 @@ class StepReport(Protocol):
     def gradient_norm(self) -> float: ...
     @property
     def images(self) -> int: ...
+    @property
+    def bad_samples(self) -> Sequence[str]: ...
     @property
     def step_seconds(self) -> float: ...
     @property
@@ -181,6 +186,7 @@ class RunMetrics:
         self._counters[STEPS].inc()
         self._counters[SKIPPED_STEPS].inc(int(report.skipped))
         self._counters[IMAGES].inc(report.images)
+        self._counters[BAD_SAMPLES].inc(len(report.bad_samples))
         self._histograms[STEP_SECONDS].observe(report.step_seconds)
         self._histograms[DATA_WAIT_SECONDS].observe(report.data_wait_seconds)
 

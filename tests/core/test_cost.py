@@ -12,7 +12,7 @@ from ddetr.core.config import ModelConfig, load
 from ddetr.core.cost import IMAGE_SIZE, Cost, costs
 from ddetr.core.detector import build
 from ddetr.data.config import DataConfig
-from ddetr.data.transforms import evaluation_view
+from ddetr.data.views import evaluation_view
 
 # Millions of parameters and GFLOPs, rounded as published: table 1, in the published code's README with its
 # single-scale rows. Parameters are those that train (the published code prints these); all heads have 91 classes.

@@ -31,6 +31,7 @@ def random_batch(counts: list[int]) -> Batch:
         num_boxes=torch.tensor(counts),
         image_ids=torch.arange(len(counts)),
         original_sizes=torch.ones(len(counts), 2, dtype=torch.int64),
+        is_real=torch.ones(len(counts), dtype=torch.bool),
     )
 
 

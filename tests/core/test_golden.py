@@ -117,6 +117,7 @@ def batch_of(targets: list[dict]) -> Batch:
         num_boxes=torch.tensor([len(target["labels"]) for target in targets]),
         image_ids=torch.arange(len(targets)),
         original_sizes=torch.zeros(len(targets), 2, dtype=torch.int64),
+        is_real=torch.ones(len(targets), dtype=torch.bool),
     )
 
 

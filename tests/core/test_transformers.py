@@ -313,6 +313,7 @@ def _batch(objects: str) -> tuple[Batch, list[dict[str, Tensor]]]:
         num_boxes=torch.tensor(OBJECTS[objects]),
         image_ids=torch.arange(2),
         original_sizes=torch.tensor(IMAGES["padded"]),
+        is_real=torch.ones(2, dtype=torch.bool),
     )
     return batch, labels
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,14 +12,20 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ddetr.data.batch import Batch
 from ddetr.data.config import DataConfig
 from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
-from ddetr.data.stream import SampleError, TrainStream, evaluation_batches
-from ddetr.data.transforms import evaluation_view
+from ddetr.data.stream import SampleError, TrainStream, evaluation_batches, seen_sizes
+from ddetr.data.views import evaluation_view
+
+from tests.data.consumer import BATCH_SIZE, recorded
+from tests.data.consumer import CONFIG as CONSUMED
+
+CONSUMER = Path(__file__).with_name("consumer.py")
 
 CONFIG = DataConfig(
     short_sides=(64, 80, 96),
@@ -47,7 +54,8 @@ def stream(index, workers=0, batch_size=4, accumulation=1, rank=0, world_size=1,
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(Batch))
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Batch)]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 def images_of(batch: Batch) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -170,25 +178,70 @@ def own_index(synthetic_shards, tmp_path) -> ShardIndex:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_one_clear_error_at_its_step(own_index, workers):
-    ids = [batch.image_ids.tolist() for (batch,) in stream(own_index).steps(0)]
-    shard, key = cut_image(own_index, ids[3][1])
+def test_a_broken_image_leaves_its_place_empty_and_is_named(own_index, workers):
+    whole = [batch for (batch,) in stream(own_index).steps(0)]
+    lost = int(whole[3].image_ids[1])
+    shard, key = cut_image(own_index, lost)
     a_stream = stream(own_index, workers)
-    steps = a_stream.steps(0)
-    assert [next(steps)[0].image_ids.tolist() for _ in range(3)] == ids[:3]
-    with pytest.raises(SampleError, match=rf"{shard}: sample {key}: the image .* is damaged.*data check") as error:
-        next(steps)
-    assert "\n" not in str(error.value)
-    assert not multiprocessing.active_children()
-    # Resuming behind it does not read it.
-    assert [batch.image_ids.tolist() for (batch,) in a_stream.steps(0, 4)] == ids[4:]
+    batches = [batch for (batch,) in a_stream.steps(0)]
     a_stream.close()
+    for step, (batch, expected) in enumerate(zip(batches, whole, strict=True)):
+        if step != 3:
+            assert same(batch, expected)
+            assert batch.bad_samples == ()
+            continue
+        (message,) = batch.bad_samples
+        assert re.search(rf"{shard}: sample {key}: the image .* is damaged.*data check", message)
+        assert "\n" not in message
+        assert batch.image_ids.tolist() == [-1 if i == lost else i for i in expected.image_ids.tolist()]
+        assert batch.is_real.tolist() == [True, False, True, True]
+        left, right = images_of(batch), images_of(expected)
+        assert all(torch.equal(a, b) for i in left if i >= 0 for a, b in zip(left[i], right[i], strict=True))
 
 
-def test_a_shard_cut_short_while_training_is_named(own_index):
-    os.truncate(own_index.shards[0].path, 2000)
-    with pytest.raises(SampleError, match=r"shard-000000.tar: sample \d{12}: the shard ends \d+ bytes early"):
-        list(stream(own_index).steps(0))
+def test_samples_of_a_shard_cut_short_while_training_are_named(own_index):
+    shard = own_index.shards[0]
+    os.truncate(shard.path, 2000)
+    messages = [message for (batch,) in stream(own_index).steps(0) for message in batch.bad_samples]
+    assert len(messages) >= len(shard.samples) - 2
+    for message in messages:
+        assert re.search(r"shard-000000.tar: sample \d{12}: the shard ends \d+ bytes early", message)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size", "workers"), [(5, 1, 0), (10, 2, 2), (24, 3, 0), (36, 4, 1)])
+def test_a_padded_epoch_has_every_sample_once(index, batch_size, world_size, workers):
+    seen: Counter[int] = Counter()
+    for rank in range(world_size):
+        a_stream = stream(index, workers, batch_size, rank=rank, world_size=world_size, remainder="pad")
+        batches = [batch for (batch,) in a_stream.steps(1)]
+        a_stream.close()
+        assert len(batches) == a_stream.steps_per_epoch == -(-24 // batch_size)
+        for batch in batches:
+            assert len(batch.image_ids) == batch_size // world_size
+            assert batch.is_real.tolist() == [i >= 0 for i in batch.image_ids.tolist()]
+            assert not batch.num_boxes[~batch.is_real].any()
+            seen.update(batch.image_ids[batch.is_real].tolist())
+    assert seen == Counter(int(i) for shard in index.shards for i in shard.samples["image_id"])
+
+
+def test_images_of_a_step_are_of_similar_size(coco_free, tmp_path):
+    """Against the same images as the shuffling has them; the index alone tells the sizes that the pixels then have."""
+    index = pack(coco_free / "annotations.json", coco_free / "images", tmp_path, workers=1)
+    shares = []
+    for similar in (True, False):
+        padded, seen = 0, set()
+        a_stream = stream(index, batch_size=4, similar_sizes=similar, shuffle_window=128)
+        for (batch,) in a_stream.steps(0):
+            padded += int(batch.padding_mask.sum())
+            seen.update(batch.image_ids.tolist())
+            sizes = [tuple(image.shape[1:]) for image, _, _ in images_of(batch).values()]
+            rows = np.flatnonzero(np.isin(index.samples["image_id"], batch.image_ids))
+            assert sorted(map(tuple, seen_sizes(index.samples, a_stream._config, 11, 0, rows).tolist())) == sorted(
+                sizes
+            )
+        assert len(seen) == 120
+        shares.append(padded)
+    assert shares[0] < shares[1] / 3
 
 
 def test_workers_end_with_their_trainer(synthetic_shards):
@@ -281,3 +334,32 @@ def test_real_coco_with_the_published_augmentation(coco_free, tmp_path):
     assert found[508] == 0
     assert all(found[image_id] <= single[image_id] for image_id in found)
     assert found.total() > 0.8 * single.total()
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_an_epoch_is_still_each_sample_once(coco_free, tmp_path):
+    """SIGKILL after a random number of steps; each time it goes on with other numbers of ranks and workers."""
+    index = pack(coco_free / "annotations.json", coco_free / "images", tmp_path / "shards", workers=1)
+    record, random = tmp_path / "record", np.random.default_rng(0)
+    kills = 0
+    while True:
+        ranks, workers = int(random.choice([1, 2, 4])), int(random.choice([0, 1, 2]))
+        command = [sys.executable, str(CONSUMER), str(tmp_path / "shards"), str(record), str(ranks), str(workers)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(int(random.integers(1, 3)) if kills < 20 else 1000):
+            if process.stdout.readline().strip() in ("end", ""):
+                break
+        if kills == 20:
+            assert process.wait(60) == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        kills += 1
+    seen = Counter(i for ids in recorded(record) for i in ids)
+    assert seen == Counter(index.samples["image_id"].tolist())
+    config = DataConfig.model_validate({**CONSUMED, "workers": 0})
+    whole = TrainStream(index, config, batch_size=BATCH_SIZE, accumulation=1, rank=0, world_size=1, seed=5)
+    expected = [sorted(batch.image_ids[batch.is_real].tolist()) for (batch,) in whole.steps(3)]
+    assert [sorted(ids) for ids in recorded(record)] == expected

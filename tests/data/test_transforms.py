@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from ddetr.data import transforms
+from ddetr.data import transforms, views
 from ddetr.data.boxes import cxcywh_to_xyxy
 from ddetr.data.categories import Categories
 from ddetr.data.config import DataConfig
@@ -49,19 +49,30 @@ def published_size(image_size, size, max_size=None):
     return (oh, ow)
 
 
+def resized_size(height: int, width: int, short_side: int, long_side: int | None = None) -> tuple[int, int]:
+    ((new_height, new_width),) = views.resized_sizes(np.array([height]), np.array([width]), short_side, long_side)
+    return int(new_height), int(new_width)
+
+
+def training_views(height: int, width: int, config: DataConfig, count: int) -> list[views.View]:
+    random = random_numbers(0, 0, np.arange(count), views.DRAWS)
+    drawn = views.training_views(np.full(count, height), np.full(count, width), config, random)
+    sizes = views.training_sizes(np.full(count, height), np.full(count, width), config, random)
+    assert [view.size for view in drawn] == [tuple(size) for size in sizes.tolist()]
+    return drawn
+
+
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_sizes_are_the_published_ones(height, width):
     for short_side in (128, 333, 480, 512, 600, 800):
         for long_side in (None, 192, 1000, 1333):
             expected = published_size((width, height), short_side, long_side)
-            assert transforms.resized_size(height, width, short_side, long_side) == expected
+            assert resized_size(height, width, short_side, long_side) == expected
 
 
 def test_evaluation_sizes_of_common_coco_images():
     config = DataConfig()
-    sizes = [
-        transforms.evaluation_view(h, w, config).size for h, w in [(480, 640), (640, 480), (427, 640), (300, 1000)]
-    ]
+    sizes = [views.evaluation_view(h, w, config).size for h, w in [(480, 640), (640, 480), (427, 640), (300, 1000)]]
     assert sizes == [(800, 1066), (1066, 800), (800, 1199), (400, 1333)]
 
 
@@ -72,8 +83,8 @@ def test_a_cropped_view_agrees_with_resize_crop_resize_flip(height, width, flipp
     random = np.random.default_rng(1)
     corners = np.sort(random.uniform(-30, 670, (40, 2, 2)), axis=1).reshape(40, 4)
     given = torch.tensor(corners, dtype=torch.float64)
-    first, (top, left, crop_height, crop_width) = transforms.resized_size(height, width, 500), (60, 90, 400, 384)
-    size = transforms.resized_size(crop_height, crop_width, 608, 1333)
+    first, (top, left, crop_height, crop_width) = resized_size(height, width, 500), (60, 90, 400, 384)
+    size = resized_size(crop_height, crop_width, 608, 1333)
 
     image = tv_tensors.Image(torch.from_numpy(np.asarray(photograph(height, width)).copy()).permute(2, 0, 1))
     boxes = F.clamp_bounding_boxes(tv_tensors.BoundingBoxes(given, format="XYXY", canvas_size=(height, width)))
@@ -90,7 +101,7 @@ def test_a_cropped_view_agrees_with_resize_crop_resize_flip(height, width, flipp
 
     x_scale, y_scale = width / first[1], height / first[0]
     window = (left * x_scale, top * y_scale, (left + crop_width) * x_scale, (top + crop_height) * y_scale)
-    view = transforms.View(window, size, flipped)
+    view = views.View(window, size, flipped)
     boxes_cxcywh, kept = transforms.view_boxes(given, height, width, view)
     assert 5 < kept.sum() < 40
     assert kept.tolist() == expected_kept.tolist()
@@ -103,27 +114,27 @@ def test_a_cropped_view_agrees_with_resize_crop_resize_flip(height, width, flipp
 
 def test_the_whole_image_is_resampled_exactly_as_pil_does():
     image = photograph(300, 400)
-    view = transforms.evaluation_view(300, 400, DataConfig(validation_short_side=150))
+    view = views.evaluation_view(300, 400, DataConfig(validation_short_side=150))
     expected = np.asarray(image.resize((200, 150), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     assert np.array_equal(transforms.view_pixels(image, view).numpy(), expected)
-    mirrored = transforms.View(view.window_xyxy, view.size, flipped=True)
+    mirrored = views.View(view.window_xyxy, view.size, flipped=True)
     assert np.array_equal(transforms.view_pixels(image, mirrored).numpy(), expected[:, :, ::-1])
 
 
 def test_views_are_drawn_as_published():
     config = DataConfig()
-    views = [transforms.training_view(480, 640, config, random_numbers(0, 0, i)) for i in range(2000)]
-    assert abs(sum(view.flipped for view in views) / 2000 - 0.5) < 0.05
-    whole = [view for view in views if view.window_xyxy == (0, 0, 640, 480)]
+    drawn = training_views(480, 640, config, 2000)
+    assert abs(sum(view.flipped for view in drawn) / 2000 - 0.5) < 0.05
+    whole = [view for view in drawn if view.window_xyxy == (0, 0, 640, 480)]
     assert abs(len(whole) / 2000 - 0.5) < 0.05
     assert {view.size[0] for view in whole} == set(config.short_sides)
-    for view in views:
+    for view in drawn:
         left, top, right, bottom = view.window_xyxy
         assert 0 <= left < right <= 640 + 1e-9
         assert 0 <= top < bottom <= 480 + 1e-9
         assert min(view.size) <= 800
         assert max(view.size) <= 1333
-    cropped = [view.window_xyxy for view in views if view.window_xyxy != (0, 0, 640, 480)]
+    cropped = [view.window_xyxy for view in drawn if view.window_xyxy != (0, 0, 640, 480)]
     # After resizing to a short side s in 400..600 a crop is at least 384 of s pixels, so 0.64 of the side or more.
     assert min(bottom - top for _, top, _, bottom in cropped) >= 480 * 384 / 600 - 1e-9
     assert len(set(cropped)) > 900
@@ -131,15 +142,14 @@ def test_views_are_drawn_as_published():
 
 def test_without_crop_the_whole_image_is_seen():
     config = DataConfig(crop=False, flip_probability=0)
-    views = [transforms.training_view(480, 640, config, random_numbers(0, 0, i)) for i in range(200)]
-    assert all(view.window_xyxy == (0, 0, 640, 480) and not view.flipped for view in views)
+    drawn = training_views(480, 640, config, 200)
+    assert all(view.window_xyxy == (0, 0, 640, 480) and not view.flipped for view in drawn)
 
 
 def test_images_smaller_than_the_crop_are_kept_whole():
     config = DataConfig(crop_resize_short_sides=(100,), crop_sizes=(384, 600))
-    for i in range(50):
-        left, top, right, bottom = transforms.training_view(80, 80, config, random_numbers(0, 0, i)).window_xyxy
-        assert (left, top, right, bottom) == pytest.approx((0, 0, 80, 80))
+    for view in training_views(80, 80, config, 50):
+        assert view.window_xyxy == pytest.approx((0, 0, 80, 80))
 
 
 def test_boxes_of_a_sample_by_hand():
@@ -150,7 +160,7 @@ def test_boxes_of_a_sample_by_hand():
         {"id": 3, "bbox": [10, 10, 0, 5], "category_id": 1, "area": 0, "iscrowd": 0},
         {"id": 4, "bbox": [0, 0, 50, 50], "category_id": 23, "area": 2500, "iscrowd": 1},
     ]
-    view = transforms.View((0, 0, 100, 80), (160, 200), flipped=True)
+    view = views.View((0, 0, 100, 80), (160, 200), flipped=True)
     sample = transforms.annotated_sample(Image.new("RGB", (100, 80)), view, annotations, CATEGORIES, image_id=9)
     expected = [[1 - 0.25, 0.5, 0.3, 0.5], [1 - 0.95, 0.75, 0.1, 0.5]]
     torch.testing.assert_close(sample.boxes_cxcywh, torch.tensor(expected))
@@ -160,7 +170,7 @@ def test_boxes_of_a_sample_by_hand():
 
 
 def test_an_empty_image_stays():
-    view = transforms.View((0, 0, 10, 10), (20, 20))
+    view = views.View((0, 0, 10, 10), (20, 20))
     sample = transforms.annotated_sample(Image.new("RGB", (10, 10)), view, [], CATEGORIES, image_id=1)
     assert sample.boxes_cxcywh.shape == (0, 4)
     assert sample.labels.shape == (0,)
@@ -170,7 +180,7 @@ def test_prediction_sees_what_evaluation_sees():
     image = np.asarray(photograph(90, 120))
     config = DataConfig(validation_short_side=45)
     sample = transforms.evaluation_sample(image, config, image_id=4)
-    view = transforms.evaluation_view(90, 120, config)
+    view = views.evaluation_view(90, 120, config)
     expected = transforms.annotated_sample(Image.fromarray(image), view, [], CATEGORIES, image_id=4)
     assert torch.equal(sample.image, expected.image)
     assert sample.original_size == (90, 120)

@@ -103,7 +103,7 @@ class TestTwoNodes:
         reports: list[str] = []
         killed: list[str] = []
         with cluster(address):
-            workers = ShardWorkers(index.folder, len(index.shards), "cpu", CPU_THREADS, reports.append)
+            workers = ShardWorkers(index.location, len(index.shards), "cpu", CPU_THREADS, reports.append)
 
             def kill_one(images: int) -> None:
                 if not killed and workers.running:

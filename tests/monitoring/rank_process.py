@@ -26,6 +26,7 @@ class StepReport:
     skipped: bool
     memory_bytes: int
     loss_scale: float
+    bad_samples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def step_report(step: int, rank: int = 0) -> StepReport:
         skipped=step % 50 == 1,
         memory_bytes=900_000_000 + rank,
         loss_scale=65536.0,
+        bad_samples=("shard-000003.tar: sample 000000000017: damaged",) if step % 40 == 3 else (),
     )
 
 

@@ -1,0 +1,271 @@
+"""Where shards come from when they are not in a local folder: http(s), S3, or the output of a command.
+
+A source gives the bytes of a file from an offset on. It does not retry: `fetch` does, and goes on where it was cut off.
+"""
+
+import contextlib
+import os
+import random
+import select
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+import urllib3
+
+CHUNK_BYTES = 1 << 18
+SCHEMES = ("http://", "https://", "s3://", "pipe:")
+_AT_ONCE = 32  # requests for the sizes of files
+
+
+Value = TypeVar("Value")
+
+
+class SourceError(OSError):
+    """What a source could not give; the message names it."""
+
+
+class LostError(SourceError):
+    """A failure that may pass: trying again makes sense."""
+
+
+class Source(Protocol):
+    def address(self, name: str) -> str:
+        """Of a file, as an error names it."""
+        ...
+
+    def read(self, name: str, offset: int) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, in pieces. Raises LostError and SourceError."""
+        ...
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        """The sizes of files in bytes, None for those that are not there; empty where that cannot be known."""
+        ...
+
+
+def is_remote(location: str) -> bool:
+    return location.startswith(SCHEMES)
+
+
+def source_of(location: str, timeout_seconds: float) -> Source:
+    """The source at `location`: http(s)://host/folder, s3://bucket/prefix, or pipe:COMMAND with {} for a file's name.
+
+    timeout_seconds: how long a connection may be silent.
+    """
+    if location.startswith("pipe:"):
+        return Pipe(location.removeprefix("pipe:"), timeout_seconds)
+    if location.startswith("s3://"):
+        return S3(location, timeout_seconds)
+    return Http(location, timeout_seconds)
+
+
+def fetch(
+    source: Source, name: str, write: Callable[[bytes], Any], *, size: int | None, offset: int = 0, attempts: int
+) -> None:
+    """Write a file from `offset` on, in as many attempts as it takes, each going on where the last one ended.
+
+    Waits between two attempts that brought nothing, twice as long each time. size: of the whole file in bytes, where it
+    is known. Raises SourceError after `attempts` that brought nothing in a row, or when trying again is of no use.
+    """
+    failures = 0
+    while True:
+        try:
+            for piece in source.read(name, offset):
+                write(piece)
+                offset += len(piece)
+                failures = 0
+            if size is None or offset == size:
+                return
+            if offset > size:
+                raise SourceError(f"has more than the {size} bytes of the index")
+            raise LostError(f"ended after {offset} of {size} bytes")
+        except LostError as error:
+            failures += 1
+            if failures >= attempts:
+                raise SourceError(f"{source.address(name)}: {error}; gave up after {attempts} attempts") from error
+            time.sleep(min(30.0, 0.25 * 2**failures) * random.uniform(0.5, 1))
+        except SourceError as error:
+            raise SourceError(f"{source.address(name)}: {error}") from error
+
+
+class PerProcess(Generic[Value]):
+    """A value that every process makes for itself: a client's locks do not survive a fork."""
+
+    def __init__(self, make: Callable[[], Value]) -> None:
+        self._make = make
+        self._made: tuple[int, Value] | None = None
+
+    def __call__(self) -> Value:
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            self._made = made = (os.getpid(), self._make())
+        return made[1]
+
+
+class Http:
+    def __init__(self, location: str, timeout_seconds: float) -> None:
+        parts = urlsplit(location)
+        login, _, host = parts.netloc.rpartition("@")
+        self._headers = urllib3.make_headers(basic_auth=unquote(login)) if login else {}
+        self._folder, self._query = f"{parts.scheme}://{host}{parts.path.rstrip('/')}", parts.query
+        timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
+        retries = urllib3.Retry(0, redirect=5)
+        self._pool = PerProcess(lambda: urllib3.PoolManager(maxsize=_AT_ONCE, timeout=timeout, retries=retries))
+
+    def address(self, name: str) -> str:
+        return f"{self._folder}/{quote(name)}"  # without login and query, which are often secrets
+
+    def read(self, name: str, offset: int) -> Iterator[bytes]:
+        response = self._request("GET", name, {"Range": f"bytes={offset}-"} if offset else {})
+        try:
+            if offset and response.status == 416:  # nothing is left
+                return
+            self._check(response)
+            skipped = 0 if response.status == 206 else offset  # a server without ranges sends all of it
+            while piece := response.read1(CHUNK_BYTES):
+                kept, skipped = piece[skipped:], max(0, skipped - len(piece))
+                if kept:
+                    yield kept
+        except urllib3.exceptions.HTTPError as error:
+            raise LostError(f"the connection was lost ({error})") from error
+        finally:
+            response.close()
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = dict(zip(names, pool.map(self._size, names), strict=True))
+        return {name: size for name, size in found.items() if size != -1}
+
+    def _size(self, name: str) -> int | None:
+        """-1 where the server does not say."""
+        response = self._request("HEAD", name, {})
+        if response.status in (404, 410):
+            return None
+        return int(response.headers.get("Content-Length", -1)) if response.status == 200 else -1
+
+    def _request(self, method: str, name: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        url = self.address(name) + (f"?{self._query}" if self._query else "")
+        try:
+            return self._pool().request(method, url, headers={**self._headers, **headers}, preload_content=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise LostError(f"the server cannot be reached ({getattr(error, 'reason', error)})") from error
+
+    def _check(self, response: urllib3.BaseHTTPResponse) -> None:
+        status = f"the server answered {response.status} {response.reason or ''}".rstrip()
+        if response.status >= 500 or response.status in (408, 429):
+            raise LostError(status)
+        if response.status not in (200, 206):
+            raise SourceError(status)
+
+
+class S3:
+    def __init__(self, location: str, timeout_seconds: float) -> None:
+        parts = urlsplit(location)
+        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self._timeout_seconds = timeout_seconds
+        self._client = PerProcess(self._connected)
+
+    def _connected(self) -> Any:
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError as error:
+            raise SourceError("reading s3:// needs boto3: pip install 'ddetr[s3]'") from error
+        seconds = self._timeout_seconds
+        config = Config(connect_timeout=seconds, read_timeout=seconds, retries={"total_max_attempts": 1})
+        return boto3.session.Session().client("s3", config=config)
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}".lstrip("/")
+
+    def address(self, name: str) -> str:
+        return f"s3://{self._bucket}/{self._key(name)}"
+
+    def read(self, name: str, offset: int) -> Iterator[bytes]:
+        with _s3_errors():
+            try:
+                found = self._client().get_object(Bucket=self._bucket, Key=self._key(name), Range=f"bytes={offset}-")
+            except self._client().exceptions.ClientError as error:
+                if error.response["Error"]["Code"] == "InvalidRange":  # nothing is left
+                    return
+                raise
+            with contextlib.closing(found["Body"]) as body:
+                yield from body.iter_chunks(CHUNK_BYTES)
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        found: dict[str, int] = {}
+        with _s3_errors():
+            pages = self._client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._key("")):
+                found |= {entry["Key"]: entry["Size"] for entry in page.get("Contents", ())}
+        return {name: found.get(self._key(name)) for name in names}
+
+
+@contextlib.contextmanager
+def _s3_errors() -> Iterator[None]:
+    """Turns botocore's errors into ours."""
+    import botocore.exceptions as botocore
+
+    try:
+        yield
+    except botocore.ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        kind = LostError if status >= 500 or status in (408, 429) else SourceError
+        raise kind(f"S3 answered: {error}") from error
+    except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
+        raise SourceError(f"{error}; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+    except (botocore.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        raise LostError(f"the connection to S3 was lost ({error})") from error
+
+
+class Pipe:
+    """The standard output of a shell command."""
+
+    def __init__(self, command: str, timeout_seconds: float) -> None:
+        if "{}" not in command:
+            raise ValueError(f"pipe:{command} needs {{}} in place of a file's name, as in pipe:ssh host cat /data/{{}}")
+        self._command, self._timeout_seconds = command, timeout_seconds
+
+    def address(self, name: str) -> str:
+        return "pipe:" + self._command.replace("{}", name)
+
+    def read(self, name: str, offset: int) -> Iterator[bytes]:
+        command = self._command.replace("{}", shlex.quote(name))
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                start_new_session=True,
+            )
+            assert process.stdout is not None
+            try:
+                skipped = offset
+                while piece := self._piece(process.stdout.fileno()):
+                    kept, skipped = piece[skipped:], max(0, skipped - len(piece))
+                    if kept:
+                        yield kept
+                if process.wait(self._timeout_seconds):
+                    said.seek(0)
+                    text = said.read().decode(errors="replace").strip()
+                    raise LostError(f"the command ended with status {process.returncode}: {text[-500:]}")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process.stdout.close()
+
+    def _piece(self, descriptor: int) -> bytes:
+        if not select.select([descriptor], [], [], self._timeout_seconds)[0]:
+            raise LostError(f"the command was silent for {self._timeout_seconds:g} s")
+        return os.read(descriptor, CHUNK_BYTES)
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        return {}

@@ -1,0 +1,101 @@
+"""A real HTTP server on loopback that serves a folder, with ranges, and can be told to fail."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+Fault = Callable[[BaseHTTPRequestHandler, bytes], None]
+
+
+class FileServer:
+    """`faults` are used up one by one by the requests for files whose name ends in `of`; `requests` counts by name."""
+
+    def __init__(self, folder: Path, ranges: bool = True) -> None:
+        self.folder, self.ranges = folder, ranges
+        self.faults: list[Fault] = []
+        self.of = ".tar"
+        self.requests: list[tuple[str, str, str | None]] = []  # method, name, range
+        self._lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                owner.answer(self)
+
+            def do_HEAD(self) -> None:
+                owner.answer(self)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 256  # connections of many processes at once
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        name = handler.path.lstrip("/").partition("?")[0]
+        wanted = handler.headers.get("Range")
+        with self._lock:
+            self.requests.append((handler.command, name, wanted))
+            faulty = handler.command == "GET" and name.endswith(self.of) and self.faults
+            fault = self.faults.pop(0) if faulty else None
+        path = self.folder / name
+        if not path.is_file():
+            handler.send_error(404)
+            return
+        data = path.read_bytes()
+        if fault is not None:
+            fault(handler, data)
+            return
+        begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
+        handler.send_response(206 if wanted and self.ranges else 200)
+        handler.send_header("Content-Length", str(len(data) - begin))
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(data[begin:])
+
+
+def status(code: int) -> Fault:
+    return lambda handler, data: handler.send_error(code)
+
+
+def cut(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    """Half of the file, then the connection is gone."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data[: len(data) // 2])
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def stall(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    """A third of the file, then silence."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data[: len(data) // 3])
+    handler.wfile.flush()
+    time.sleep(8)
+    handler.close_connection = True
+
+
+def damaged(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    """The right number of wrong bytes."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(bytes(len(data)))
