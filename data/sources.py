@@ -179,7 +179,7 @@ class S3:
             raise SourceError("reading s3:// needs boto3: pip install 'ddetr[s3]'") from error
         seconds = self._timeout_seconds
         config = Config(connect_timeout=seconds, read_timeout=seconds, retries={"total_max_attempts": 1})
-        return boto3.session.Session().client("s3", config=config)
+        return boto3.Session().client("s3", config=config)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}".lstrip("/")
