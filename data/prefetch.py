@@ -2,8 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from .sources import SourceError
 
 AT_ONCE = 4  # shards
 
@@ -11,41 +12,44 @@ Window = tuple[tuple[int, int], list[int]]  # (epoch, step) of its first batch, 
 
 
 class Prefetch:
-    """A thread that is never more than one window ahead of the position it was told last.
+    """Threads that are never more than one window ahead of the position they were told last.
 
-    A shard that cannot be fetched ends it: whoever needs the shard tries again, and says so.
+    A shard that cannot be fetched ends them: whoever needs it tries again, and says so. `close` does not wait: what is
+    being fetched is of use to the next run.
     """
 
     def __init__(self, windows: Iterator[Window], fetch: Callable[[int], Any]) -> None:
         self._windows, self._fetch = windows, fetch
         self._position = (0, 0)
-        self._moved = threading.Condition()
+        self._begun: tuple[int, int] | None = None  # the window taken last
+        self._left: list[int] = []  # its shards that nobody fetches yet
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-        self._thread.start()
+        self._changed = threading.Condition()
+        for _ in range(AT_ONCE):
+            threading.Thread(target=self._run, name="prefetch", daemon=True).start()
 
     def at(self, epoch: int, step: int) -> None:
-        with self._moved:
+        with self._changed:
             self._position = (epoch, step)
-            self._moved.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
-        with self._moved:
+        with self._changed:
             self._ended = True
-            self._moved.notify()
-        self._thread.join()
+            self._changed.notify_all()
 
     def _run(self) -> None:
-        before = None
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for first, shards in self._windows:
-                with self._moved:
-                    self._moved.wait_for(lambda at=before: self._ended or at is None or self._position >= at)
-                fetched = [pool.submit(self._unless_ended, shard) for shard in shards]
-                if self._ended or any(future.exception() for future in fetched):
-                    return
-                before = first
+        while (shard := self._next()) is not None:
+            try:
+                self._fetch(shard)
+            except SourceError:
+                self.close()
 
-    def _unless_ended(self, shard: int) -> None:
-        if not self._ended:
-            self._fetch(shard)
+    def _next(self) -> int | None:
+        with self._changed:
+            while not self._ended and not self._left:
+                if self._begun is None or self._position >= self._begun:
+                    self._begun, self._left = next(self._windows)
+                else:
+                    self._changed.wait()
+            return None if self._ended else self._left.pop(0)

@@ -143,8 +143,12 @@ class Http:
         return {name: size for name, size in found.items() if size != -1}
 
     def _size(self, name: str) -> int | None:
-        """-1 where the server does not say."""
-        response = self._request("HEAD", name, {})
+        """-1 where the server does not say, or not now: what is fetched is checked then."""
+        try:
+            response = self._request("HEAD", name, {})
+        except LostError:
+            return -1
+        response.release_conn()
         if response.status in (404, 410):
             return None
         return int(response.headers.get("Content-Length", -1)) if response.status == 200 else -1
