@@ -56,8 +56,8 @@ def train_step(engine: Engine, micro_batches: list[Batch], number: int, config: 
     micro-batch, for the matching; DeepSpeed's step does so too, for the norm of the gradients.
     """
     counts = torch.cat([batch.num_boxes for batch in micro_batches])
-    real = sum(int(batch.is_real.sum()) for batch in micro_batches)
-    totals = [counts.sum(), counts.clamp(max=config.model.queries).sum(), torch.tensor(real)]
+    real = torch.cat([batch.is_real for batch in micro_batches])
+    totals = [counts.sum(), counts.clamp(max=config.model.queries).sum(), real.sum()]
     objects, matched, images = world.sum(torch.stack(totals).float())
     parts = world.size * len(micro_batches)
     all_losses, taken = [], True

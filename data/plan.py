@@ -142,9 +142,10 @@ class StepPlan:
         """(steps, B); where sizes are equal the order stays."""
         if self.seen_sizes is not None:
             height, width = self.seen_sizes(epoch, samples).T
+            aspect = height / width
             by_area = np.argsort(height * width, kind="stable")
             # About as many strata of area as differ in aspect ratio inside one: then groups of 8 differ least in both.
             stratum = max(1, round((8 * len(samples)) ** 0.5 / self.batch_size)) * self.batch_size
             strata = (by_area[i : i + stratum] for i in range(0, len(samples), stratum))
-            samples = samples[np.concatenate([s[np.argsort((height / width)[s], kind="stable")] for s in strata])]
+            samples = samples[np.concatenate([s[np.argsort(aspect[s], kind="stable")] for s in strata])]
         return samples.reshape(-1, self.batch_size)

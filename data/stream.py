@@ -29,10 +29,8 @@ from .index import SampleError, ShardIndex, ShardReader
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
 from .sources import SourceError
-from .transforms import annotated_sample, decode_image, evaluation_sample, load_image
+from .transforms import annotated_sample, decode_image
 from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
-
-__all__ = ["SampleError", "TrainStream", "evaluation_batches", "evaluation_sample", "load_image"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -20,7 +20,7 @@ from ..core.detector import DeformableDetr
 from ..core.engine import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
-from ..data.stream import evaluation_sample, load_image
+from ..data.transforms import evaluation_sample, load_image
 from .inference import configured_detector
 from .predict import category_names
 

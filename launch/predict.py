@@ -15,7 +15,7 @@ from ..core.evaluator import category_id
 from ..core.postprocess import Detections, detections
 from ..data.batch import collate, normalised
 from ..data.index import write_whole
-from ..data.stream import evaluation_sample, load_image
+from ..data.transforms import evaluation_sample, load_image
 from .drawing import DrawnBox, draw_boxes
 from .inference import configured_detector
 

@@ -16,7 +16,7 @@ from ddetr.core.evaluator import METRICS, ShardResult, check_categories, coco_me
 from ddetr.data.batch import IMAGE_MEAN, IMAGE_STD
 from ddetr.data.categories import Categories
 from ddetr.data.index import ShardIndex, ShardReader
-from ddetr.data.stream import load_image
+from ddetr.data.transforms import load_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -153,7 +153,7 @@ def test_detections_are_those_of_single_images_in_pixels_of_the_file(
     reader.close()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
 def test_the_batch_size_changes_no_detection(index: ShardIndex, detector: TrainedDetector, batch_size: int) -> None:
     def by_image(config_batch_size: int) -> dict[int, list[dict]]:
         config = detector.config.model_copy(

@@ -60,11 +60,15 @@ class FileServer:
             fault(handler, data)
             return
         begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
-        handler.send_response(206 if wanted and self.ranges else 200)
-        handler.send_header("Content-Length", str(len(data) - begin))
-        handler.end_headers()
+        _begin(handler, len(data) - begin, 206 if wanted and self.ranges else 200)
         if handler.command == "GET":
             handler.wfile.write(data[begin:])
+
+
+def _begin(handler: BaseHTTPRequestHandler, length: int, status: int = 200) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(length))
+    handler.end_headers()
 
 
 def status(code: int) -> Fault:
@@ -73,9 +77,7 @@ def status(code: int) -> Fault:
 
 def cut(handler: BaseHTTPRequestHandler, data: bytes) -> None:
     """Half of the file, then the connection is gone."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
+    _begin(handler, len(data))
     handler.wfile.write(data[: len(data) // 2])
     handler.wfile.flush()
     handler.connection.shutdown(socket.SHUT_RDWR)
@@ -84,9 +86,7 @@ def cut(handler: BaseHTTPRequestHandler, data: bytes) -> None:
 
 def stall(handler: BaseHTTPRequestHandler, data: bytes) -> None:
     """A third of the file, then silence."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
+    _begin(handler, len(data))
     handler.wfile.write(data[: len(data) // 3])
     handler.wfile.flush()
     time.sleep(8)
@@ -95,7 +95,5 @@ def stall(handler: BaseHTTPRequestHandler, data: bytes) -> None:
 
 def damaged(handler: BaseHTTPRequestHandler, data: bytes) -> None:
     """The right number of wrong bytes."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
+    _begin(handler, len(data))
     handler.wfile.write(bytes(len(data)))

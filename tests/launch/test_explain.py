@@ -8,7 +8,7 @@ import pytest
 import torch
 from ddetr.core.attention import MultiScaleDeformableAttention
 from ddetr.core.checkpoint import TrainedDetector, load_detector
-from ddetr.data.stream import load_image
+from ddetr.data.transforms import load_image
 from ddetr.launch.explain import Explanation, explain, explained
 from ddetr.ops import reference
 from PIL import Image
