@@ -52,6 +52,7 @@ bench: setup $(COCO)/annotations.json
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/padding.py $(COCO)/annotations.json
 	$(BIN)/python benchmarks/stream.py $(COCO)/annotations.json $(COCO)/images
+	$(BIN)/python benchmarks/stream_endurance.py
 
 bench-gpu: setup gpu
 	$(PYTEST) -m gpu -k 'not sanitizer' tests/ops

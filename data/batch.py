@@ -1,14 +1,16 @@
-"""A batch of images with their boxes, packed into a handful of tensors.
+"""A batch of images with their boxes, packed into one tensor of bytes.
 
 Shapes: N images, H and W the largest height and width in the batch, T boxes of all images together.
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -34,7 +36,7 @@ class Batch:
     """N images padded at the right and bottom to one size; the boxes of all images one after another."""
 
     images: Tensor  # (N, 3, H, W) uint8, zero on padding
-    padding_mask: Tensor  # (N, H, W) bool, True on padding
+    sizes: Tensor  # (N, 2) int64, (height, width) of each image without its padding
     boxes_cxcywh: Tensor  # (T, 4) float32, each relative to its own unpadded image
     labels: Tensor  # (T,) int64
     num_boxes: Tensor  # (N,) int64, how many of the T rows belong to each image
@@ -43,17 +45,56 @@ class Batch:
     is_real: Tensor  # (N,) bool, whether the image carries a loss
     bad_samples: tuple[str, ...] = ()  # in whose places there are images without one: shard, key and what is wrong
 
+    @functools.cached_property
+    def padding_mask(self) -> Tensor:
+        """(N, H, W) bool, True on padding; made where the images are."""
+        height, width = self.images.shape[-2:]
+        below = torch.arange(height, device=self.images.device) >= self.sizes[:, :1]
+        beside = torch.arange(width, device=self.images.device) >= self.sizes[:, 1:]
+        return below[:, :, None] | beside[:, None, :]
+
     def to(self, device: torch.device) -> "Batch":
-        """Images, mask, boxes, labels, is_real on `device`; counts, ids and sizes stay on the host, which needs them.
+        """Images, sizes, boxes, labels, is_real on `device`; the others stay on the host, which needs them.
 
         Copies from pinned memory do not block.
         """
-        moved = ("images", "padding_mask", "boxes_cxcywh", "labels", "is_real")
+        moved = ("images", "sizes", "boxes_cxcywh", "labels", "is_real")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
-    def pin_memory(self) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bad_samples"}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch as it leaves a worker process: each tensor that does so costs a file descriptor and a mapping."""
+
+    packed: Tensor  # (bytes,) uint8: the batch's tensors one after another
+    shape: tuple[int, int, int, int]  # N, H, W, T
+    bad_samples: tuple[str, ...]
+
+    def pin_memory(self) -> "PackedBatch":
+        return replace(self, packed=self.packed.pin_memory())
+
+    def batch(self) -> Batch:
+        """The batch, whose tensors are views of these bytes."""
+        layout, start, tensors = _layout(*self.shape), 0, {}
+        for name, (dtype, shape) in layout.items():
+            end = start + dtype.itemsize * math.prod(shape)
+            tensors[name] = self.packed[start:end].view(dtype).view(shape)
+            start = end
+        return Batch(**tensors, bad_samples=self.bad_samples)
+
+
+def _layout(n: int, h: int, w: int, t: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    # Wide types first: each tensor begins at a multiple of its element's size.
+    return {
+        "labels": (torch.int64, (t,)),
+        "num_boxes": (torch.int64, (n,)),
+        "image_ids": (torch.int64, (n,)),
+        "original_sizes": (torch.int64, (n, 2)),
+        "sizes": (torch.int64, (n, 2)),
+        "boxes_cxcywh": (torch.float32, (t, 4)),
+        "images": (torch.uint8, (n, 3, h, w)),
+        "is_real": (torch.bool, (n,)),
+    }
 
 
 def nothing() -> Sample:
@@ -62,8 +103,8 @@ def nothing() -> Sample:
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, (64, 64))
 
 
-def collate(samples: Sequence[Sample], bad_samples: Sequence[str] = ()) -> Batch:
-    """Pad the samples' images to one size and pack their boxes.
+def collate(samples: Sequence[Sample], bad_samples: Sequence[str] = ()) -> PackedBatch:
+    """Pad the samples' images to one size and pack them with their boxes.
 
     Raises ValueError for an empty sequence.
     """
@@ -71,23 +112,31 @@ def collate(samples: Sequence[Sample], bad_samples: Sequence[str] = ()) -> Batch
         raise ValueError("a batch needs at least one sample")
     height = max(sample.image.shape[1] for sample in samples)
     width = max(sample.image.shape[2] for sample in samples)
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-    padding_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
+    shape = (len(samples), height, width, sum(len(sample.labels) for sample in samples))
+    num_bytes = sum(dtype.itemsize * math.prod(extent) for dtype, extent in _layout(*shape).values())
+    packed = PackedBatch(_bytes(num_bytes), shape, tuple(bad_samples))
+    batch = packed.batch()
     for n, sample in enumerate(samples):
         h, w = sample.image.shape[1:]
-        images[n, :, :h, :w] = sample.image
-        padding_mask[n, :h, :w] = False
-    return Batch(
-        images=images,
-        padding_mask=padding_mask,
-        boxes_cxcywh=torch.cat([sample.boxes_cxcywh for sample in samples]),
-        labels=torch.cat([sample.labels for sample in samples]),
-        num_boxes=torch.tensor([len(sample.labels) for sample in samples]),
-        image_ids=torch.tensor([-1 if sample.image_id is None else sample.image_id for sample in samples]),
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-        is_real=torch.tensor([sample.image_id is not None for sample in samples]),
-        bad_samples=tuple(bad_samples),
-    )
+        batch.images[n, :, :h, :w] = sample.image
+        batch.images[n, :, h:] = 0
+        batch.images[n, :, :h, w:] = 0
+    torch.cat([sample.boxes_cxcywh for sample in samples], out=batch.boxes_cxcywh)
+    torch.cat([sample.labels for sample in samples], out=batch.labels)
+    batch.sizes[:] = torch.tensor([sample.image.shape[1:] for sample in samples])
+    batch.num_boxes[:] = torch.tensor([len(sample.labels) for sample in samples])
+    batch.image_ids[:] = torch.tensor([-1 if sample.image_id is None else sample.image_id for sample in samples])
+    batch.original_sizes[:] = torch.tensor([sample.original_size for sample in samples])
+    batch.is_real[:] = torch.tensor([sample.image_id is not None for sample in samples])
+    return packed
+
+
+def _bytes(number: int) -> Tensor:
+    """Uninitialised; in a worker process in shared memory at once, where handing over would have to copy it."""
+    if get_worker_info() is None:
+        return torch.empty(number, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(number)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def normalised(images: Tensor, padding_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -34,7 +34,7 @@ from .index import (
     write_whole,
 )
 from .parallel import ordered_map
-from .transforms import decode_image
+from .transforms import load_image
 
 __all__ = ["ShardIndex", "pack"]
 
@@ -188,11 +188,11 @@ def inspect_image(image: CocoImage, data: bytes) -> tuple[Finding | None, str]:
     """Decode an image file as the stream will. Returns (what is wrong or None, the file's suffix in the shard)."""
     where = f"image {image.image_id} ({image.file_name})"
     try:
-        decoded = decode_image(data)
+        height, width = load_image(data).shape[:2]
     except ValueError as error:
         return Finding("undecodable image", where, str(error)), ""
-    if decoded.size != (image.width, image.height):
-        what = f"the json says {image.width} x {image.height}, the file holds {decoded.width} x {decoded.height} pixels"
+    if (width, height) != (image.width, image.height):
+        what = f"the json says {image.width} x {image.height}, the file holds {width} x {height} pixels"
         return Finding("wrong size", where, what), ""
     return None, image_suffix(data)
 

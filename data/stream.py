@@ -23,13 +23,13 @@ from webdataset import filters
 from webdataset.compat import WebLoader
 from webdataset.pipeline import DataPipeline
 
-from .batch import Batch, Sample, collate, nothing
+from .batch import Batch, PackedBatch, Sample, collate, nothing
 from .config import DataConfig
 from .index import SampleError, ShardIndex, ShardReader
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
 from .sources import SourceError
-from .transforms import annotated_sample, decode_image
+from .transforms import annotated_sample, load_for, load_image
 from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
 
 Item = TypeVar("Item")
@@ -88,7 +88,7 @@ class TrainStream:
         )
         self.num_samples = index.num_samples
         self.steps_per_epoch = self._plan.steps_per_epoch
-        self._batches: Generator[Batch | SourceError, None, None] | None = None
+        self._batches: Generator[PackedBatch | SourceError, None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the open loader gives next
         self._prefetch: Prefetch | None = None
         _streams.add(self)
@@ -138,11 +138,11 @@ class TrainStream:
         self._batches = batches
         self._position = (epoch, first_step)
 
-    def _checked(self, batch: Batch | SourceError) -> Batch:
+    def _checked(self, batch: PackedBatch | SourceError) -> Batch:
         if isinstance(batch, SourceError):
             self.close()
             raise batch
-        return batch
+        return batch.batch()
 
 
 def training_pipeline(
@@ -166,14 +166,14 @@ def training_pipeline(
         stored = [sample for sample in found if isinstance(sample, StoredSample)]
         views = iter(seen_views([sample.entry for sample in stored], config, plan.seed, epoch))
         return [
-            _or_error(_seen, reader, sample, index, next(views)) if isinstance(sample, StoredSample) else sample
+            _or_error(_seen, reader, sample, index, next(views), True) if isinstance(sample, StoredSample) else sample
             for sample in found
         ]
 
     return DataPipeline(planned, filters.map(read), filters.map(augment), filters.map(packed), errors_as_items)
 
 
-def errors_as_items(batches: Iterable[Batch]) -> Iterator[Batch | SourceError]:
+def errors_as_items(batches: Iterable[PackedBatch]) -> Iterator[PackedBatch | SourceError]:
     """Hand a source's error on as the last item: raised in a worker process, it would arrive as a traceback."""
     try:
         yield from batches
@@ -181,7 +181,7 @@ def errors_as_items(batches: Iterable[Batch]) -> Iterator[Batch | SourceError]:
         yield SourceError(str(error))
 
 
-def packed(found: Sequence[Sample | SampleError | None]) -> Batch:
+def packed(found: Sequence[Sample | SampleError | None]) -> PackedBatch:
     """A batch with an empty image in the place of each sample that is bad or not there."""
     samples = [sample if isinstance(sample, Sample) else nothing() for sample in found]
     return collate(samples, [str(sample) for sample in found if isinstance(sample, SampleError)])
@@ -219,14 +219,14 @@ def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, bat
 
     def decode(stored: StoredSample) -> Sample:
         view = evaluation_view(stored.entry["height"], stored.entry["width"], config)
-        return _seen(reader, stored, index, view)
+        return _seen(reader, stored, index, view, False)
 
     pipeline = DataPipeline(
         lambda: (row for rows in batches for row in rows),
         filters.map(partial(read_sample, reader, shard)),
         partial(threaded_map, decode, threads=config.workers, ahead=2 * batch_size),
         lambda samples: (list(islice(samples, len(rows))) for rows in batches),
-        filters.map(collate),
+        filters.map(lambda samples: collate(samples).batch()),
     )
     try:
         yield from pipeline
@@ -234,13 +234,13 @@ def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, bat
         reader.close()
 
 
-def _seen(reader: ShardReader, stored: StoredSample, index: ShardIndex, view: View) -> Sample:
+def _seen(reader: ShardReader, stored: StoredSample, index: ShardIndex, view: View, reduced: bool) -> Sample:
+    entry = stored.entry
     try:
-        image = decode_image(stored.image)
+        image = load_for(stored.image, entry["height"], entry["width"], view) if reduced else load_image(stored.image)
     except ValueError as error:
         raise reader.error(stored.shard, stored.row, error) from error
-    entry = stored.entry
-    return annotated_sample(image, view, entry["annotations"], index.categories, entry["image_id"])
+    return annotated_sample(image, view, entry, index.categories)
 
 
 def _or_error(function: Callable[..., Result], *arguments: Any) -> Result | SampleError:

@@ -3,14 +3,17 @@
 Images are read as stored: COCO's boxes refer to the stored pixels, so an EXIF rotation is not applied.
 """
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import boxes
 from .batch import Sample
@@ -18,38 +21,57 @@ from .categories import Categories
 from .config import DataConfig
 from .views import View, evaluation_view
 
+REDUCED = (
+    1.5  # a JPEG may be decoded smaller as long as it stays so many times as large as it is seen: see docs/data.md
+)
 
-def decode_image(data: bytes) -> Image.Image:
-    """Any file PIL reads (grayscale, palette, CMYK, 16-bit, ...) as 8-bit RGB.
 
+def load_image(data: bytes, smallest: tuple[float, float] = (np.inf, np.inf)) -> np.ndarray:
+    """Any image file (grayscale, palette, CMYK, 16-bit, ...) as (height, width, 3) uint8 RGB.
+
+    A JPEG may come at half its size or less, no smaller than `smallest`, (height, width); by default at its full size.
     Raises ValueError for data that is no image or is cut short.
     """
+    if data.startswith(b"\xff\xd8"):
+        # What libjpeg-turbo objects to, PIL judges below: it reads on over harmless oddities, and says what is wrong.
+        with contextlib.suppress(ValueError):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours not in ("CMYK", "YCCK"):
+                least = (int(min(side, full)) for side, full in zip(smallest, (height, width), strict=True))
+                return simplejpeg.decode_jpeg(data, "RGB", False, False, *least, 2)
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would saturate at 255
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return np.array(image.convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError(f"not an image in a known format ({len(data)} bytes)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be decoded: {error}") from error
 
 
-def load_image(data: bytes) -> np.ndarray:
-    """The bytes of an image file as (height, width, 3) uint8 RGB. Raises ValueError as `decode_image`."""
-    return np.asarray(decode_image(data))
+def load_for(data: bytes, height: int, width: int, view: View) -> np.ndarray:
+    """The image of this stored size, as small as the view allows without visible loss. Raises as `load_image`."""
+    left, top, right, bottom = view.window_xyxy
+    seen_height, seen_width = view.size
+    return load_image(
+        data, (REDUCED * seen_height * height / (bottom - top), REDUCED * seen_width * width / (right - left))
+    )
 
 
-def view_pixels(image: Image.Image, view: View) -> Tensor:
-    """(3, h, w) uint8: the view's rectangle of the image at the view's size; bilinear, antialiased."""
-    height, width = view.size
-    if view.window_xyxy != (0, 0, image.width, image.height) or (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=view.window_xyxy)
-    pixels = np.asarray(image)
-    if view.flipped:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+def view_pixels(image: np.ndarray, view: View, stored_size: tuple[int, int]) -> Tensor:
+    """(3, h, w) uint8: the view's rectangle of the image at the view's size; bilinear, antialiased.
+
+    image: (height, width, 3), of the stored size or a smaller one. The result's memory is in the order (h, w, 3).
+    """
+    y_scale, x_scale = (side / stored for side, stored in zip(image.shape[:2], stored_size, strict=True))
+    left, top, right, bottom = view.window_xyxy
+    seen = image[round(top * y_scale) : round(bottom * y_scale), round(left * x_scale) : round(right * x_scale)]
+    pixels = torch.from_numpy(seen).permute(2, 0, 1)[None]
+    if pixels.shape[-2:] != view.size:
+        pixels = F.interpolate(pixels, view.size, mode="bilinear", antialias=True)
+    return (pixels.flip(-1) if view.flipped else pixels)[0]
 
 
 def view_boxes(boxes_xyxy: Tensor, height: int, width: int, view: View) -> tuple[Tensor, Tensor]:
@@ -68,30 +90,24 @@ def view_boxes(boxes_xyxy: Tensor, height: int, width: int, view: View) -> tuple
     return boxes_cxcywh.float(), kept
 
 
-def annotated_sample(
-    image: Image.Image, view: View, annotations: Sequence[Mapping[str, Any]], categories: Categories, image_id: int
-) -> Sample:
-    """The sample seen through `view`; annotations as stored in a shard. Crowds are left out, as published."""
-    single = [annotation for annotation in annotations if not annotation["iscrowd"]]
+def annotated_sample(image: np.ndarray, view: View, entry: Mapping[str, Any], categories: Categories) -> Sample:
+    """The sample seen through `view`; entry as stored in a shard. Crowds are left out, as published."""
+    height, width = entry["height"], entry["width"]
+    single = [annotation for annotation in entry["annotations"] if not annotation["iscrowd"]]
     boxes_xywh = torch.tensor([a["bbox"] for a in single], dtype=torch.float64).reshape(-1, 4)
     labels = torch.tensor([categories.label(a["category_id"]) for a in single], dtype=torch.int64)
-    boxes_cxcywh, kept = view_boxes(boxes.xywh_to_xyxy(boxes_xywh), image.height, image.width, view)
+    boxes_cxcywh, kept = view_boxes(boxes.xywh_to_xyxy(boxes_xywh), height, width, view)
     return Sample(
-        image=view_pixels(image, view),
+        image=view_pixels(image, view, (height, width)),
         boxes_cxcywh=boxes_cxcywh,
         labels=labels[kept],
-        image_id=image_id,
-        original_size=(image.height, image.width),
-    )
-
-
-def evaluation_sample(image: np.ndarray, config: DataConfig, *, image_id: int = 0) -> Sample:
-    """An image (height, width, 3) uint8 without annotations, exactly as evaluation sees it: for prediction."""
-    height, width = image.shape[:2]
-    return Sample(
-        image=view_pixels(Image.fromarray(image), evaluation_view(height, width, config)),
-        boxes_cxcywh=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        image_id=image_id,
+        image_id=entry["image_id"],
         original_size=(height, width),
     )
+
+
+def evaluation_sample(image: np.ndarray, config: DataConfig) -> Sample:
+    """An image (height, width, 3) uint8 without annotations, exactly as evaluation sees it: for prediction."""
+    height, width = image.shape[:2]
+    entry = {"image_id": 0, "height": height, "width": width, "annotations": ()}
+    return annotated_sample(image, evaluation_view(height, width, config), entry, Categories((), ()))

@@ -2,8 +2,8 @@
 
 The augmentation is the published one (appendix A.4, inherited from DETR): flip with probability one half; then, half
 of the time each, resize to a random short side, or resize to 400-600, crop 384-600 pixels and resize. All of its steps
-but the last pixel size are arithmetic on a rectangle, so they are done as such: a rectangle of the stored image and a
-final size are drawn, and `transforms.py` resamples the pixels once from the one to the other.
+but the last pixel size are arithmetic on a rectangle, so they are done as such: a rectangle of the stored image, in
+whole pixels, and a final size are drawn, and `transforms.py` resamples the pixels once from the one to the other.
 
 Shapes: n images.
 """
@@ -22,10 +22,10 @@ DRAWS = 8  # random numbers of a training view
 class View:
     """The rectangle of the stored image that is seen, the size it is seen at, and whether mirrored.
 
-    window_xyxy: pixels of the stored image, fractions allowed. size: (height, width) of the result.
+    window_xyxy: whole pixels of the stored image. size: (height, width) of the result.
     """
 
-    window_xyxy: tuple[float, float, float, float]
+    window_xyxy: tuple[int, int, int, int]
     size: tuple[int, int]
     flipped: bool = False
 
@@ -76,9 +76,11 @@ def _drawn(
     seen_width, left = _crop(first[:, 1], config.crop_sizes, crop_width, left)
     seen_height, top = _crop(first[:, 0], config.crop_sizes, crop_height, top)
     x_scale, y_scale = widths / first[:, 1], heights / first[:, 0]
-    part = (left * x_scale, top * y_scale, (left + seen_width) * x_scale, (top + seen_height) * y_scale)
+    right = np.minimum(widths, np.ceil((left + seen_width) * x_scale))
+    bottom = np.minimum(heights, np.ceil((top + seen_height) * y_scale))
+    part = (np.floor(left * x_scale), np.floor(top * y_scale), right, bottom)
     whole = (np.zeros_like(widths), np.zeros_like(heights), widths, heights)
-    windows = np.where(cropped[:, None], np.stack(part, axis=-1), np.stack(whole, axis=-1))
+    windows = np.where(cropped[:, None], np.stack(part, axis=-1), np.stack(whole, axis=-1)).astype(np.int64)
     seen_height, seen_width = np.where(cropped, seen_height, heights), np.where(cropped, seen_width, widths)
     sizes = resized_sizes(seen_height, seen_width, _one_of(config.short_sides, short_side), config.long_side)
     return windows, sizes, flip < config.flip_probability
@@ -92,7 +94,7 @@ def evaluation_sizes(heights: np.ndarray, widths: np.ndarray, config: DataConfig
 def evaluation_view(height: int, width: int, config: DataConfig) -> View:
     """The whole image at the validation size."""
     ((seen_height, seen_width),) = evaluation_sizes(np.array([height]), np.array([width]), config).tolist()
-    return View((0.0, 0.0, float(width), float(height)), (seen_height, seen_width))
+    return View((0, 0, width, height), (seen_height, seen_width))
 
 
 def _one_of(sizes: Sequence[int], random: np.ndarray) -> np.ndarray:

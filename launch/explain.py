@@ -70,7 +70,7 @@ def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None =
         raise ValueError(f"{detector.path}: only multi-scale deformable attention has sampling points to draw")
     device = device_for(detector.config.train, local_rank=0)
     model = detector.model.to(device)
-    batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)
+    batch = collate([evaluation_sample(pixels, detector.config.data)]).batch().to(device)
     decoder_attention = _attention(model.transformer.decoder.layers[-1].cross_attn)
     encoder_attention = _attention(model.transformer.encoder.layers[-1].self_attn)
     with recorded(decoder_attention) as decoder, recorded(encoder_attention) as encoder:

@@ -70,7 +70,7 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
 @torch.inference_mode()
 def detect_image(detector: TrainedDetector, pixels: Any, device: torch.device) -> Detections:
     """The detections of one RGB image (height, width, 3) uint8, best first, on the CPU."""
-    batch = collate([evaluation_sample(pixels, detector.config.data)]).to(device)
+    batch = collate([evaluation_sample(pixels, detector.config.data)]).batch().to(device)
     predictions = detector.model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
     found = detections(predictions, batch.original_sizes, detector.config.eval.top_k)[0]
     return Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu())

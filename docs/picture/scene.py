@@ -168,7 +168,7 @@ SCENES = (BEACH, STREET)
 
 
 def batch() -> Batch:
-    return collate([scene.sample(number) for number, scene in enumerate(SCENES)])
+    return collate([scene.sample(number) for number, scene in enumerate(SCENES)]).batch()
 
 
 def cells(image: Tensor, height: int, width: int) -> np.ndarray:

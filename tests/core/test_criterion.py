@@ -25,7 +25,7 @@ def random_batch(counts: list[int]) -> Batch:
     total = sum(counts)
     return Batch(
         images=torch.empty(0),
-        padding_mask=torch.empty(0),
+        sizes=torch.empty(0),
         boxes_cxcywh=random_boxes(total),
         labels=torch.randint(CLASSES, (total,)),
         num_boxes=torch.tensor(counts),

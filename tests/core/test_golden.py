@@ -111,7 +111,7 @@ def batch_of(targets: list[dict]) -> Batch:
     """Only what the criterion reads."""
     return Batch(
         images=torch.empty(0),
-        padding_mask=torch.empty(0),
+        sizes=torch.empty(0),
         boxes_cxcywh=torch.cat([target["boxes"] for target in targets]),
         labels=torch.cat([target["labels"] for target in targets]),
         num_boxes=torch.tensor([len(target["labels"]) for target in targets]),

@@ -43,7 +43,7 @@ def step_of(variant: str, device: str) -> tuple[Callable[[], None], Callable[[],
         Sample(torch.randint(256, (3, 64, 80), dtype=torch.uint8), boxes, torch.tensor([0, 1, 2]), 1, (64, 80)),
         Sample(torch.randint(256, (3, 96, 64), dtype=torch.uint8), boxes[:0], torch.tensor([]).long(), 2, (96, 64)),
     ]
-    batch = collate(samples)
+    batch = collate(samples).batch()
     objects = torch.tensor(3.0, device=device)
 
     def gradients() -> None:

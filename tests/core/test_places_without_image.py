@@ -26,7 +26,7 @@ def _batch(places: list[bool]) -> Batch:
         labels = torch.randint(CLASSES - 1, (2,))
         image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         samples.append(Sample(image, boxes, labels, number, (8, 8)) if real else nothing())
-    return collate(samples)
+    return collate(samples).batch()
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -38,9 +38,7 @@ def test_losses_are_those_of_the_images_alone(softmax: bool) -> None:
     kept = torch.tensor(places)
     alone = replace(
         batch,
-        **{
-            name: getattr(batch, name)[kept] for name in ("images", "padding_mask", "num_boxes", "image_ids", "is_real")
-        },
+        **{name: getattr(batch, name)[kept] for name in ("images", "sizes", "num_boxes", "image_ids", "is_real")},
     )
     results = []
     for given, rows in ((batch, slice(None)), (alone, kept)):

@@ -304,10 +304,10 @@ def _batch(objects: str) -> tuple[Batch, list[dict[str, Tensor]]]:
         boxes = 0.25 + 0.5 * torch.rand(number, 4, generator=generator) * torch.tensor([1.0, 1.0, 0.8, 0.8])
         boxes[:, 2:] -= 0.2
         labels.append({"class_labels": torch.randint(5, (number,), generator=generator), "boxes": boxes})
-    images, padding_mask = _images("padded")
+    images, _ = _images("padded")
     batch = Batch(
         images=images,
-        padding_mask=padding_mask,
+        sizes=torch.tensor(IMAGES["padded"]),
         boxes_cxcywh=torch.cat([image["boxes"] for image in labels]),
         labels=torch.cat([image["class_labels"] for image in labels]),
         num_boxes=torch.tensor(OBJECTS[objects]),
