@@ -112,9 +112,8 @@ class Subject:
             boxes = torch.cat([torch.rand(NUM_OBJECTS, 2) * 0.6 + 0.2, torch.rand(NUM_OBJECTS, 2) * 0.3 + 0.05], dim=1)
             labels = torch.randint(self.classes, (NUM_OBJECTS,))
             samples.append(Sample(torch.randint(256, (3, *size), dtype=torch.uint8), boxes, labels, number, size))
-        self.batch = collate(samples).batch()
-        if self.device.type == "cuda":
-            self.batch = self.batch.pin_memory()
+        packed = collate(samples)
+        self.batch = (packed.pin_memory() if self.device.type == "cuda" else packed).batch()
 
     def step(self) -> None:
         """Raises FloatingPointError when the loss is not finite: the time would mean nothing."""

@@ -37,8 +37,10 @@ def load_image(data: bytes, smallest: tuple[float, float] = (np.inf, np.inf)) ->
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours not in ("CMYK", "YCCK"):
-                least = (int(min(side, full)) for side, full in zip(smallest, (height, width), strict=True))
-                return simplejpeg.decode_jpeg(data, "RGB", False, False, *least, 2)
+                least_height, least_width = min(smallest[0], int(height)), min(smallest[1], int(width))
+                return simplejpeg.decode_jpeg(
+                    data, min_height=int(least_height), min_width=int(least_width), min_factor=2
+                )
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()

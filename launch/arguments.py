@@ -3,6 +3,20 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+OVERRIDES = "section.key=value"
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar=OVERRIDES,
+        show_default=False,
+        help="Settings to change; values are YAML, e.g. `train.batch_size=16` `data.short_sides=[480,512]`.",
+    ),
+]
 
 _ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
 

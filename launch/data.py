@@ -30,7 +30,7 @@ def pack(
     annotations: Path, images: Path, output: Path, workers: int, shard_megabytes: int, drop_degenerate: bool
 ) -> None:
     """COCO json and images -> shards, and a line that says what was packed."""
-    with _progress() as progress:
+    with progress_bar() as progress:
         index = pack_shards(
             annotations,
             images,
@@ -52,12 +52,12 @@ def pack(
 def check(path: Path, images: Path | None) -> bool:
     """Print everything wrong with a COCO json and its images, or with a folder of shards; True without errors."""
     if path.is_dir() and images is None:
-        with _progress() as progress:
+        with progress_bar() as progress:
             findings = check_shards(path, progress=progress)
     else:
         if path.is_file() and images is None:
             raise ValueError(f"{path} is a file: name the folder of its images too: `ddetr data check {path} IMAGES`")
-        with _progress() as progress:
+        with progress_bar() as progress:
             findings = check_coco(path, images or path.parent, progress=progress)
     errors = sum(finding.severity == "error" for finding in findings)
     if findings:
@@ -68,7 +68,7 @@ def check(path: Path, images: Path | None) -> bool:
 
 def synth(output: Path, images: int, size: int, classes: int, seed: int) -> None:
     """Draw a procedural COCO-format set."""
-    with _progress() as progress:
+    with progress_bar() as progress:
         path = draw_set(output, images=images, size=size, classes=classes, seed=seed, progress=progress)
     print(f"{path} and {images} images in {output / 'images'}; next: ddetr data pack {path} {output / 'images'} SHARDS")
 
@@ -134,6 +134,6 @@ def _print_findings(findings: list[Finding]) -> None:
         console.print(f"  fix: {FIXES[kind]}")
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,50 @@
+"""The objects of a set as one table of numbers, read from its shards."""
+
+from functools import partial
+
+import numpy as np
+from rich.progress import Progress
+
+from .index import ShardIndex, ShardReader
+from .parallel import ordered_map
+
+# One row an annotation. sample: its number in the index. width, height: pixels of the stored image, what overhangs it
+# left out. area: as annotated, for COCO of the segmentation.
+OBJECT_DTYPE = np.dtype(
+    [
+        ("sample", np.int64),
+        ("label", np.int32),
+        ("width", np.float64),
+        ("height", np.float64),
+        ("area", np.float64),
+        ("iscrowd", np.bool_),
+    ]
+)
+
+
+def read_objects(index: ShardIndex, *, workers: int = 0, progress: Progress | None = None) -> np.ndarray:
+    """Rows of OBJECT_DTYPE of all shards, read by several processes (0: one a core).
+
+    Raises SampleError for a damaged sample.
+    """
+    task = progress.add_task("reading annotations", total=index.num_samples) if progress else None
+    tables = []
+    for shard, rows in enumerate(ordered_map(partial(_objects, index), range(len(index.shards)), workers=workers)):
+        rows["sample"] += sum(len(shard.samples) for shard in index.shards[:shard])
+        tables.append(rows)
+        if progress and task is not None:
+            progress.advance(task, len(index.shards[shard].samples))
+    return np.concatenate(tables)
+
+
+def _objects(index: ShardIndex, shard: int) -> np.ndarray:
+    reader, rows = ShardReader(index), []
+    for row in range(len(index.shards[shard].samples)):
+        entry = reader.annotations(shard, row)
+        for annotation in entry["annotations"]:
+            left, top, width, height = annotation["bbox"]
+            sides = min(left + width, entry["width"]) - max(left, 0), min(top + height, entry["height"]) - max(top, 0)
+            label = index.categories.label(annotation["category_id"])
+            rows.append((row, label, *sides, annotation["area"], bool(annotation["iscrowd"])))
+    reader.close()
+    return np.array(rows, dtype=OBJECT_DTYPE)
