@@ -75,16 +75,16 @@ class PackedBatch:
 
     def batch(self) -> Batch:
         """The batch, whose tensors are views of these bytes."""
-        layout, start, tensors = _layout(*self.shape), 0, {}
-        for name, (dtype, shape) in layout.items():
+        start, tensors = 0, {}
+        for name, (dtype, shape) in layout(*self.shape).items():
             end = start + dtype.itemsize * math.prod(shape)
             tensors[name] = self.packed[start:end].view(dtype).view(shape)
             start = end
         return Batch(**tensors, bad_samples=self.bad_samples)
 
 
-def _layout(n: int, h: int, w: int, t: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    # Wide types first: each tensor begins at a multiple of its element's size.
+def layout(n: int, h: int, w: int, t: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors of a packed batch in their order; wide types first, so that each begins at a multiple of its own."""
     return {
         "labels": (torch.int64, (t,)),
         "num_boxes": (torch.int64, (n,)),
@@ -113,7 +113,7 @@ def collate(samples: Sequence[Sample], bad_samples: Sequence[str] = ()) -> Packe
     height = max(sample.image.shape[1] for sample in samples)
     width = max(sample.image.shape[2] for sample in samples)
     shape = (len(samples), height, width, sum(len(sample.labels) for sample in samples))
-    num_bytes = sum(dtype.itemsize * math.prod(extent) for dtype, extent in _layout(*shape).values())
+    num_bytes = sum(dtype.itemsize * math.prod(extent) for dtype, extent in layout(*shape).values())
     packed = PackedBatch(_bytes(num_bytes), shape, tuple(bad_samples))
     batch = packed.batch()
     for n, sample in enumerate(samples):

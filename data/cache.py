@@ -8,15 +8,19 @@ open reads on. Locks are the kernel's (flock), so a killed process leaves none b
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from .config import DataConfig
 from .index import INDEX_NAME, Shard, ShardIndex
 from .sources import Source, SourceError, fetch, is_remote, source_of
+
+log = logging.getLogger("ddetr")
 
 ABANDONED_SECONDS = 24 * 3600  # after which half a shard that nobody fetches any more is deleted
 
@@ -61,19 +65,19 @@ class ShardCache:
         return True
 
     def _fetch(self, shard: Shard, path: Path) -> None:
-        partial = path.with_suffix(".partial")
+        unfinished = path.with_suffix(".partial")
         for last in (False, True):  # bytes may be damaged on their way, too
-            with partial.open("ab") as file:
+            with unfinished.open("ab") as file:
                 begun = file.tell()
                 if begun < shard.bytes:
                     fetch(self._source, shard.name, file.write, size=shard.bytes, offset=begun, attempts=self._attempts)
                 file.flush()
                 os.fsync(file.fileno())
-            with partial.open("rb") as file:
+            with unfinished.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
-                    partial.rename(path)
+                    unfinished.rename(path)
                     return
-            partial.unlink()
+            unfinished.unlink()
             if last:
                 raise SourceError(
                     f"{self._source.address(shard.name)}: its checksum is not that of the index: the shard is damaged "
@@ -134,6 +138,23 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
     folder = Path(config.cache).expanduser()
     index = ShardIndex.parse(bytes(text), location, folder)
     index.check(source.sizes([shard.name for shard in index.shards]))
+    if config.fetch == "samples":
+        index.part = partial(_part, source, config.fetch_attempts)
+        index.part(index.shards[0], 0, 512)  # whether the source gives parts of files at all
+        return index
+    total = sum(shard.bytes for shard in index.shards)
+    if total > config.cache_bytes:
+        log.warning(
+            "%s: its shards are %.1f GiB, data.cache_bytes holds %.1f: each epoch fetches all of them anew. "
+            "Set data.cache_bytes=%d, or data.fetch=samples, which reads only what each rank needs.",
+            *(location, total / 2**30, config.cache_bytes / 2**30, total),
+        )
     cache = ShardCache(source, folder, config.cache_bytes, config.fetch_attempts)
     index.open, index.fetch = cache.open, cache.ensure
     return index
+
+
+def _part(source: Source, attempts: int, shard: Shard, begin: int, end: int) -> bytes:
+    data = bytearray()
+    fetch(source, shard.name, data.extend, size=shard.bytes, offset=begin, end=end, attempts=attempts)
+    return bytes(data)

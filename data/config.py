@@ -40,7 +40,10 @@ class DataConfig(BaseModel):
     most_bad_samples: float = Field(
         default=0.001, ge=0, le=1, description="share of the images that may be damaged before a run stops"
     )
-
+    fetch: Literal["shards", "samples"] = Field(
+        default="shards",
+        description="from a remote source: whole shards into the cache; or each time the samples that a rank needs",
+    )
     cache: str = Field(default="~/.cache/ddetr/shards", description="folder for shards that are not on a disk")
     cache_bytes: int = Field(default=100 << 30, gt=0, description="most that folder holds")
     fetch_attempts: int = Field(default=8, gt=0, description="in a row that bring nothing, before a source is given up")

@@ -11,16 +11,21 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .categories import Categories
+from .parallel import threaded_map
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+READS_AT_ONCE = 16  # of a process, from a remote source
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 
@@ -87,7 +92,8 @@ class ShardIndex:
     """All shards of a set, in order; samples are numbered through them.
 
     location: their folder, as it was asked for. open: a descriptor of a shard's file, or of a local copy of it. fetch:
-    makes sure of the copy; None where the shards themselves are local.
+    makes sure of the copy; None where there is none to make. part: the bytes of a shard between two offsets, where they
+    come from a remote source each time.
     Raises nothing itself; `load` checks the files.
     """
 
@@ -104,6 +110,7 @@ class ShardIndex:
         self.shards = tuple(shards)
         self.open: Callable[[Shard], int] = _open
         self.fetch: Callable[[Shard], Any] | None = None
+        self.part: Callable[[Shard, int, int], bytes] | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
@@ -196,14 +203,12 @@ class ShardIndex:
         """The annotations of some shards (default: all), read from them, as a COCO dict with the original ids."""
         images, annotations = [], []
         reader = ShardReader(self)
-        for number in range(len(self.shards)) if shards is None else shards:
-            for row in range(len(self.shards[number].samples)):
-                values = reader.annotations(number, row)
-                image_id = values["image_id"]
-                annotations += [{**annotation, "image_id": image_id} for annotation in values["annotations"]]
-                images.append(
-                    {"id": image_id, **{name: values[name] for name in ("file_name", "height", "width")}},
-                )
+        numbers = range(len(self.shards)) if shards is None else shards
+        places = ((number, row) for number in numbers for row in range(len(self.shards[number].samples)))
+        for values in reader.ahead(lambda place: reader.annotations(*place), places):
+            image_id = values["image_id"]
+            annotations += [{**annotation, "image_id": image_id} for annotation in values["annotations"]]
+            images.append({"id": image_id, **{name: values[name] for name in ("file_name", "height", "width")}})
         reader.close()
         return {"info": {}, "images": images, "annotations": annotations, "categories": self.categories.to_json()}
 
@@ -219,11 +224,20 @@ class ShardReader:
 
     def image(self, shard: int, row: int) -> bytes:
         """The original bytes of an image file."""
-        return self._read(shard, row, "image")
+        return self._read(shard, row, "image")[0]
 
     def annotations(self, shard: int, row: int) -> dict[str, Any]:
         """{"image_id", "file_name", "height", "width", "annotations"} as packed."""
-        return json.loads(self._read(shard, row, "annotations"))
+        return json.loads(self._read(shard, row, "annotations")[0])
+
+    def sample(self, shard: int, row: int) -> tuple[bytes, dict[str, Any]]:
+        """Both, read at once."""
+        image, annotations = self._read(shard, row, "image", "annotations")
+        return image, json.loads(annotations)
+
+    def ahead(self, read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`read(item)` for each item in order; what comes from a remote source is asked for early, many at once."""
+        return threaded_map(read, items, threads=READS_AT_ONCE if self._index.part else 0, ahead=2 * READS_AT_ONCE)
 
     def error(self, shard: int, row: int, what: object) -> SampleError:
         """The one message for a sample that cannot be used."""
@@ -237,21 +251,36 @@ class ShardReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read(self, shard: int, row: int, member: str) -> bytes:
+    def _read(self, shard: int, row: int, *members: str) -> list[bytes]:
+        """The members of a sample, which lie side by side in the tar, in one read."""
+        place = self._index.shards[shard].samples[row]
+        spans = [(int(place[f"{member}_offset"]), int(place[f"{member}_bytes"])) for member in members]
+        begin, end = min(offset for offset, _ in spans), max(offset + size for offset, size in spans)
+        for last in (self._index.part is None, True):  # bytes may be damaged on their way, too
+            data = self._bytes(shard, begin, end)
+            if len(data) != end - begin:
+                raise self.error(shard, row, f"the shard ends {end - begin - len(data)} bytes early")
+            parts = [data[offset - begin : offset - begin + size] for offset, size in spans]
+            # Decoders overlook much damage: a JPEG with a zeroed half decodes, in grey.
+            sums = [place[f"{member}_crc32"] for member in members]
+            damaged = [
+                member for member, part, good in zip(members, parts, sums, strict=True) if zlib.crc32(part) != good
+            ]
+            if not damaged:
+                break
+            if last:
+                raise self.error(shard, row, f"the {damaged[0]} in the shard is damaged (its checksum is wrong)")
+        return parts
+
+    def _bytes(self, shard: int, begin: int, end: int) -> bytes:
+        if self._index.part:
+            return self._index.part(self._index.shards[shard], begin, end)
         if shard not in self._files:
             if len(self._files) >= self.MOST_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard] = self._index.open(self._index.shards[shard])
         self._files.move_to_end(shard)
-        place = self._index.shards[shard].samples[row]
-        size = int(place[f"{member}_bytes"])
-        data = os.pread(self._files[shard], size, int(place[f"{member}_offset"]))
-        if len(data) != size:
-            raise self.error(shard, row, f"the shard ends {size - len(data)} bytes early")
-        # Decoders overlook much damage: a JPEG with a zeroed half decodes, in grey.
-        if zlib.crc32(data) != place[f"{member}_crc32"]:
-            raise self.error(shard, row, f"the {member} in the shard is damaged (its checksum is wrong)")
-        return data
+        return os.pread(self._files[shard], end - begin, begin)
 
 
 def _open(shard: Shard) -> int:

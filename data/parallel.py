@@ -1,11 +1,13 @@
-"""A function over many items in several processes, results in order, no process left behind."""
+"""A function over many items in several processes or threads, results in order, none left behind."""
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TypeVar
@@ -52,3 +54,43 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def threaded_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """`function(item)` for each item in order, computed by threads (0: by the caller) up to `ahead` items early.
+
+    The threads do not hold up the end of the program, however long their last item takes.
+    """
+    if threads == 0:
+        yield from map(function, items)
+        return
+    waiting: queue.SimpleQueue[tuple[Future[Result], Item] | None] = queue.SimpleQueue()
+    pending: deque[Future[Result]] = deque()
+
+    def work() -> None:
+        while (job := waiting.get()) is not None:
+            future, item = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for item in items:
+            pending.append(Future())
+            waiting.put((pending[-1], item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        for _ in range(threads):
+            waiting.put(None)

@@ -21,7 +21,8 @@ import urllib3
 
 CHUNK_BYTES = 1 << 18
 SCHEMES = ("http://", "https://", "s3://", "pipe:")
-_AT_ONCE = 32  # requests for the sizes of files
+WHOLE_FILES = "set data.fetch=shards"
+_AT_ONCE = 32  # connections of a process
 
 
 Value = TypeVar("Value")
@@ -40,8 +41,11 @@ class Source(Protocol):
         """Of a file, as an error names it."""
         ...
 
-    def read(self, name: str, offset: int) -> Iterator[bytes]:
-        """The bytes of a file from an offset on, in pieces. Raises LostError and SourceError."""
+    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, in pieces; of no more than those before `end`, where it is given.
+
+        Raises LostError and SourceError.
+        """
         ...
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
@@ -66,25 +70,34 @@ def source_of(location: str, timeout_seconds: float) -> Source:
 
 
 def fetch(
-    source: Source, name: str, write: Callable[[bytes], Any], *, size: int | None, offset: int = 0, attempts: int
+    source: Source,
+    name: str,
+    write: Callable[[bytes], Any],
+    *,
+    size: int | None,
+    offset: int = 0,
+    end: int | None = None,
+    attempts: int,
 ) -> None:
     """Write a file from `offset` on, in as many attempts as it takes, each going on where the last one ended.
 
     Waits between two attempts that brought nothing, twice as long each time. size: of the whole file in bytes, where it
-    is known. Raises SourceError after `attempts` that brought nothing in a row, or when trying again is of no use.
+    is known. end: where the part ends that is wanted, if it is not all of the file. Raises SourceError after `attempts`
+    that brought nothing in a row, or when trying again is of no use.
     """
     failures = 0
     while True:
         try:
-            for piece in source.read(name, offset):
+            for piece in source.read(name, offset, end):
                 write(piece)
                 offset += len(piece)
                 failures = 0
-            if size is None or offset == size:
+            last = size if end is None else end
+            if last is None or offset == last:
                 return
-            if offset > size:
-                raise SourceError(f"has more than the {size} bytes of the index")
-            raise LostError(f"ended after {offset} of {size} bytes")
+            if offset > last:
+                raise SourceError(f"has more than the {last} bytes of the index")
+            raise LostError(f"ended after {offset} of {last} bytes")
         except LostError as error:
             failures += 1
             if failures >= attempts:
@@ -92,6 +105,10 @@ def fetch(
             time.sleep(min(30.0, 0.25 * 2**failures) * random.uniform(0.5, 1))
         except SourceError as error:
             raise SourceError(f"{source.address(name)}: {error}") from error
+
+
+def _range(offset: int, end: int | None) -> str:
+    return f"bytes={offset}-{'' if end is None else end - 1}"
 
 
 class PerProcess(Generic[Value]):
@@ -121,12 +138,14 @@ class Http:
     def address(self, name: str) -> str:
         return f"{self._folder}/{quote(name)}"  # without login and query, which are often secrets
 
-    def read(self, name: str, offset: int) -> Iterator[bytes]:
-        response = self._request("GET", name, {"Range": f"bytes={offset}-"} if offset else {})
+    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
+        response = self._request("GET", name, {"Range": _range(offset, end)} if offset or end else {})
         try:
             if offset and response.status == 416:  # nothing is left
                 return
             self._check(response)
+            if end and response.status != 206:
+                raise SourceError(f"the server gives no parts of files; {WHOLE_FILES}")
             skipped = 0 if response.status == 206 else offset  # a server without ranges sends all of it
             while piece := response.read1(CHUNK_BYTES):
                 kept, skipped = piece[skipped:], max(0, skipped - len(piece))
@@ -182,7 +201,8 @@ class S3:
         except ImportError as error:
             raise SourceError("reading s3:// needs boto3: pip install 'ddetr[s3]'") from error
         seconds = self._timeout_seconds
-        config = Config(connect_timeout=seconds, read_timeout=seconds, retries={"total_max_attempts": 1})
+        once = {"total_max_attempts": 1}
+        config = Config(connect_timeout=seconds, read_timeout=seconds, retries=once, max_pool_connections=_AT_ONCE)
         return boto3.Session().client("s3", config=config)
 
     def _key(self, name: str) -> str:
@@ -191,10 +211,11 @@ class S3:
     def address(self, name: str) -> str:
         return f"s3://{self._bucket}/{self._key(name)}"
 
-    def read(self, name: str, offset: int) -> Iterator[bytes]:
+    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
         with _s3_errors():
             try:
-                found = self._client().get_object(Bucket=self._bucket, Key=self._key(name), Range=f"bytes={offset}-")
+                wanted = {"Bucket": self._bucket, "Key": self._key(name), "Range": _range(offset, end)}
+                found = self._client().get_object(**wanted)
             except self._client().exceptions.ClientError as error:
                 if error.response["Error"]["Code"] == "InvalidRange":  # nothing is left
                     return
@@ -239,7 +260,9 @@ class Pipe:
     def address(self, name: str) -> str:
         return "pipe:" + self._command.replace("{}", name)
 
-    def read(self, name: str, offset: int) -> Iterator[bytes]:
+    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
+        if end is not None:
+            raise SourceError(f"a command gives no parts of files; {WHOLE_FILES}")
         command = self._command.replace("{}", shlex.quote(name))
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(

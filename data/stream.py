@@ -8,9 +8,7 @@ sample that cannot be used leaves an empty image in its place and a message with
 import atexit
 import signal
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,13 +24,13 @@ from webdataset.pipeline import DataPipeline
 from .batch import Batch, PackedBatch, Sample, collate, nothing
 from .config import DataConfig
 from .index import SampleError, ShardIndex, ShardReader
+from .parallel import threaded_map
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
 from .sources import SourceError
 from .transforms import annotated_sample, load_for, load_image
 from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _streams: "weakref.WeakSet[TrainStream]" = weakref.WeakSet()
@@ -170,7 +168,9 @@ def training_pipeline(
             for sample in found
         ]
 
-    return DataPipeline(planned, filters.map(read), filters.map(augment), filters.map(packed), errors_as_items)
+    return DataPipeline(
+        planned, partial(reader.ahead, read), filters.map(augment), filters.map(packed), errors_as_items
+    )
 
 
 def errors_as_items(batches: Iterable[PackedBatch]) -> Iterator[PackedBatch | SourceError]:
@@ -188,7 +188,7 @@ def packed(found: Sequence[Sample | SampleError | None]) -> PackedBatch:
 
 
 def read_sample(reader: ShardReader, shard: int, row: int) -> StoredSample:
-    return StoredSample(shard, row, reader.image(shard, row), reader.annotations(shard, row))
+    return StoredSample(shard, row, *reader.sample(shard, row))
 
 
 def seen_views(entries: Sequence[Mapping[str, Any]], config: DataConfig, seed: int, epoch: int) -> list[View]:
@@ -223,7 +223,7 @@ def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, bat
 
     pipeline = DataPipeline(
         lambda: (row for rows in batches for row in rows),
-        filters.map(partial(read_sample, reader, shard)),
+        partial(reader.ahead, partial(read_sample, reader, shard)),
         partial(threaded_map, decode, threads=config.workers, ahead=2 * batch_size),
         lambda samples: (list(islice(samples, len(rows))) for rows in batches),
         filters.map(lambda samples: collate(samples).batch()),
@@ -248,26 +248,6 @@ def _or_error(function: Callable[..., Result], *arguments: Any) -> Result | Samp
         return function(*arguments)
     except SampleError as error:
         return error
-
-
-def threaded_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
-) -> Iterator[Result]:
-    """`function(item)` for each item in order, computed by threads (0: by the caller) up to `ahead` items early."""
-    if threads == 0:
-        yield from map(function, items)
-        return
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -21,9 +21,7 @@ from .categories import Categories
 from .config import DataConfig
 from .views import View, evaluation_view
 
-REDUCED = (
-    1.5  # a JPEG may be decoded smaller as long as it stays so many times as large as it is seen: see docs/data.md
-)
+REDUCED = 2.0  # a JPEG is decoded smaller while it stays so many times as large as it is seen (docs/data.md)
 
 
 def load_image(data: bytes, smallest: tuple[float, float] = (np.inf, np.inf)) -> np.ndarray:

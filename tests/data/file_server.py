@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-Fault = Callable[[BaseHTTPRequestHandler, bytes], None]
+Fault = Callable[[BaseHTTPRequestHandler, bytes, int], None]  # what would be sent, and its status
 
 
 class FileServer:
@@ -55,45 +55,47 @@ class FileServer:
         if not path.is_file():
             handler.send_error(404)
             return
-        data = path.read_bytes()
+        data, good = path.read_bytes(), 200
+        if wanted and self.ranges:
+            begin, _, last = wanted.removeprefix("bytes=").partition("-")
+            data, good = data[int(begin) : int(last) + 1 if last else None], 206
         if fault is not None:
-            fault(handler, data)
+            fault(handler, data, good)
             return
-        begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
-        _begin(handler, len(data) - begin, 206 if wanted and self.ranges else 200)
+        _begin(handler, len(data), good)
         if handler.command == "GET":
-            handler.wfile.write(data[begin:])
+            handler.wfile.write(data)
 
 
-def _begin(handler: BaseHTTPRequestHandler, length: int, status: int = 200) -> None:
+def _begin(handler: BaseHTTPRequestHandler, length: int, status: int) -> None:
     handler.send_response(status)
     handler.send_header("Content-Length", str(length))
     handler.end_headers()
 
 
 def status(code: int) -> Fault:
-    return lambda handler, data: handler.send_error(code)
+    return lambda handler, data, good: handler.send_error(code)
 
 
-def cut(handler: BaseHTTPRequestHandler, data: bytes) -> None:
-    """Half of the file, then the connection is gone."""
-    _begin(handler, len(data))
+def cut(handler: BaseHTTPRequestHandler, data: bytes, good: int) -> None:
+    """Half of it, then the connection is gone."""
+    _begin(handler, len(data), good)
     handler.wfile.write(data[: len(data) // 2])
     handler.wfile.flush()
     handler.connection.shutdown(socket.SHUT_RDWR)
     handler.close_connection = True
 
 
-def stall(handler: BaseHTTPRequestHandler, data: bytes) -> None:
-    """A third of the file, then silence."""
-    _begin(handler, len(data))
+def stall(handler: BaseHTTPRequestHandler, data: bytes, good: int) -> None:
+    """A third of it, then silence."""
+    _begin(handler, len(data), good)
     handler.wfile.write(data[: len(data) // 3])
     handler.wfile.flush()
     time.sleep(8)
     handler.close_connection = True
 
 
-def damaged(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+def damaged(handler: BaseHTTPRequestHandler, data: bytes, good: int) -> None:
     """The right number of wrong bytes."""
-    _begin(handler, len(data))
+    _begin(handler, len(data), good)
     handler.wfile.write(bytes(len(data)))

@@ -61,9 +61,26 @@ def test_samples_move_at_most_a_window():
     order = epoch_order(sizes, seed=0, epoch=0, window=window)
     for start in range(0, len(order), window):
         assert len({sample // 50 for sample in order[start : start + window]}) == window // 50
-    wide = epoch_order(sizes, seed=0, epoch=0, window=2000)
-    moved = np.abs(wide - np.arange(2000)).mean()
-    assert abs(moved - 2000 / 3) < 60  # a uniform permutation of n moves its elements n / 3 on average
+
+
+def move_and_adjacency(orders: list[np.ndarray], shard_size: int) -> tuple[float, float]:
+    """(how far a sample moves between two epochs, in shares of the set; share of neighbours from one shard)."""
+    places = [np.argsort(order) for order in orders]
+    moved = np.abs(places[0] - places[1]).mean() / len(orders[0])
+    return float(moved), float((np.diff(orders[0] // shard_size) == 0).mean())
+
+
+def test_windows_shuffle_about_as_well_as_a_full_permutation():
+    """Neighbours from one shard are as rare as the shards of a window allow, and samples move as far as they can."""
+    sizes, random = [50] * 200, np.random.default_rng(0)
+    moved, adjacent = move_and_adjacency([random.permutation(10_000) for _ in range(2)], 50)
+    assert moved == pytest.approx(1 / 3, abs=0.02)
+    assert adjacent == pytest.approx(1 / 200, abs=0.003)
+    for in_window in (10, 40, 200):
+        orders = [epoch_order(sizes, seed=0, epoch=epoch, window=50 * in_window) for epoch in range(2)]
+        moved, adjacent = move_and_adjacency(orders, 50)
+        assert moved == pytest.approx(1 / 3, abs=0.04)
+        assert adjacent == pytest.approx(1 / in_window, rel=0.2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])

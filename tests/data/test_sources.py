@@ -140,6 +140,77 @@ def test_passwords_are_not_told(config):
     assert "secret" not in str(error.value)
 
 
+def parts_of(server: FileServer) -> list[str]:
+    return [wanted for method, name, wanted in server.requests if method == "GET" and name.endswith(".tar") and wanted]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_alone_are_fetched_where_that_is_asked_for(server, synthetic_shards, config, workers):
+    config = config.model_copy(update={"fetch": "samples", "workers": workers})
+    index = open_shards(server.url, config)
+    server.requests.clear()
+    half = [
+        TrainStream(index, config, batch_size=4, accumulation=1, rank=rank, world_size=2, seed=1) for rank in range(2)
+    ]
+    whole = TrainStream(
+        ShardIndex.load(synthetic_shards), config, batch_size=4, accumulation=1, rank=0, world_size=1, seed=1
+    )
+    for (one,), (other,), (both,) in zip(*(stream.steps(0) for stream in (*half, whole)), strict=True):
+        assert torch.equal(torch.cat([one.image_ids, other.image_ids]), both.image_ids)
+        assert torch.equal(one.boxes_cxcywh, both.boxes_cxcywh[: len(one.labels)])
+    for stream in (*half, whole):
+        stream.close()
+    assert len(set(parts_of(server))) >= index.num_samples - 3  # the last images fill no batch of 4
+    assert not Path(config.cache).exists()
+
+    expected = evaluation_batches(ShardIndex.load(synthetic_shards), 1, config, batch_size=4)
+    for ours, theirs in zip(evaluation_batches(index, 1, config, batch_size=4), expected, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+    assert index.ground_truth() == ShardIndex.load(synthetic_shards).ground_truth()
+
+
+@pytest.mark.parametrize("faults", [[status(500), status(503)], [cut, status(502)], [stall], [damaged], [status(429)]])
+def test_faults_while_samples_are_fetched_are_overcome(server, synthetic_shards, config, faults: list[Fault]):
+    samples = config.model_copy(update={"fetch": "samples"})
+    index = open_shards(server.url, samples)
+    server.faults = list(faults)
+    for ours, theirs in zip(
+        images_of_epoch(index, samples), images_of_epoch(ShardIndex.load(synthetic_shards), config), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert not server.faults
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_faults_of_samples_that_stay_name_shard_and_address(server, config, workers):
+    samples = config.model_copy(update={"fetch": "samples", "workers": workers})
+    index = open_shards(server.url, samples)
+    server.faults = [status(500)] * 400
+    with pytest.raises(
+        SourceError, match=rf"{server.url}/shard-0000\d\d.tar: the server answered 500.*gave up after 3"
+    ):
+        images_of_epoch(index, samples)
+    assert not multiprocessing.active_children()
+
+
+def test_who_gives_whole_files_only_is_refused_at_once(synthetic_shards, config):
+    samples = config.model_copy(update={"fetch": "samples"})
+    server = FileServer(synthetic_shards, ranges=False)
+    try:
+        with pytest.raises(SourceError, match=r"the server gives no parts of files; set data.fetch=shards"):
+            open_shards(server.url, samples)
+    finally:
+        server.close()
+    with pytest.raises(SourceError, match=r"a command gives no parts of files; set data.fetch=shards"):
+        open_shards(f"pipe:cat {shlex.quote(str(synthetic_shards))}/{{}}", samples)
+
+
+def test_a_cache_too_small_for_the_set_is_said(server, config, caplog):
+    open_shards(server.url, config.model_copy(update={"cache_bytes": 1000}))
+    assert "each epoch fetches all of them anew" in caplog.text
+    assert "data.fetch=samples" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
     pytest.importorskip("moto")
@@ -177,6 +248,10 @@ def test_s3_gives_the_same_batches(s3_server, synthetic_shards, config, monkeypa
     for path in synthetic_shards.iterdir():
         client.upload_file(str(path), "sets", f"coco/train/{path.name}")
     assert_same_epoch("s3://sets/coco/train", synthetic_shards, config.model_copy(update={"workers": 2}))
+
+    samples = config.model_copy(update={"fetch": "samples", "cache": str(tmp_path / "unused")})
+    assert_same_epoch("s3://sets/coco/train", synthetic_shards, samples)
+    assert not Path(samples.cache).exists()
 
     # Half of a shard was fetched by a process that is gone: the rest is fetched by range.
     (whole, *_) = cached(config)

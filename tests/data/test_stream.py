@@ -69,16 +69,31 @@ def images_of(batch: Batch) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch
     return result
 
 
-@pytest.mark.parametrize(("world_size", "accumulation", "workers"), [(1, 2, 2), (2, 1, 0), (2, 2, 1), (4, 1, 3)])
-def test_any_number_of_ranks_and_workers_sees_the_same_images_at_each_step(index, world_size, accumulation, workers):
+@pytest.fixture(scope="module")
+def one_shard(synthetic_shards, tmp_path_factory) -> ShardIndex:
+    """The same images in a single shard."""
+    coco = synthetic_shards.parent / "coco"
+    return pack(coco / "annotations.json", coco / "images", tmp_path_factory.mktemp("one") / "shards", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accumulation", "workers", "batch_size"),
+    [(1, 2, 2, 8), (2, 1, 0, 8), (2, 2, 1, 8), (4, 1, 3, 8), (1, 1, 4, 8), (3, 1, 1, 12), (8, 1, 0, 8)],
+)
+@pytest.mark.parametrize("shards", ["several", "one"])
+def test_any_number_of_ranks_and_workers_sees_the_same_images_at_each_step(
+    index, one_shard, shards, world_size, accumulation, workers, batch_size
+):
     """Pixels, boxes and labels, against one rank without workers; and the order inside the global batch."""
-    whole = list(stream(index, batch_size=8).steps(epoch=2))
-    ranks = [stream(index, workers, 8, accumulation, rank, world_size) for rank in range(world_size)]
-    divided = [list(rank.steps(epoch=2)) for rank in ranks]
+    index = index if shards == "several" else one_shard
+    whole = list(stream(index, batch_size=batch_size).steps(epoch=2))
+    ranks = [stream(index, workers, batch_size, accumulation, rank, world_size) for rank in range(world_size)]
+    divided = []
     for rank in ranks:
+        divided.append(list(rank.steps(epoch=2)))
         rank.close()
-    assert len(whole) == 3
-    assert {len(steps) for steps in divided} == {3}
+    assert len(whole) == 24 // batch_size
+    assert {len(steps) for steps in divided} == {24 // batch_size}
     for step, (batch,) in enumerate(whole):
         parts = [divided[rank][step][m] for m in range(accumulation) for rank in range(world_size)]
         assert torch.cat([part.image_ids for part in parts]).tolist() == batch.image_ids.tolist()

@@ -76,3 +76,10 @@ def test_the_picture_is_what_the_script_draws() -> None:
         [sys.executable, DOCS / "draw_model.py", "--check"], capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_picture_of_the_stream_is_what_the_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `python docs/draw_stream.py` after a change of the plan or of a batch's layout."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    stream = importlib.import_module("draw_stream")
+    assert stream.PICTURE.read_text() == stream.drawing()
