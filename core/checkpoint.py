@@ -1,8 +1,8 @@
 """Weights on disk: the safetensors file of each checkpoint, and the published Deformable DETR layout.
 
 A run directory holds checkpoints/step_00001234/, each with model.safetensors: the whole model in float32 under
-our names, with configuration, categories, step and epoch in its metadata. DeepSpeed's own files beside it serve
-`--resume` only. Nothing here executes a pickle.
+our names, with configuration, categories, step and epoch in its metadata; training.safetensors: what `--resume` needs
+beside that, whole and by parameter; and checkpoint.json, the manifest. Nothing here executes a pickle.
 """
 
 import json
@@ -23,6 +23,7 @@ from .detector import Detector, build
 from .published import from_published, published_arguments, published_config, read_published, to_published
 
 WEIGHTS = "model.safetensors"
+TRAINING = "training.safetensors"
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -100,6 +101,20 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
     if not any(tensor.is_meta for tensor in ours.values()):
         model.load_state_dict(weights)
     return resized
+
+
+def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    """What a checkpoint has of each trained parameter, by name.
+
+    kind: "weights" that training goes on with, their "average", which the model's file holds where there is one, or one
+    of the optimizer's averages.
+    """
+    with safe_open(checkpoint / TRAINING, framework="pt") as opened:
+        trained = [name.removeprefix("exp_avg/") for name in opened.keys() if name.startswith("exp_avg/")]  # noqa: SIM118
+        if f"{kind}/{trained[0]}" in opened.keys():  # noqa: SIM118
+            return {name: opened.get_tensor(f"{kind}/{name}") for name in trained}
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in trained}
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> TrainedDetector:

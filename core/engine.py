@@ -5,29 +5,29 @@ WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which; 
 """
 
 import datetime
-import json
 import logging
 import math
 import os
-import shutil
 import socket
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.categories import Categories
 from ..ops.library import UNAVAILABLE
-from .checkpoint import WEIGHTS, save_weights, step_directory
+from .checkpoint import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
 from .config import Config, TrainConfig
 from .detector import Detector
+from .manifest import read_manifest, write_checkpoint
 from .moving_average import MovingAverage
 from .optimizer import adamw
+from .training_state import AVERAGES, TrainingState
 from .transfer import to_device
 from .transformer import TransformerLayer
 
@@ -35,7 +35,7 @@ log = logging.getLogger("ddetr")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits longer than this for the others gives up
-STATE = "state.json"
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter")  # what fp16's loss scale depends on
 # Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full:
 # with the 40 million of these models the first reduction would wait for the last gradient.
 BUCKET_ELEMENTS = 10_000_000
@@ -73,6 +73,19 @@ class World:
         everywhere: list[Any] = [None] * self.size
         dist.all_gather_object(everywhere, mine)
         return [item for items in everywhere for item in items]
+
+    def agree(self, choose: Callable[[], Any]) -> Any:
+        """Rank 0's choice on every rank; its ValueError or OSError on every rank as well."""
+        choice: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                choice = [choose()]
+            except (ValueError, OSError) as error:
+                choice = [error]
+        dist.broadcast_object_list(choice, src=0)
+        if isinstance(choice[0], Exception):
+            raise choice[0]
+        return choice[0]
 
 
 def device_for(config: TrainConfig, local_rank: int) -> torch.device:
@@ -174,17 +187,13 @@ class Engine:
                 module.compile(dynamic=True)
         self._optimizer = adamw(model, config.optim)  # DeepSpeed wraps it and keeps its groups
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        names = {id(parameter): name for name, parameter in self._names.items()}
-        self._order = [names[id(parameter)] for parameter in trained]  # by which DeepSpeed's files know the parameters
         self._own_norm: float | None = None
         if _clips_itself(config):
             self._optimizer.register_step_pre_hook(self._clip)
         self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
-        self._copies: dict[int, Tensor] = {}  # DeepSpeed's, in float32, of half-precision weights: stage 0 tells nobody
-        if config.train.zero_stage == 0 and config.train.precision != "fp32":
-            self._copies = {id(p): copy for p, copy in zip(trained, self._masters(), strict=True)}
+        self._state = TrainingState(self.run, self._optimizer, self._names, trained, config.train.zero_stage)
         decay = config.train.ema_decay
-        self._average = MovingAverage(self._masters(), decay) if decay is not None else None
+        self._average = MovingAverage(self._state.masters, decay) if decay is not None else None
 
     def step(self, number: int) -> bool:
         """The optimizer step `number`, from 1, of all gradients since the last one; whether it took place.
@@ -220,89 +229,77 @@ class Engine:
         self._own_norm = float(norm)
         optimizer.overflow = not math.isfinite(self._own_norm)  # DeepSpeed's way to be told so
 
-    def _masters(self) -> list[Tensor]:
-        """This rank's share of the float32 weights, as the optimizer sees them."""
-        if self.config.train.zero_stage == 3:  # there the optimizer's groups are filled for the step only
-            return list(cast(Any, self.run.optimizer).fp32_partitioned_groups_flat)
-        return [master for group in self._optimizer.param_groups for master in group["params"]]
-
-    def weights(self) -> dict[str, Tensor]:
-        """The whole model in float32 on the host of rank 0 (the other ranks get an empty dictionary). Collective."""
-        whole: dict[str, Tensor] = {}
-        for name, parameter in self._names.items():
-            full = self._copies[id(parameter)] if id(parameter) in self._copies else _full_parameter(parameter)
-            if self.world.rank == 0:
-                whole[name] = full.detach().float().cpu()
-        return whole | {n: b.cpu() for n, b in self._buffers.items()} if self.world.rank == 0 else {}
-
     def save(self, run_directory: Path, position: Mapping[str, int], categories: Categories) -> Path:
-        """Write a checkpoint aside, then give it its name, so that a named one is always whole. Collective."""
+        """Write a checkpoint, which is there whole or not at all. Collective.
+
+        Raises OSError, on all ranks, when it cannot be written; older checkpoints are as they were then.
+        """
+        state, mine = self._state, self.world.rank == 0
+        weights = state.gather(self._names, keep=mine)
+        training: dict[str, Tensor] = {}
+        for key in AVERAGES:
+            with state.holding(state.averages(key)):
+                training |= {f"{key}/{name}": value for name, value in state.gather(state.trained, keep=mine).items()}
+        if self._average is not None:  # what is evaluated and exported, but not what training goes on with
+            training |= {f"weights/{name}": weights[name] for name in state.trained if mine}
+            with state.holding(self._average.values):
+                weights |= state.gather(state.trained, keep=mine)
+        values = {
+            **position,
+            "optimizer_steps": state.steps,
+            "moving_average": self._average is not None,
+            "loss_scale": {name: getattr(self._scaler, name) for name in _SCALER} if self._scaler else None,
+            "ranks": self.world.size,
+            "zero_stage": self.config.train.zero_stage,
+        }
         final = step_directory(run_directory, position["step"])
-        partial = final.with_name(f".{final.name}")
-        if self.world.rank == 0:
-            for leftover in (partial, final):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        self.run.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-        if self._average is not None:
-            self._average.save(partial / self._average_file())
-        with self._average.in_place_of_weights() if self._average is not None else nullcontext():
-            weights = self.weights()  # on a CPU not a copy
-            if self.world.rank == 0:
-                save_weights(partial / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
-        if self.world.rank == 0:
-            state = {**position, "world_size": self.world.size, "parameters": self._order}
-            (partial / STATE).write_text(json.dumps(state))
-        dist.barrier()
-        if self.world.rank == 0:
-            partial.rename(final)
-        dist.barrier()
+
+        def write(folder: Path) -> None:
+            whole = weights | {name: buffer.cpu() for name, buffer in self._buffers.items()}
+            save_weights(folder / WEIGHTS, whole, self.config, categories, position["step"], position["epoch"])
+            save_file(training, folder / TRAINING)
+
+        needed = sum(tensor.nbytes for tensor in (*weights.values(), *training.values()))
+        self.world.agree(lambda: write_checkpoint(final, needed, write, values))
         return final
 
     def load(self, checkpoint: Path) -> dict[str, int]:
-        """Weights, optimizer and loss scale from a checkpoint; returns its position. Collective.
+        """The optimizer's state, the float32 weights, their average and the loss scale; returns the position.
 
-        Raises ValueError when it was written by another number of ranks or ZeRO stage.
+        It may have been written by another number of ranks and another ZeRO stage. Raises ValueError when it is of
+        other parameters, or without the moving average that this run keeps.
         """
-        position = json.loads((checkpoint / STATE).read_text())
-        written, order = position.pop("world_size"), position.pop("parameters", None)
-        if order != self._order:
+        values = read_manifest(checkpoint)
+        state = self._state
+        if set(values["optimizer_steps"]) != set(state.trained):
             raise ValueError(
-                f"{checkpoint}: its optimizer state is of other parameters, or another version of ddetr wrote it; "
-                f"start from its weights instead: train.initial_weights={checkpoint}"
+                f"{checkpoint}: its optimizer state is of other parameters; start from its weights instead: "
+                f"train.initial_weights={checkpoint}"
             )
-        if written != self.world.size:
-            raise ValueError(
-                f"{checkpoint} was written by {written} rank(s); resume it with as many, not {self.world.size}"
-            )
-        loaded, _ = self.run.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if loaded is None:
-            raise ValueError(f"{checkpoint}: DeepSpeed found no state for ZeRO stage {self.config.train.zero_stage}")
+        if self._average is not None and not values["moving_average"]:
+            raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
+        beside = {key: state.averages(key) for key in AVERAGES}
         if self._average is not None:
-            self._average.load(checkpoint / self._average_file())
-        return position
+            beside["average"] = self._average.values
+        for key, tensors in beside.items():
+            state.deal(load_parameters(checkpoint, key))
+            torch._foreach_copy_(tensors, [master.detach() for master in state.masters])
+        state.deal(load_parameters(checkpoint, "weights"))
+        state.set_steps(values["optimizer_steps"])
+        for name, value in (values["loss_scale"] or {}).items() if self._scaler else ():
+            setattr(self._scaler, name, value)
+        return {name: values[name] for name in ("step", "epoch", "step_in_epoch")}
 
-    def _average_file(self) -> str:
-        return f"moving_average_{self.world.rank:05d}.safetensors"
+    @property
+    def _scaler(self) -> Any:
+        """Where DeepSpeed keeps fp16's loss scale; None in other precisions."""
+        optimizer = cast(Any, self.run.optimizer)
+        return getattr(optimizer, "loss_scaler", optimizer) if self.config.train.precision == "fp16" else None
 
 
 def _clips_itself(config: Config) -> bool:
     """DeepSpeed tells the gradient norm of every combination but this one, so here the clipping is ours."""
     return config.train.zero_stage == 0 and config.train.precision == "fp32"
-
-
-def _full_parameter(parameter: Tensor) -> Tensor:
-    """The float32 master of a parameter wherever ZeRO keeps it, or the parameter itself where there is none."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if parameter.requires_grad and (full := safe_get_full_fp32_param(parameter)) is not None:
-        return full
-    if hasattr(parameter, "ds_id"):  # partitioned by stage 3, but not trained
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter
 
 
 def _merged(values: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class CheckpointReport:
     epoch: int
     path: str
     seconds: float
+    error: str | None = None  # why there is none
 
 
 Report = StepReport | EvaluationReport | CheckpointReport

@@ -25,13 +25,14 @@ from ..data.batch import Batch, normalised
 from ..data.categories import Categories
 from ..data.index import SampleError, ShardIndex
 from ..data.stream import TrainStream
-from .checkpoint import find_checkpoint, load_detector, load_weights
+from .checkpoint import checkpoints, find_checkpoint, load_detector, load_parameters, load_weights
 from .config import Config
 from .criterion import criterion
 from .detector import build
 from .engine import Engine, World
 from .evaluator import coco_metrics, evaluate_shard, merge
 from .guard import finite_or_poison, first_not_finite
+from .manifest import prune, record_evaluation
 from .optimizer import learning_rate
 from .reports import CheckpointReport, EvaluationReport, Observe, Progress, StepReport, named_losses
 
@@ -116,6 +117,7 @@ def train(
     model = build(model_config)
     if checkpoint:
         load_weights(model, checkpoint)
+        model.load_state_dict(load_parameters(checkpoint, "weights"), strict=False)
     elif config.train.initial_weights:
         anew = load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
         if world.rank == 0:
@@ -128,13 +130,29 @@ def train(
     progress = Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
     metrics = None
 
-    def save() -> None:
+    def tidy() -> None:
+        for old in world.agree(lambda: prune(checkpoints(run_directory), config.train.keep_checkpoints)):
+            progress.line(f"deleted {old}")
+
+    def save(last: bool = False) -> Path | None:
+        """None when it cannot be written, which ends a run only at its last step: room may be made until then."""
         started = time.perf_counter()
         position = {"step": step, "epoch": step // per_epoch, "step_in_epoch": step % per_epoch}
-        path = engine.save(run_directory, position, categories)
+        tidy()
+        try:
+            path = engine.save(run_directory, position, categories)
+        except OSError as error:
+            if last:
+                raise
+            reason = f"{error.strerror}: {error.filename}"
+            log.error("step %d is not saved: %s", step, reason)
+            observe(CheckpointReport(step, position["epoch"], "", time.perf_counter() - started, reason))
+            return None
+        tidy()
         seconds = time.perf_counter() - started
         progress.line(f"saved {path} in {seconds:.1f} s")
         observe(CheckpointReport(step, position["epoch"], str(path), seconds))
+        return path
 
     with _stop_requested() as stop_requested:
         while step < last_step:
@@ -175,7 +193,7 @@ def train(
                 progress.step(report)
                 skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
                 if skipped_in_a_row == config.train.most_skipped_steps:
-                    save()
+                    save(last=True)
                     raise FloatingPointError(
                         f"skipped {skipped_in_a_row} steps in a row, the last one step {step}: {report.not_finite}. "
                         f"The weights from before them are saved. Lower optim.learning_rate, set optim.clip_norm, or "
@@ -183,7 +201,7 @@ def train(
                     )
                 known_bad.update(bad)
                 if len(known_bad) > config.data.most_bad_samples * stream.num_samples:
-                    save()
+                    save(last=True)
                     raise SampleError(
                         f"{len(known_bad)} of {stream.num_samples} images are damaged, more than "
                         f"data.most_bad_samples={config.data.most_bad_samples:g}; the last one: {bad[-1]}"
@@ -198,13 +216,14 @@ def train(
             due = None
             if not stops and _is_due(config.train.evaluate_every_epochs, epochs_done, last):
                 due = validation_index
+            saved = None
             if last or due is not None or _is_due(config.train.checkpoint_every_epochs, epochs_done):
-                save()
+                saved = save(last)
             if stops:
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
                 break
-            if due is not None:
-                report = _evaluate(run_directory, due, world, step, epoch, config)
+            if due is not None and saved is not None:
+                report = _evaluate(saved, due, world, step, epoch, config)
                 progress.evaluation(report)
                 observe(report)
                 metrics = report.metrics
@@ -213,11 +232,11 @@ def train(
 
 
 def _evaluate(
-    run_directory: Path, index: ShardIndex, world: World, step: int, epoch: int, config: Config
+    checkpoint: Path, index: ShardIndex, world: World, step: int, epoch: int, config: Config
 ) -> EvaluationReport:
     """COCO numbers of the checkpoint just saved. Each rank takes every world.size-th shard, with a plain copy of it."""
     started = time.perf_counter()
-    detector = load_detector(run_directory, world.device)
+    detector = load_detector(checkpoint, world.device)
     mine = [
         evaluate_shard(detector, index, shard, world.device)
         for shard in range(world.rank, len(index.shards), world.size)
@@ -227,6 +246,7 @@ def _evaluate(
     if world.rank == 0:
         found = merge(gathered)
         metrics = [coco_metrics(index.ground_truth(), found)]
+        record_evaluation(checkpoint, metrics[0])
     dist.broadcast_object_list(metrics, src=0)
     return EvaluationReport(step, epoch, metrics[0], index.num_samples, time.perf_counter() - started)
 

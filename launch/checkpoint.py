@@ -20,6 +20,7 @@ from ..core.checkpoint import TrainedDetector, export_published, load_detector, 
 from ..core.config import dump
 from ..core.cost import PARTS, part_of
 from ..core.detector import Detector
+from ..core.manifest import verify
 from ..data.batch import normalised
 from ..data.categories import Categories
 from ..ops import reference
@@ -41,6 +42,7 @@ def inspect(path: Path) -> None:
         "stored as": _stored_types(detector.path),
         "categories": _categories(detector),
         "evaluated": _evaluated(detector) or "not yet (ddetr eval)",
+        "resumable": _resumable(detector.path.parent),
     }
     for name, value in facts.items():
         console.print(f"[bold]{name:>10}[/bold]  {value}", highlight=False)
@@ -201,6 +203,16 @@ def _evaluated(detector: TrainedDetector) -> str | None:
             if row["kind"] == "evaluation" and row["step"] == detector.step:
                 metrics = row["metrics"]
     return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
+
+
+def _resumable(folder: Path) -> str:
+    """Whether training can go on from it, or why not."""
+    try:
+        values = verify(folder)
+    except ValueError as error:
+        return f"no: {error}"
+    total = sum(described["bytes"] for described in values["files"].values())
+    return f"{_bytes(total)} in all, checksums right; written by {values['ranks']} rank(s), ZeRO {values['zero_stage']}"
 
 
 def _bytes(count: int) -> str:

@@ -8,7 +8,8 @@ usage: launch/torchrun.sh --nodes N --master HOST[:PORT] [--node-rank R | --rest
 
 Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over N nodes.
 
-  --nodes N         number of nodes; the run starts once all are there
+  --nodes N         number of nodes; the run starts once all are there. MIN:MAX without --node-rank: with any number
+                    of them, and goes on with those that are left when one is lost
   --master HOST     where the nodes meet: one of them. Port 29500 unless given as HOST:PORT
   --node-rank R     this node's number, 0..N-1; 0 is the node named by --master
   --ranks N         ranks on this node (default: one for each GPU, or 1 without a GPU)
@@ -16,10 +17,10 @@ Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over N nodes.
 
 With --node-rank the nodes are fixed and a lost one ends the run. Without, nodes are numbered as they arrive and
 another node may take a lost one's place; `--continue` with train.name lets the restarted ranks go on from the newest
-checkpoint. The number of ranks stays the same, because each keeps its own part of the optimizer's state.
+checkpoint, also when they are fewer or more. train.batch_size must divide among them.
 
   launch/torchrun.sh --nodes 4 --master node0 --node-rank 0 r50 data.train=/shared/shards/train
-  launch/torchrun.sh --nodes 4 --master node0 r50 data.train=/shared/shards/train train.name=r50 --continue
+  launch/torchrun.sh --nodes 2:4 --master node0 r50 data.train=/shared/shards/train train.name=r50 --continue
 HELP
 }
 
@@ -62,6 +63,8 @@ with socket.socket(address[0], socket.SOCK_DGRAM) as probe:
 print(here, int(here == address[4][0]))
 PYTHON
     )
+    # A node that comes back asks for the address of this round's store, which an old one tells only when it makes a new one
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-conf "is_host=$is_master" --rdzv-id ddetr
         --local-addr "$here_address" --max-restarts "$restarts")
 fi

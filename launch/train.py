@@ -16,6 +16,7 @@ from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
 from ..core.config import Config, dump
 from ..core.detector import Detector, build
 from ..core.engine import World, deepspeed_config, device_for, join
+from ..core.manifest import verify
 from ..core.optimizer import rate_advice
 from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
@@ -54,9 +55,9 @@ def run(
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
-        run_directory, resumes = _agree(lambda: _run_directory(config, resume, go_on), world)
+        run_directory, resumes = world.agree(lambda: _run_directory(config, resume, go_on))
         if not resumes:
-            _agree(lambda: _fit_initial_weights(model, config), world)
+            world.agree(lambda: _fit_initial_weights(model, config))
         metrics = RunMetrics(run_directory.name, world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
@@ -70,7 +71,8 @@ def run(
 
         def observe(item: Report) -> None:
             if isinstance(item, CheckpointReport):
-                metrics.checkpoint_saved()
+                if item.error is None:
+                    metrics.checkpoint_saved()
             else:
                 metrics.observe(item)
             record.observe(item)
@@ -138,29 +140,16 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
-def _agree(choose: Callable[[], Any], world: World) -> Any:
-    """Rank 0's choice on every rank; its error on every rank as well."""
-    choice: list[Any] = [None]
-    if world.rank == 0:
-        try:
-            choice = [choose()]
-        except (ValueError, OSError) as error:
-            choice = [error]
-    dist.broadcast_object_list(choice, src=0)
-    if isinstance(choice[0], Exception):
-        raise choice[0]
-    return choice[0]
-
-
 def _run_directory(config: Config, resume: Path | None, go_on: bool) -> tuple[Path, bool]:
     """Where the run is recorded, and whether it resumes what is there."""
-    if resume is not None:
-        find_checkpoint(resume)  # says so now if there is none
-        return resume.resolve(), True
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
-    if path.exists() and not go_on:
+    if resume is None and path.exists() and not go_on:
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
-    return path, bool(checkpoints(path))
+    path = resume.resolve() if resume is not None else path
+    resumes = resume is not None or bool(checkpoints(path))
+    if resumes:
+        verify(find_checkpoint(path))  # says so now if there is none, or a damaged one
+    return path, resumes
 
 
 def _gathered(address: str, world: World) -> list[str]:
@@ -214,7 +203,10 @@ class _Record:
 
     def observe(self, item: Report) -> None:
         if isinstance(item, CheckpointReport):
-            self.event("checkpoint", step=item.step, path=item.path, seconds=item.seconds)
+            if item.error is None:
+                self.event("checkpoint", step=item.step, path=item.path, seconds=item.seconds)
+            else:
+                self.event("checkpoint_failed", step=item.step, reason=item.error)
             return
         if isinstance(item, EvaluationReport):
             self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)

@@ -1,8 +1,10 @@
 """How tests start `ddetr train` on a small model, and what such a run leaves."""
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,3 +69,16 @@ Train = Callable[..., Run]
 def succeeded(run: Run) -> Run:
     assert run.exit_status == 0, run.output[-3000:]
     return run
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1, seconds: float = 300) -> None:
+    """Until `path` exists and, if a file, has so many lines."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() or (path.is_file() and len(path.read_text().splitlines()) < lines):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"{path} did not appear in {seconds} s"
+        time.sleep(0.05)

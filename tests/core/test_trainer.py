@@ -5,8 +5,6 @@ import math
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -18,7 +16,7 @@ from ddetr.core.detector import DeformableDetr
 from ddetr.core.optimizer import learning_rate
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Run, Train, collect, command, succeeded
+from tests.core.runs import SMALL, Run, Train, collect, command, start, succeeded, wait_for
 
 
 def assert_same_losses(run: Run, reference: Run, rel: float) -> None:
@@ -103,19 +101,6 @@ def test_linear_is_constant_then_falls_to_zero() -> None:
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert rates[4:61] == pytest.approx([2.0] * 57)
     assert rates[61:] == pytest.approx([2.0 * remaining / 40 for remaining in range(39, 0, -1)])
-
-
-def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1, seconds: float = 300) -> None:
-    """Until `path` exists and, if a file, has so many lines."""
-    deadline = time.monotonic() + seconds
-    while not path.exists() or (path.is_file() and len(path.read_text().splitlines()) < lines):
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, f"{path} did not appear in {seconds} s"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (1, 0)])

@@ -1,14 +1,19 @@
 """Training over two nodes: network namespaces joined by a virtual cable, one rank in each, two real steps."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.core.runs import SMALL
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 NODES = {"ddetr_a": "10.117.0.1", "ddetr_b": "10.117.0.2"}
@@ -35,6 +40,14 @@ def nodes() -> Iterator[dict[str, str]]:
     finally:
         for name in NODES:
             subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """A launcher and its ranks, which are process groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            victim.kill()
+    process.wait()
 
 
 def on(node: str) -> list[str]:
@@ -69,6 +82,68 @@ def test_torchrun(numbered: bool, nodes: dict[str, str], synthetic_shards: Path,
     statuses = [process.wait(timeout=900) for process in processes]
     assert statuses == [0, 0], "".join(log.read_text()[-3000:] for log in tmp_path.glob("*.log"))
     assert_two_steps_on_two_ranks(tmp_path / "runs")
+
+
+def test_a_lost_node_is_done_without_and_taken_back(
+    nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    """One of two nodes is killed: the other goes on alone from the newest checkpoint, and with it when it is back."""
+    run_directory = tmp_path / "runs/elastic"
+    settings = {"data.train": synthetic_shards, "train.output": tmp_path / "runs", "train.name": "elastic"}
+    settings |= {"train.batch_size": 4, "train.epochs": 10_000, "train.checkpoint_every_steps": 2, "monitor.port": 0}
+    settings |= {"train.evaluate_every_epochs": 0, "train.log_every_steps": 1, "train.keep_checkpoints": 2}
+    started = []
+
+    def launch(name: str, device: str) -> subprocess.Popen:
+        command = [*on(name), REPOSITORY / "launch/torchrun.sh", "--nodes", "1:2", "--ranks", "1", "--restarts", "5"]
+        command += ["--master", nodes["ddetr_a"] + ":29512", "tiny", *SMALL, "--continue"]
+        command += [f"{key}={value}" for key, value in settings.items()]
+        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
+        with (tmp_path / f"{name}.{len(started)}.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        started.append(process)
+        return process
+
+    def worlds() -> list[tuple[int, int]]:
+        """(ranks, steps taken) of each time that the ranks began."""
+        events, metrics = run_directory / "events.jsonl", run_directory / "metrics.jsonl"
+        if not metrics.is_file():
+            return []
+        begun = [json.loads(line) for line in events.read_text().splitlines()]
+        begun = [event for event in begun if "ranks" in event]
+        times = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
+        ends = [*(event["time"] for event in begun[1:]), float("inf")]
+        return [
+            (event["ranks"], sum(event["time"] <= time < end for time in times))
+            for event, end in zip(begun, ends, strict=True)
+        ]
+
+    def wait_until(expected: list[int], steps: int) -> None:
+        """Until the ranks have begun with so many at a time, and have taken some steps in the last of them."""
+        deadline = time.monotonic() + 400
+        while True:
+            found = worlds()
+            if [ranks for ranks, _ in found] == expected and found[-1][1] >= steps:
+                return
+            logs = "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
+            assert time.monotonic() < deadline, f"{found}\n{logs}"
+            assert started[0].poll() is None, logs
+            time.sleep(0.5)
+
+    try:
+        launch("ddetr_a", DEVICES[0])
+        other = launch("ddetr_b", DEVICES[1])
+        wait_until([2], 5)
+        kill(other)
+        wait_until([2, 1], 5)
+        launch("ddetr_b", DEVICES[1])
+        wait_until([2, 1, 2], 5)
+    finally:
+        for process in started:
+            kill(process)
+    steps = [json.loads(line)["step"] for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    assert set(range(1, max(steps) + 1)) == set(steps)  # none is left out
+    assert len(steps) - len(set(steps)) <= 2 * 2  # at most those since the last checkpoint are taken twice
 
 
 def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> None:

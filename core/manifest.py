@@ -1,0 +1,147 @@
+"""What makes a folder a checkpoint: written aside, synced, listed with sizes and checksums, and only then named.
+
+A folder with the name of a step is therefore whole, wherever the process was killed; `latest` names the newest one.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+MANIFEST = "checkpoint.json"
+LATEST = "latest"
+EVALUATION = "evaluation.json"
+_VERSION = 1
+
+
+def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], None], values: Mapping[str, Any]) -> None:
+    """Let `write` fill a folder, and name it `final` when it is on the disk.
+
+    needed_bytes: about what it will hold. values: kept in the manifest. Raises OSError when there is no room or it
+    cannot be written; no checkpoint is touched then.
+    """
+    unfinished = final.with_name(f".{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(".step_*"):  # of saves that were killed
+        shutil.rmtree(leftover)
+    free = shutil.disk_usage(final.parent).free
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"no room for a checkpoint of {needed_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; delete "
+            f"some, or set train.keep_checkpoints",
+            str(final),
+        )
+    try:
+        unfinished.mkdir()
+        write(unfinished)
+        files = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
+        text = json.dumps({"version": _VERSION, **values, "files": files}, indent=1)
+        _write(unfinished / MANIFEST, text)
+        _sync(unfinished)
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():  # the same step once more, after a resume from before it
+            final.rename(replaced)
+        unfinished.rename(final)
+        _sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _replace(final.parent / LATEST, final.name + "\n")
+    except SafetensorError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(errno.EIO, f"the checkpoint cannot be written ({error})", str(final)) from error
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there, each of its size.
+
+    Raises ValueError that names what is missing or cut.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{checkpoint}: no {MANIFEST} in it, so it can be evaluated but not resumed")
+    values = json.loads(path.read_text())
+    if values["version"] != _VERSION:
+        raise ValueError(f"{path}: version {values['version']}, this release reads {_VERSION}")
+    for name, described in values["files"].items():
+        size = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
+        if size != described["bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes instead of {described['bytes']}"
+            raise ValueError(_damaged(checkpoint, f"{name} {what}"))
+    return values
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """As `read_manifest`, with every byte of the files compared with its checksum."""
+    values = read_manifest(checkpoint)
+    for name, described in values["files"].items():
+        if _described(checkpoint / name) != described:
+            raise ValueError(_damaged(checkpoint, f"the checksum of {name} is wrong"))
+    return values
+
+
+def record_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
+    _replace(checkpoint / EVALUATION, json.dumps(dict(metrics)))
+
+
+def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints (0: none) and the one with the best AP; returns the deleted.
+
+    checkpoints: oldest first.
+    """
+    checkpoints = list(checkpoints)
+    scores = {path: _average_precision(path) for path in checkpoints}
+    best = max(checkpoints, key=lambda path: scores[path], default=None)
+    surplus = [path for path in checkpoints[:-keep] if path != best or scores[path] < 0] if keep else []
+    for path in surplus:
+        unnamed = path.with_name(f".{path.name}")  # at once no checkpoint any more, however long deleting takes
+        path.rename(unnamed)
+        shutil.rmtree(unnamed)
+    return surplus
+
+
+def _average_precision(checkpoint: Path) -> float:
+    """-1 where it was not evaluated."""
+    path = checkpoint / EVALUATION
+    return json.loads(path.read_text())["AP"] if path.is_file() else -1.0
+
+
+def _damaged(checkpoint: Path, what: str) -> str:
+    return f"{checkpoint} is damaged: {what}. Delete that folder; the run then resumes from the checkpoint before it"
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": checksum}
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    _write(unfinished, text)
+    unfinished.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,241 @@
+"""Checkpoints in real runs: for any number of ranks and ZeRO stage, whole or not there, checked when used."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ddetr.core.checkpoint import TRAINING, WEIGHTS, checkpoints, find_checkpoint, step_directory
+from ddetr.core.manifest import EVALUATION, LATEST, MANIFEST, prune, record_evaluation, verify, write_checkpoint
+from safetensors.torch import load_file
+
+from tests.core.runs import SMALL, Run, Train, collect, command, start, succeeded, wait_for
+
+EXACT = ("model.dropout=0", "train.checkpoint_every_steps=4")
+STEPS = 8
+
+
+def resume(directory: Path, ranks: int, *arguments: str) -> Run:
+    line = command(ranks, "--resume", str(directory), *arguments)
+    finished = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    return collect(directory, finished.stdout + finished.stderr, finished.returncode)
+
+
+def half_of(run: Run, tmp_path: Path) -> Path:
+    """A copy of a run whose newest checkpoint is that of step 4."""
+    copy = Path(shutil.copytree(run.directory, tmp_path / "half"))
+    for checkpoint in checkpoints(copy)[1:]:
+        shutil.rmtree(checkpoint)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed"),
+    [
+        ((1, 0), (2, 2)),
+        ((2, 1), (1, 3)),
+        pytest.param((1, 0), (4, 1), marks=pytest.mark.slow),
+        pytest.param((4, 3), (2, 1), marks=pytest.mark.slow),
+        pytest.param((2, 1), (3, 3), marks=pytest.mark.slow),
+        pytest.param((2, 3), (1, 0), marks=pytest.mark.slow),
+    ],
+)
+def test_other_ranks_and_stages_go_on_as_those_that_wrote_it(
+    train: Train, tmp_path: Path, written: tuple[int, int], resumed: tuple[int, int]
+) -> None:
+    batch = ("train.batch_size=12",) if 3 in (written[0], resumed[0]) else ()
+    whole = succeeded(train(written[0], f"train.zero_stage={written[1]}", *EXACT, *batch, steps=STEPS))
+    copy = half_of(whole, tmp_path)
+    run = succeeded(resume(copy, resumed[0], f"train.zero_stage={resumed[1]}"))
+    after = {step["step"]: step for step in run.steps}  # those taken twice count the second time
+    assert sorted(after) == list(range(1, STEPS + 1))
+    for expected in whole.steps[4:]:
+        assert after[expected["step"]]["losses"]["total"] == pytest.approx(expected["losses"]["total"], rel=2e-4)
+    expected, found = (load_file(find_checkpoint(path) / WEIGHTS) for path in (whole.directory, copy))
+    before = load_file(step_directory(copy, 4) / WEIGHTS)
+    moved = torch.stack([(expected[name] - before[name]).norm() for name in before]).norm()
+    apart = torch.stack([(expected[name] - found[name]).norm() for name in before]).norm()
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.slow
+def test_half_precision_keeps_its_float32_weights_and_average(train: Train, tmp_path: Path) -> None:
+    settings = (*EXACT, "train.precision=bf16", "train.ema_decay=0.9")
+    whole = succeeded(train(2, "train.zero_stage=1", *settings, steps=STEPS))
+    run = succeeded(resume(half_of(whole, tmp_path), 2, "train.zero_stage=1"))
+    assert [step["losses"] for step in run.steps if step["step"] > 4][-4:] == [
+        step["losses"] for step in whole.steps[4:]
+    ]
+    other = succeeded(resume(half_of(whole, tmp_path / "other"), 1, "train.zero_stage=0"))
+    for path in (run.directory, other.directory):
+        expected, found = (load_file(find_checkpoint(folder) / WEIGHTS) for folder in (whole.directory, path))
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_every_stage_writes_what_stage_0_writes(train: Train, stage: int) -> None:
+    """The same files with the same names; the same weights and averages but for rounding; and no pickle."""
+    plain = succeeded(train(2, "train.zero_stage=0", *EXACT, steps=STEPS)).directory
+    other = succeeded(train(2, f"train.zero_stage={stage}", *EXACT, steps=STEPS)).directory
+    for folder in (plain, other):
+        assert {path.name for path in find_checkpoint(folder).iterdir()} == {WEIGHTS, TRAINING, MANIFEST}
+        assert (folder / "checkpoints" / LATEST).read_text() == "step_00000008\n"
+    for name in (WEIGHTS, TRAINING):
+        expected, found = (load_file(step_directory(folder, 4) / name) for folder in (plain, other))
+        assert {key: value.shape for key, value in found.items()} == {key: v.shape for key, v in expected.items()}
+        difference = sum(float((found[key] - expected[key]).square().sum()) for key in expected) ** 0.5
+        size = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+        assert difference < 1e-3 * size
+    steps = [
+        json.loads((find_checkpoint(folder) / MANIFEST).read_text())["optimizer_steps"] for folder in (plain, other)
+    ]
+    assert steps[0] == steps[1]
+    assert set(steps[0].values()) == {STEPS}
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_on(train: Train, tmp_path: Path) -> None:
+    whole = succeeded(train(1, "train.zero_stage=0", *EXACT, steps=STEPS))
+    run = Path(shutil.copytree(whole.directory, tmp_path / "damaged"))
+    file = find_checkpoint(run) / TRAINING
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    refused = resume(run, 1, "train.max_steps=10")
+    assert refused.exit_status == 2
+    assert f"the checksum of {TRAINING} is wrong" in refused.output
+    file.write_bytes(data[:-5])
+    assert f"{TRAINING} has {len(data) - 5} bytes instead of {len(data)}" in resume(run, 1, "train.max_steps=10").output
+    file.unlink()
+    refused = resume(run, 1, "train.max_steps=10")
+    assert (
+        f"{TRAINING} is missing. Delete that folder; the run then resumes from the checkpoint before it"
+        in refused.output
+    )
+    shutil.rmtree(find_checkpoint(run))
+    assert succeeded(resume(run, 1)).steps[-1]["step"] == STEPS
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB: room for two checkpoints, not for three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(synthetic_shards: Path, small_disk: Path) -> None:
+    arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={small_disk}", "train.name=full"]
+    arguments += ["train.max_steps=5", "train.zero_stage=0", "train.checkpoint_every_steps=1"]
+    finished = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
+    run = collect(small_disk / "full", finished.stdout + finished.stderr, finished.returncode)
+    kept = checkpoints(run.directory)
+    assert 0 < len(kept) < 5
+    for checkpoint in kept:
+        verify(checkpoint)
+    assert run.exit_status == 2
+    assert len(run.steps) == 5  # it trained on, as room might have been made
+    failed = [event for event in run.events if event["event"] == "checkpoint_failed"]
+    assert [event["step"] for event in failed] == list(range(len(kept) + 1, 5))
+    assert "no room for a checkpoint of" in failed[0]["reason"]
+    assert "set train.keep_checkpoints" in run.output
+    assert succeeded(resume(run.directory, 1, "train.keep_checkpoints=1")).steps[-1]["step"] == 5
+
+
+def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    def save(step: int, score: float | None = None) -> Path:
+        path = step_directory(tmp_path, step)
+        write_checkpoint(path, 10, lambda folder: (folder / WEIGHTS).write_text(str(step)), {"step": step})
+        if score is not None:
+            record_evaluation(path, {"AP": score})
+        return path
+
+    paths = [save(step, score) for step, score in ((1, 0.1), (2, 0.5), (3, 0.4), (4, 0.45), (5, None))]
+    assert prune(checkpoints(tmp_path), 0) == []
+    assert prune(checkpoints(tmp_path), 2) == [paths[0], paths[2]]
+    assert checkpoints(tmp_path) == [paths[1], paths[3], paths[4]]
+    assert json.loads((paths[1] / EVALUATION).read_text()) == {"AP": 0.5}
+    assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005\n"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        LATEST,
+        *(path.name for path in checkpoints(tmp_path)),
+    ]
+
+
+SAVE_WITHOUT_END = """
+import sys
+from pathlib import Path
+import numpy as np
+from ddetr.core.manifest import prune, write_checkpoint
+from safetensors.numpy import save_file
+
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+while True:
+    step += 1
+    def write(checkpoint):
+        for name in ("model.safetensors", "training.safetensors"):
+            save_file({str(n): np.full((2000, 50), step, dtype=np.float32) for n in range(8)}, checkpoint / name)
+    write_checkpoint(folder / f"step_{step:08d}", 1, write, {"step": step})
+    prune(sorted(folder.glob("step_*")), 2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_instant_of_saving_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    """30 times SIGKILL at a random instant of a process that does nothing but save."""
+    instants, last = random.Random(0), 0
+    for _ in range(30):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_WITHOUT_END, str(tmp_path / "checkpoints"), str(last)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        last = int(process.stdout.readline())
+        time.sleep(instants.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        said = process.stdout.read().split()
+        process.wait()
+        last = int(said[-1]) if said else last
+        found = checkpoints(tmp_path)
+        assert found
+        for checkpoint in found:
+            values = verify(checkpoint)
+            assert float(load_file(checkpoint / WEIGHTS)["7"][0, 0]) == values["step"]
+        assert verify(found[-1])["step"] in (last, last + 1)
+        last = verify(found[-1])["step"]
+        assert len(found) <= 3
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_saving_resumes(synthetic_shards: Path, tmp_path: Path) -> None:
+    """Ten times: a run that saves after every step is killed at some instant, and goes on from a whole checkpoint."""
+    arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=killed"]
+    arguments += ["train.checkpoint_every_steps=1", "train.zero_stage=1", "train.keep_checkpoints=2", "--continue"]
+    directory, instants, reached = tmp_path / "killed", random.Random(1), 0
+    for _ in range(10):
+        process = start(command(1, *arguments))
+        wait_for(step_directory(directory, reached + 1), process)
+        time.sleep(instants.uniform(0, 1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        newest = find_checkpoint(directory)
+        assert verify(newest)["step"] > reached
+        reached = verify(newest)["step"]
+    run = collect(directory, "", 0)
+    steps = [step["step"] for step in run.steps]
+    assert set(range(1, reached + 1)) <= set(steps)
