@@ -3,15 +3,16 @@
     python benchmarks/feeding.py [--images 118287] [--epochs 3]
 
 What is real: the order of the samples, the windows, and which shards each node needs at which step (`StepPlan`), what
-is fetched when (up to AT_ONCE shards at once, at most one window ahead of the trainer), and that a node fetches a shard
-once as long as its cache holds it; with data.fetch=samples, how many micro-batches a worker asks for early, and how
-many at once. What is assumed stands in the constants and in the table. All ranks step together; a step begins when
-every node has what it needs. First the plan of every rank is run for an epoch, and what they see together is compared
-with the set.
+is fetched when (up to AT_ONCE shards at once, at most one window ahead of the trainer; by each loader worker the one
+that it needs), and that a node fetches a shard once as long as its cache holds it; with data.fetch=samples, how many
+micro-batches a worker asks for early, and how many at once. What is assumed stands in the constants and in the table.
+All ranks step together; a step begins when every node has what it needs. First the plan of every rank is run for an
+epoch, and what they see together is compared with the set.
 """
 
 import argparse
 import heapq
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +31,7 @@ SHARD_IMAGES = 400  # of 64 MiB
 LATENCY_SECONDS, LATENCY_SPREAD = 0.03, 1.0  # median and deviation of the logarithm, until a fetch's first byte
 STEP_SECONDS = IMAGES_PER_RANK / IMAGES_PER_SECOND
 WORKERS = DataConfig().workers
+READ_AHEAD = 2 * WORKERS  # micro-batches that a rank's workers have ready or are making
 
 
 @dataclass(frozen=True)
@@ -84,30 +86,37 @@ class Node:
     def __init__(self, plan: StepPlan, store: Store, slower: float, random: np.random.Generator) -> None:
         self._store, self._slower, self._random = store, slower, random
         self._windows = plan.windows(0)
-        self._free = [0.0] * AT_ONCE  # when each connection is free
+        self._next = next(self._windows)
+        self._begun = (-1, 0)  # the window taken last
+        self._recent: list[list[int]] = []
+        self._queue: deque[tuple[float, int]] = deque()  # since when a shard is to be fetched ahead
+        self._ahead = [0.0] * AT_ONCE  # when each connection is free
+        self._workers = [0.0] * (WORKERS * RANKS_PER_NODE)
         self._ready: dict[int, float] = {}  # shard -> when it is here
         self.fetched = 0
-        self._next = next(self._windows)
-        self._recent: list[list[int]] = []
 
-    def at(self, position: tuple[int, int], now: float) -> None:
-        """The trainer takes this step now: begin the windows up to the one after it."""
+    def at(self, position: tuple[int, int], needed: list[int], now: float) -> None:
+        """The trainer takes this step now, and workers need these shards: begin what nobody has begun."""
         while self._next[0] <= position or self._begun <= position:
-            start, shards = self._next
-            for shard in shards:
-                if shard not in self._ready:
-                    begin = max(now, heapq.heappop(self._free))
-                    self._ready[shard] = begin + self._seconds()
-                    heapq.heappush(self._free, self._ready[shard])
-                    self.fetched += 1
-            self._begun = start
+            self._begun, shards = self._next
+            self._queue += [(now, shard) for shard in shards]
             self._recent.append(shards)
             if not self._store.cached:
                 kept = {shard for window in self._recent[-2:] for shard in window}
                 self._ready = {shard: time for shard, time in self._ready.items() if shard in kept}
             self._next = next(self._windows)
+        while self._queue and self._ahead[0] <= now:
+            since, shard = self._queue.popleft()
+            if shard not in self._ready:
+                self._fetch(shard, self._ahead, since)
+        for shard in needed:
+            if shard not in self._ready:
+                self._fetch(shard, self._workers, now)
 
-    _begun = (-1, 0)
+    def _fetch(self, shard: int, connections: list[float], since: float) -> None:
+        self._ready[shard] = max(since, heapq.heappop(connections)) + self._seconds()
+        heapq.heappush(connections, self._ready[shard])
+        self.fetched += 1
 
     def ready(self, shards: np.ndarray) -> float:
         return max(self._ready[shard] for shard in shards.tolist())
@@ -129,11 +138,12 @@ def waits(store: Store, num_images: int, epochs: int) -> Iterator[tuple[float, f
     now = 0.0
     for epoch in range(epochs):
         waited, before = 0.0, sum(node.fetched for node in nodes)
-        for step, batch in enumerate(plan.batches(epoch)):
-            shards = batch.reshape(NODES, -1) // SHARD_IMAGES
+        batches = [batch.reshape(NODES, -1) // SHARD_IMAGES for batch in plan.batches(epoch)]
+        for step, batch in enumerate(batches):
             begin = now
-            for node, own in zip(nodes, shards, strict=True):
-                node.at((epoch, step), now)
+            soon = np.concatenate(batches[step : step + READ_AHEAD], axis=1)
+            for node, own, needed in zip(nodes, batch, soon, strict=True):
+                node.at((epoch, step), [shard for shard in dict.fromkeys(needed.tolist()) if shard >= 0], now)
                 begin = max(begin, node.ready(np.unique(own[own >= 0])) if (own >= 0).any() else 0.0)
             waited += begin - now
             now = begin + STEP_SECONDS
@@ -172,7 +182,7 @@ def main() -> None:
     steps, samples, different = seen_by_all(arguments.images)
     print(f"{RANKS} ranks, {steps} steps: {samples:,} samples seen, {different:,} different, of {arguments.images:,}")
     shown = f"{IMAGES_PER_SECOND:.0f} images/s a GPU, {IMAGES_PER_RANK} a step, latency {1e3 * LATENCY_SECONDS:.0f} ms"
-    print(f"{NODES} nodes of {RANKS_PER_NODE}, {shown}, {AT_ONCE} connections a node")
+    print(f"{NODES} nodes of {RANKS_PER_NODE}, {shown}, {AT_ONCE} connections a node ahead, one a worker")
     print("| object store | epoch | steps, s | waiting, s | share | fetched by a node, GB |")
     print("| --- " * 6 + "|")
     for store in STORES:

@@ -110,8 +110,9 @@ def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     of the optimizer's averages.
     """
     with safe_open(checkpoint / TRAINING, framework="pt") as opened:
-        trained = [name.removeprefix("exp_avg/") for name in opened.keys() if name.startswith("exp_avg/")]  # noqa: SIM118
-        if f"{kind}/{trained[0]}" in opened.keys():  # noqa: SIM118
+        stored = set(opened.keys())
+        trained = [name.removeprefix("exp_avg/") for name in stored if name.startswith("exp_avg/")]
+        if kind not in ("weights", "average") or f"{kind}/{trained[0]}" in stored:
             return {name: opened.get_tensor(f"{kind}/{name}") for name in trained}
     with safe_open(checkpoint / WEIGHTS, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in trained}

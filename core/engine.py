@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,8 @@ log = logging.getLogger("ddetr")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits longer than this for the others gives up
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter")  # what fp16's loss scale depends on
+# What fp16's loss scale depends on; stage 0 has no hysteresis.
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 # Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full:
 # with the 40 million of these models the first reduction would wait for the last gradient.
 BUCKET_ELEMENTS = 10_000_000
@@ -151,8 +153,19 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     for key in train.deepspeed_extra:
         if key in _MODELLED:
             raise ValueError(f"train.deepspeed_extra.{key}: set {_MODELLED[key]} instead")
-    if "stage" in train.deepspeed_extra.get("zero_optimization", {}):
+    zero = train.deepspeed_extra.get("zero_optimization", {})
+    if "stage" in zero:
         raise ValueError("train.deepspeed_extra.zero_optimization.stage: set train.zero_stage instead")
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            raise ValueError(
+                f"train.deepspeed_extra.zero_optimization.{part}.device=nvme: checkpoints cannot gather what is there; "
+                "take cpu"
+            )
+    if zero.get("mics_shard_size", -1) > 0:
+        raise ValueError(
+            "train.deepspeed_extra.zero_optimization.mics_shard_size: checkpoints cannot gather such parts"
+        )
     values: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
@@ -248,7 +261,7 @@ class Engine:
             **position,
             "optimizer_steps": state.steps,
             "moving_average": self._average is not None,
-            "loss_scale": {name: getattr(self._scaler, name) for name in _SCALER} if self._scaler else None,
+            "loss_scale": {name: value for name, value in vars(self._scaler).items() if name in LOSS_SCALE},
             "ranks": self.world.size,
             "zero_stage": self.config.train.zero_stage,
         }
@@ -267,7 +280,7 @@ class Engine:
         """The optimizer's state, the float32 weights, their average and the loss scale; returns the position.
 
         It may have been written by another number of ranks and another ZeRO stage. Raises ValueError when it is of
-        other parameters, or without the moving average that this run keeps.
+        other parameters.
         """
         values = read_manifest(checkpoint)
         state = self._state
@@ -276,8 +289,6 @@ class Engine:
                 f"{checkpoint}: its optimizer state is of other parameters; start from its weights instead: "
                 f"train.initial_weights={checkpoint}"
             )
-        if self._average is not None and not values["moving_average"]:
-            raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
         beside = {key: state.averages(key) for key in AVERAGES}
         if self._average is not None:
             beside["average"] = self._average.values
@@ -286,15 +297,16 @@ class Engine:
             torch._foreach_copy_(tensors, [master.detach() for master in state.masters])
         state.deal(load_parameters(checkpoint, "weights"))
         state.set_steps(values["optimizer_steps"])
-        for name, value in (values["loss_scale"] or {}).items() if self._scaler else ():
-            setattr(self._scaler, name, value)
+        vars(self._scaler).update({n: v for n, v in values["loss_scale"].items() if n in vars(self._scaler)})
         return {name: values[name] for name in ("step", "epoch", "step_in_epoch")}
 
     @property
     def _scaler(self) -> Any:
-        """Where DeepSpeed keeps fp16's loss scale; None in other precisions."""
+        """Where DeepSpeed keeps fp16's loss scale; nothing in other precisions."""
+        if self.config.train.precision != "fp16":
+            return SimpleNamespace()
         optimizer = cast(Any, self.run.optimizer)
-        return getattr(optimizer, "loss_scaler", optimizer) if self.config.train.precision == "fp16" else None
+        return optimizer.loss_scale_config if self.config.train.zero_stage == 0 else optimizer.loss_scaler
 
 
 def _clips_itself(config: Config) -> bool:

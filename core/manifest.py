@@ -26,10 +26,10 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
     needed_bytes: about what it will hold. values: kept in the manifest. Raises OSError when there is no room or it
     cannot be written; no checkpoint is touched then.
     """
-    unfinished = final.with_name(f".{final.name}")
+    unfinished, replaced = final.with_name(f".{final.name}"), final.with_name(f".{final.name}.replaced")
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".step_*"):  # of saves that were killed
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(final.parent).free
     if free < needed_bytes:
         raise OSError(
@@ -39,25 +39,26 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
             str(final),
         )
     try:
-        unfinished.mkdir()
+        unfinished.mkdir(exist_ok=True)
         write(unfinished)
         files = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
         text = json.dumps({"version": _VERSION, **values, "files": files}, indent=1)
         _write(unfinished / MANIFEST, text)
         _sync(unfinished)
-        replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():  # the same step once more, after a resume from before it
             final.rename(replaced)
         unfinished.rename(final)
-        _sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _replace(final.parent / LATEST, final.name + "\n")
     except SafetensorError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(errno.EIO, f"the checkpoint cannot be written ({error})", str(final)) from error
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists():
+            replaced.rename(final)
         raise
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _replace(final.parent / LATEST, final.name + "\n")
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
     for path in surplus:
         unnamed = path.with_name(f".{path.name}")  # at once no checkpoint any more, however long deleting takes
         path.rename(unnamed)
-        shutil.rmtree(unnamed)
+        shutil.rmtree(unnamed, ignore_errors=True)  # somebody may be reading it; the next save tries again
     return surplus
 
 

@@ -110,7 +110,7 @@ def train(
     last_step = config.train.epochs * per_epoch
     last_step = min(last_step, config.train.max_steps or last_step)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    checkpoint = find_checkpoint(run_directory) if resume else None
+    checkpoint = world.agree(lambda: find_checkpoint(run_directory)) if resume else None
     model_config = config.model
     if checkpoint or config.train.initial_weights:  # nothing to fetch that is not overwritten
         model_config = model_config.model_copy(update={"pretrained_backbone": False})
@@ -134,7 +134,7 @@ def train(
         for old in world.agree(lambda: prune(checkpoints(run_directory), config.train.keep_checkpoints)):
             progress.line(f"deleted {old}")
 
-    def save(last: bool = False) -> Path | None:
+    def save(last: bool = False, evaluates: bool = False) -> Path | None:
         """None when it cannot be written, which ends a run only at its last step: room may be made until then."""
         started = time.perf_counter()
         position = {"step": step, "epoch": step // per_epoch, "step_in_epoch": step % per_epoch}
@@ -144,8 +144,9 @@ def train(
         except OSError as error:
             if last:
                 raise
-            reason = f"{error.strerror}: {error.filename}"
-            log.error("step %d is not saved: %s", step, reason)
+            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            if world.rank == 0:
+                log.error("step %d is not saved%s: %s", step, ", nor evaluated" if evaluates else "", reason)
             observe(CheckpointReport(step, position["epoch"], "", time.perf_counter() - started, reason))
             return None
         tidy()
@@ -218,7 +219,7 @@ def train(
                 due = validation_index
             saved = None
             if last or due is not None or _is_due(config.train.checkpoint_every_epochs, epochs_done):
-                saved = save(last)
+                saved = save(last, evaluates=due is not None)
             if stops:
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
                 break
@@ -246,7 +247,10 @@ def _evaluate(
     if world.rank == 0:
         found = merge(gathered)
         metrics = [coco_metrics(index.ground_truth(), found)]
-        record_evaluation(checkpoint, metrics[0])
+        try:
+            record_evaluation(checkpoint, metrics[0])
+        except OSError as error:  # the disk is full: the report has the numbers
+            log.error("%s: its evaluation is not recorded: %s", checkpoint, error)
     dist.broadcast_object_list(metrics, src=0)
     return EvaluationReport(step, epoch, metrics[0], index.num_samples, time.perf_counter() - started)
 

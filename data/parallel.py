@@ -1,4 +1,4 @@
-"""A function over many items in several processes or threads, results in order, none left behind."""
+"""A function over many items in several processes or threads, results in order; no process is left behind."""
 
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ def ordered_map(
     if workers <= 1:
         yield from map(function, items)
         return
-    # fork: the functions mapped here touch only numpy, PIL and files, and importing torch anew costs seconds.
+    # fork: the functions mapped here touch only numpy, decoders and files, and importing torch anew costs seconds.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with_parent)
     try:
         yield from pool.map(function, items, chunksize=chunk)

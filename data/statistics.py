@@ -1,7 +1,5 @@
 """The objects of a set as one table of numbers, read from its shards."""
 
-from functools import partial
-
 import numpy as np
 from rich.progress import Progress
 
@@ -29,18 +27,23 @@ def read_objects(index: ShardIndex, *, workers: int = 0, progress: Progress | No
     """
     task = progress.add_task("reading annotations", total=index.num_samples) if progress else None
     tables = []
-    for shard, rows in enumerate(ordered_map(partial(_objects, index), range(len(index.shards)), workers=workers)):
-        rows["sample"] += sum(len(shard.samples) for shard in index.shards[:shard])
+    first = 0
+    # Each process gets the index of its shard alone: the whole one is large.
+    shards = [ShardIndex(index.location, index.categories, index.source, [shard]) for shard in index.shards]
+    for rows, shard in zip(ordered_map(_objects, shards, workers=workers), shards, strict=True):
+        rows["sample"] += first
+        first += shard.num_samples
         tables.append(rows)
         if progress and task is not None:
-            progress.advance(task, len(index.shards[shard].samples))
+            progress.advance(task, shard.num_samples)
     return np.concatenate(tables)
 
 
-def _objects(index: ShardIndex, shard: int) -> np.ndarray:
+def _objects(index: ShardIndex) -> np.ndarray:
+    """Of an index of one shard."""
     reader, rows = ShardReader(index), []
-    for row in range(len(index.shards[shard].samples)):
-        entry = reader.annotations(shard, row)
+    for row in range(index.num_samples):
+        entry = reader.annotations(0, row)
         for annotation in entry["annotations"]:
             left, top, width, height = annotation["bbox"]
             sides = min(left + width, entry["width"]) - max(left, 0), min(top + height, entry["height"]) - max(top, 0)

@@ -1,7 +1,7 @@
 """Batches from shards: the endless, exactly ordered stream of training and the finite one of evaluation.
 
 Both are short lists of WebDataset stages. What flows through the training stages is a micro-batch: first its sample
-numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a packed `Batch`. In training a
+numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a `PackedBatch`. In training a
 sample that cannot be used leaves an empty image in its place and a message with the batch; evaluation stops at it.
 """
 

@@ -110,7 +110,8 @@ def _as_seen(index: ShardIndex, objects: np.ndarray, config: Config, ranks: int)
         table.add_row("objects' short sides: 5 %, median, 95 %", f"{low:.0f}, {middle:.0f}, {high:.0f} pixels")
         below = 100 * (short_sides < FINEST_STRIDE).mean()
         table.add_row(f"objects thinner than {FINEST_STRIDE} pixels, the finest stride", f"{below:.1f} %")
-    for name, similar in (("images of similar size together", True), ("as shuffled", False)):
+    steps = index.num_samples // config.train.batch_size
+    for name, similar in (("images of similar size together", True), ("as shuffled", False)) if steps else ():
         share = padding_share(index, config, ranks, similar)
         images = config.train.batch_size // (ranks * config.train.accumulation)
         table.add_row(f"padding, {images} images a rank, {name}", f"{100 * share:.1f} %")
@@ -157,7 +158,7 @@ def suggestions(index: ShardIndex, objects: np.ndarray, config: Config) -> list[
         side = round(1.5 * float(np.median(_short_sides(index))) / 32) * 32
         settings = f"data.validation_short_side={side} data.short_sides={_below(side)}"
         found.append((settings, f"images are enlarged {scale:.1f} times: much to compute, nothing more to see"))
-    elif scale < 1 and thin.mean() > 0.1:
+    elif scale < 1 and len(thin) and thin.mean() > 0.1:
         side = round(float(np.median(_short_sides(index))) / 32) * 32
         long_side = round(float(np.median(index.samples["height"] + index.samples["width"])) - side)
         settings = f"data.validation_short_side={side} data.short_sides={_below(side)} "

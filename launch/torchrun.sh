@@ -9,7 +9,7 @@ usage: launch/torchrun.sh --nodes N --master HOST[:PORT] [--node-rank R | --rest
 Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over N nodes.
 
   --nodes N         number of nodes; the run starts once all are there. MIN:MAX without --node-rank: with any number
-                    of them, and goes on with those that are left when one is lost
+                    of them, and goes on with those that are left when one is lost (not the --master)
   --master HOST     where the nodes meet: one of them. Port 29500 unless given as HOST:PORT
   --node-rank R     this node's number, 0..N-1; 0 is the node named by --master
   --ranks N         ranks on this node (default: one for each GPU, or 1 without a GPU)
@@ -42,6 +42,7 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -n $nodes ]] || { echo "torchrun.sh: --nodes is needed" >&2; exit 2; }
 [[ -n $master ]] || { echo "torchrun.sh: --master is needed" >&2; exit 2; }
+[[ $nodes != *:* || -z $node_rank ]] || { echo "torchrun.sh: --nodes MIN:MAX goes without --node-rank" >&2; exit 2; }
 [[ $master == *:* ]] || master=$master:29500
 if [[ -z $ranks ]]; then
     ranks=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')

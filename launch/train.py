@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ..core.optimizer import rate_advice
 from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
 from ..data.cache import open_shards
-from ..data.index import ShardIndex
+from ..data.index import ShardIndex, write_whole
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
 
@@ -55,7 +56,7 @@ def run(
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
-        run_directory, resumes = world.agree(lambda: _run_directory(config, resume, go_on))
+        run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume, go_on))
         if not resumes:
             world.agree(lambda: _fit_initial_weights(model, config))
         metrics = RunMetrics(run_directory.name, world.rank)
@@ -140,15 +141,19 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
-def _run_directory(config: Config, resume: Path | None, go_on: bool) -> tuple[Path, bool]:
+def _run_directory(config: Config, model: Detector, resume: Path | None, go_on: bool) -> tuple[Path, bool]:
     """Where the run is recorded, and whether it resumes what is there."""
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
     if resume is None and path.exists() and not go_on:
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
     resumes = resume is not None or bool(checkpoints(path))
-    if resumes:
-        verify(find_checkpoint(path))  # says so now if there is none, or a damaged one
+    if resumes:  # says so now if there is none, or one that is damaged or does not fit
+        checkpoint = find_checkpoint(path)
+        values = verify(checkpoint)
+        load_weights(model, checkpoint)
+        if config.train.ema_decay is not None and not values["moving_average"]:
+            raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
     return path, resumes
 
 
@@ -176,7 +181,10 @@ class _Record:
 
     def __init__(self, run_directory: Path, config: Config) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
-        (run_directory / "config.yaml").write_text(dump(config))
+        try:
+            write_whole(run_directory / "config.yaml", dump(config).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(run_directory / "config.yaml")) from error
         self._every = config.train.log_every_steps
         self._metrics = self._open(run_directory / "metrics.jsonl")
         self._events = self._open(run_directory / "events.jsonl")
@@ -186,6 +194,9 @@ class _Record:
 
     @staticmethod
     def _open(path: Path) -> TextIO:
+        if path.is_file():  # half a line is left where the process was killed or the disk full
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
         return path.open("a", buffering=1)
 
     def __enter__(self) -> "_Record":
@@ -196,10 +207,20 @@ class _Record:
             self.event("error", message=f"{type(error).__name__}: {error}")
         log.removeHandler(self._log)
         for file in (self._metrics, self._events, self._log):
-            file.close()
+            try:
+                file.close()
+            except OSError as error:  # lines for which there was no room: not what the run should end with
+                print(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
 
     def event(self, name: str, **details: Any) -> None:
-        self._events.write(json.dumps({"time": time.time(), "event": name, **details}) + "\n")
+        self._append(self._events, json.dumps({"time": time.time(), "event": name, **details}))
+
+    def _append(self, file: TextIO, line: str) -> None:
+        """A disk that is full costs lines, not the run."""
+        try:
+            file.write(line + "\n")
+        except OSError as error:
+            print(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
 
     def observe(self, item: Report) -> None:
         if isinstance(item, CheckpointReport):
@@ -216,7 +237,7 @@ class _Record:
             self.event("skipped", step=item.step, reason=item.not_finite)
         elif isinstance(item, StepReport) and item.step % self._every:
             return
-        self._metrics.write(as_json(item) + "\n")
+        self._append(self._metrics, as_json(item))
 
 
 class _Quiet:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core import config
-from ddetr.core.engine import deepspeed_config, device_for
+from ddetr.core.engine import LOSS_SCALE, deepspeed_config, device_for
 
 
 def test_deepspeed_json_follows_from_the_configuration() -> None:
@@ -41,12 +41,26 @@ def test_deepspeed_json_follows_from_the_configuration() -> None:
         ("{bf16: {enabled: true}}", "set train.precision instead"),
         ("{train_batch_size: 3}", "set train.batch_size instead"),
         ("{zero_optimization: {stage: 1}}", "set train.zero_stage instead"),
+        ("{zero_optimization: {offload_optimizer: {device: nvme}}}", "nvme: checkpoints cannot gather .* take cpu"),
+        ("{zero_optimization: {mics_shard_size: 2}}", "mics_shard_size: checkpoints cannot gather"),
     ],
 )
 def test_what_the_configuration_decides_cannot_be_set_twice(extra: str, instead: str) -> None:
     loaded = config.load("r50", [f"train.deepspeed_extra={extra}"])
     with pytest.raises(ValueError, match=instead):
         deepspeed_config(loaded)
+
+
+def test_the_loss_scale_is_kept_where_deepspeed_has_it() -> None:
+    """The two objects between which fp16's ZeRO stages choose; fp16 itself needs a GPU."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig
+
+    scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False)
+    assert set(LOSS_SCALE) <= set(vars(scaler))
+    at_stage_0 = LossScaleConfig(torch.float16, True, 0, None)
+    assert set(LOSS_SCALE) - set(vars(at_stage_0)) == {"cur_hysteresis"}
+    for kept in (scaler, at_stage_0):
+        assert kept.cur_scale >= 2.0**16
 
 
 def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

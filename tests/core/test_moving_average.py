@@ -69,3 +69,5 @@ def test_an_average_cannot_begin_in_the_middle(train: Train) -> None:
     refused = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert refused.returncode == 2
     assert "the run was trained without train.ema_decay" in refused.stderr
+    again = subprocess.run(command(1, "--resume", str(run.directory)), capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr[-2000:]  # what was refused has changed nothing

@@ -102,6 +102,8 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for shown in ("objects by class and size", "aspect ratios", "padding, 8 images a rank", "disc"):
         assert shown in result.stdout
+    large = subprocess.run([*command[:-2], "--preset", "r50"], capture_output=True, text=True, timeout=120)
+    assert "train.batch_size=12" in large.stdout, large.stderr  # it would not fill a batch of 32
     wrong = subprocess.run([*command[:-2], "train.batch=3"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2
     assert "train.batch" in wrong.stderr
