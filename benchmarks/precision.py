@@ -86,7 +86,7 @@ def scores(
         settings += [f"train.output={folder}", f"train.name={run.name}", f"train.precision={precision}"]
         settings += [f"train.seed={seed}", "train.zero_stage=1", f"train.evaluate_every_epochs={epochs}"]
         settings += ["monitor.enabled=false", "train.device=cuda" if gpu else "train.device=cpu", "train.threads=1"]
-        command([*DDETR, "train", "tiny", *settings, "--continue"])
+        command([*DDETR, "train", "tiny", *settings, "train.auto_resume=true"])
         (run / "done").touch()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["metrics"] for row in rows if row["kind"] == "evaluation"][-1]

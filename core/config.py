@@ -110,6 +110,9 @@ class TrainConfig(_Section):
 
     output: str = Field(default="runs", description="folder in which the run's own folder is made")
     name: str | None = Field(default=None, description="the run's own folder; by default the time of its start")
+    auto_resume: bool = Field(
+        default=False, description="with name: continue the run of that name if it has a checkpoint; for launchers"
+    )
     initial_weights: str | None = Field(
         default=None, description="checkpoint to start from: a run, a safetensors file or a published checkpoint"
     )
@@ -152,6 +155,8 @@ class TrainConfig(_Section):
     def _fits_together(self) -> "TrainConfig":
         if self.new_class_head and not self.initial_weights:
             raise ValueError("new_class_head needs initial_weights: without them every head is new")
+        if self.auto_resume and self.name is None:
+            raise ValueError("auto_resume finds the run by its name: set train.name=NAME")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile does not work with zero_stage=3, which fetches weights in between; take 2")
         return self

@@ -76,12 +76,6 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN_DIR", help="Continue this run from its newest complete checkpoint.")
     ] = None,
-    go_on: Annotated[
-        bool,
-        typer.Option(
-            "--continue", help="Resume the run called train.name if it has a checkpoint, else start it; for restarts."
-        ),
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop before the first step.")
     ] = False,
@@ -98,7 +92,7 @@ def train(
 
     `ddetr train --resume runs/r50-0001`
 
-    `ddetr train r50 data.train=shards/train train.name=r50 --continue`
+    `ddetr train r50 data.train=shards/train train.name=r50 train.auto_resume=true`
     """
     from ..core.config import load
 
@@ -112,12 +106,10 @@ def train(
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     config = load(source, arguments)
-    if go_on and resume is None and config.train.name is None:
-        raise ValueError("--continue finds the run by its name: set train.name=NAME")
 
     from .train import run  # only now: a misspelt key need not wait for torch
 
-    run(config, resume=resume, go_on=go_on, dry_run=dry_run)
+    run(config, resume=resume, dry_run=dry_run)
 
 
 @app.command()

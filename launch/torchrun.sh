@@ -16,11 +16,11 @@ Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over N nodes.
   --restarts N      without --node-rank: how often all ranks start again after one was lost (default 3)
 
 With --node-rank the nodes are fixed and a lost one ends the run. Without, nodes are numbered as they arrive and
-another node may take a lost one's place; `--continue` with train.name lets the restarted ranks go on from the newest
+another node may take a lost one's place; train.auto_resume with train.name lets the restarted ranks go on from the newest
 checkpoint, also when they are fewer or more. train.batch_size must divide among them.
 
   launch/torchrun.sh --nodes 4 --master node0 --node-rank 0 r50 data.train=/shared/shards/train
-  launch/torchrun.sh --nodes 2:4 --master node0 r50 data.train=/shared/shards/train train.name=r50 --continue
+  launch/torchrun.sh --nodes 2:4 --master node0 r50 data.train=/shared/shards/train train.name=r50 train.auto_resume=true
 HELP
 }
 

@@ -33,16 +33,14 @@ def run(
     config: Config,
     *,
     resume: Path | None = None,
-    go_on: bool = False,
     dry_run: bool = False,
     report: Callable[[EvaluationReport], None] | None = None,
 ) -> Path:
     """Train, as one process or as one rank of many; returns the run directory.
 
-    `resume` is a run directory to continue. `go_on` resumes the run called train.name when it has a checkpoint and
-    starts it otherwise. `report` is called on rank 0 after each evaluation. With `dry_run` all checks are made and
-    printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message for what the user can
-    mend, before any work.
+    `resume` is a run directory to continue. `report` is called on rank 0 after each evaluation. With `dry_run` all
+    checks are made and printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message
+    for what the user can mend, before any work.
     """
     _log_to_console()
     train_index, validation_index = _open_data(config)
@@ -56,7 +54,7 @@ def run(
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
-        run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume, go_on))
+        run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume))
         if not resumes:
             world.agree(lambda: _fit_initial_weights(model, config))
         metrics = RunMetrics(run_directory.name, world.rank)
@@ -141,10 +139,10 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
-def _run_directory(config: Config, model: Detector, resume: Path | None, go_on: bool) -> tuple[Path, bool]:
+def _run_directory(config: Config, model: Detector, resume: Path | None) -> tuple[Path, bool]:
     """Where the run is recorded, and whether it resumes what is there."""
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
-    if resume is None and path.exists() and not go_on:
+    if resume is None and path.exists() and not config.train.auto_resume:
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
     resumes = resume is not None or bool(checkpoints(path))

@@ -274,7 +274,12 @@ def test_killed_at_any_instant_of_saving_the_last_checkpoint_is_whole(tmp_path: 
 def test_a_run_killed_while_saving_resumes(synthetic_shards: Path, tmp_path: Path) -> None:
     """Ten times: a run that saves after every step is killed at some instant, and goes on from a whole checkpoint."""
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=killed"]
-    arguments += ["train.checkpoint_every_steps=1", "train.zero_stage=1", "train.keep_checkpoints=2", "--continue"]
+    arguments += [
+        "train.checkpoint_every_steps=1",
+        "train.zero_stage=1",
+        "train.keep_checkpoints=2",
+        "train.auto_resume=true",
+    ]
     directory, instants, reached = tmp_path / "killed", random.Random(1), 0
     for _ in range(10):
         process = start(command(1, *arguments))

@@ -144,9 +144,9 @@ def test_continue_starts_anew_what_died_before_its_first_checkpoint(synthetic_sh
     refused = attempt("train.max_steps=2")
     assert refused.exit_status == 2
     assert "exists already" in refused.output
-    started = succeeded(attempt("train.max_steps=2", "--continue"))
+    started = succeeded(attempt("train.max_steps=2", "train.auto_resume=true"))
     assert [step["step"] for step in started.steps] == [1, 2]
-    resumed = succeeded(attempt("train.max_steps=3", "--continue"))
+    resumed = succeeded(attempt("train.max_steps=3", "train.auto_resume=true"))
     assert [step["step"] for step in resumed.steps] == [1, 2, 3]
     assert [event["event"] for event in resumed.events if "ranks" in event] == ["start", "resume"]
 

@@ -90,7 +90,7 @@ def test_resume_refuses_a_preset_and_a_folder_that_is_no_run(tmp_path: Path) -> 
 
 
 def test_continue_needs_a_name() -> None:
-    assert_one_message(ddetr("train", "tiny", "--continue"), "train.name=NAME")
+    assert_one_message(ddetr("train", "tiny", "train.auto_resume=true"), "train.name=NAME")
 
 
 def test_an_unknown_option_exits_2_with_the_near_one() -> None:

@@ -96,7 +96,7 @@ def test_a_lost_node_is_done_without_and_taken_back(
 
     def launch(name: str, device: str) -> subprocess.Popen:
         command = [*on(name), REPOSITORY / "launch/torchrun.sh", "--nodes", "1:2", "--ranks", "1", "--restarts", "5"]
-        command += ["--master", nodes["ddetr_a"] + ":29512", "tiny", *SMALL, "--continue"]
+        command += ["--master", nodes["ddetr_a"] + ":29512", "tiny", *SMALL, "train.auto_resume=true"]
         command += [f"{key}={value}" for key, value in settings.items()]
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
         with (tmp_path / f"{name}.{len(started)}.log").open("w") as log:

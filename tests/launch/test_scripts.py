@@ -139,9 +139,8 @@ def test_the_settings_of_the_training_job_are_valid() -> None:
     (container,) = manifests("train.yaml")[1]["spec"]["template"]["spec"]["containers"]
     command, preset, *overrides = container["args"]
     assert command == "train"
-    assert overrides.pop() == "--continue"
     config = load(preset, overrides)
-    assert config.train.name is not None
+    assert config.train.auto_resume
     metrics = next(port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
     assert metrics == config.monitor.port
 
