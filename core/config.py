@@ -124,6 +124,12 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=32, gt=0, description="images per optimizer step over all ranks")
     accumulation: int = Field(default=1, gt=0, description="forward and backward passes per optimizer step")
     seed: int = Field(default=42, ge=0)
+    rank_timeout_seconds: float = Field(
+        default=60, gt=0, description="a rank of which nothing is heard so long is lost: the others stop and name it"
+    )
+    collective_timeout_seconds: float = Field(
+        default=1800, gt=0, description="when no rank gets any further for so long, all stop and say where they are"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0, ge=0, description="CPU threads per rank; 0 shares this machine's cores among its ranks"

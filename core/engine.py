@@ -35,7 +35,6 @@ from .transformer import TransformerLayer
 log = logging.getLogger("ddetr")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits longer than this for the others gives up
 # What fp16's loss scale depends on; stage 0 has no hysteresis.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 # Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full:
@@ -138,8 +137,10 @@ def join(config: TrainConfig) -> World:
     if device.type == "cpu":
         # All that DeepSpeed would compile on a machine's first run, for minutes, is a sum of tensors for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Later than core/heartbeat.py, which also says who is missing.
+    patience = datetime.timedelta(seconds=config.collective_timeout_seconds + 2 * config.rank_timeout_seconds)
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
+        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=patience, verbose=False
     )
     return World(rank, size, local_rank, device)
 
@@ -242,10 +243,10 @@ class Engine:
         self._own_norm = float(norm)
         optimizer.overflow = not math.isfinite(self._own_norm)  # DeepSpeed's way to be told so
 
-    def save(self, run_directory: Path, position: Mapping[str, int], categories: Categories) -> Path:
-        """Write a checkpoint, which is there whole or not at all. Collective.
+    def snapshot(self, run_directory: Path, position: Mapping[str, int], categories: Categories) -> Callable[[], Path]:
+        """Copy all that a checkpoint holds to rank 0's memory. Collective.
 
-        Raises OSError, on all ranks, when it cannot be written; older checkpoints are as they were then.
+        What it returns writes the checkpoint, on rank 0 and at any time later: whole or, with an OSError, not at all.
         """
         state, mine = self._state, self.world.rank == 0
         weights = state.gather(self._names, keep=mine)
@@ -273,8 +274,12 @@ class Engine:
             save_file(training, folder / TRAINING)
 
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *training.values()))
-        self.world.agree(lambda: write_checkpoint(final, needed, write, values))
-        return final
+
+        def written() -> Path:
+            write_checkpoint(final, needed, write, values)
+            return final
+
+        return written
 
     def load(self, checkpoint: Path) -> dict[str, int]:
         """The optimizer's state, the float32 weights, their average and the loss scale; returns the position.

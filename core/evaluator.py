@@ -15,6 +15,7 @@ import torch
 from ..data.batch import Batch, normalised
 from ..data.categories import Categories
 from ..data.index import ShardIndex
+from ..data.parallel import until
 from ..data.stream import evaluation_batches
 from .checkpoint import TrainedDetector
 from .postprocess import detections as top_detections
@@ -50,15 +51,16 @@ def evaluate_shard(
     shard: int,
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> ShardResult:
     """Detect objects in every image of one shard; the detector's model is on `device` and in eval mode.
 
-    `progress` is called after each batch with its number of images.
+    `progress` is called after each batch with its number of images. When `stop()` says so, the rest is left out.
     """
     config = detector.config
     found: list[dict] = []
     num_images = 0
-    for batch in evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size):
+    for batch in until(stop, evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size)):
         found += detect(detector, batch.to(torch.device(device)))
         num_images += len(batch.image_ids)
         if progress is not None:

@@ -89,6 +89,10 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
+def is_evaluated(checkpoint: Path) -> bool:
+    return (checkpoint / EVALUATION).is_file()
+
+
 def record_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
     _replace(checkpoint / EVALUATION, json.dumps(dict(metrics)))
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ class StepReport:
     images: int  # over all ranks, that carried a loss
     step_seconds: float  # the whole step, waiting for data included
     data_wait_seconds: float
+    own_seconds: float  # of the step: until the rank's losses were there, its batch and its share of the model included
     skipped: bool  # a loss or a gradient was not finite: no rank changed its weights
     memory_bytes: int  # largest so far: allocated on the GPU, or resident on a CPU
     loss_scale: float
@@ -32,6 +34,7 @@ class StepReport:
     cardinality_error: float  # of the last layer: queries with an object, as DETR counts them, less objects; per image
     not_finite: str | None  # of a skipped step: where on which ranks, with their images
     bad_samples: tuple[str, ...]  # left out by any rank: shard, key, and what is wrong
+    slow_ranks: tuple[str, ...]  # that hold up the others since these steps: which, where, how much
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,20 @@ class CheckpointReport:
     step: int
     epoch: int
     path: str
-    seconds: float
+    seconds: float  # until it was complete
+    waited_seconds: float  # of these, that training stood still
     error: str | None = None  # why there is none
 
 
-Report = StepReport | EvaluationReport | CheckpointReport
+@dataclass(frozen=True)
+class FaultReport:
+    """What ends the run, although this rank is well: one line."""
+
+    step: int
+    message: str
+
+
+Report = StepReport | EvaluationReport | CheckpointReport | FaultReport
 Observe = Callable[[Report], None]
 
 
@@ -67,10 +79,38 @@ def named_losses(values: list[float], layers: tuple[str, ...]) -> dict[str, floa
     return named
 
 
-def as_json(report: Report) -> str:
+def as_json(report: StepReport | EvaluationReport) -> str:
     """One line of metrics.jsonl."""
-    kind = {StepReport: "step", EvaluationReport: "evaluation", CheckpointReport: "checkpoint"}[type(report)]
+    kind = {StepReport: "step", EvaluationReport: "evaluation"}[type(report)]
     return json.dumps({"kind": kind, "time": time.time(), **asdict(report)})
+
+
+class Pace:
+    """Finds ranks that need longer than the others for their batch and their share of the model.
+
+    Under ZeRO stage 3 the model's weights come from all ranks, so there only a late batch shows.
+    """
+
+    STEPS = 20  # looked at together
+    LIMIT = 1.5  # times the median
+
+    def __init__(self) -> None:
+        self._window: list[list[float]] = []
+        self._known: set[int] = set()
+
+    def slow(self, seconds: list[float]) -> list[tuple[int, str]]:
+        """Ranks that have become slow, each with what to say of it. seconds: of one step, of each rank."""
+        self._window.append(seconds)
+        if len(self._window) < self.STEPS:
+            return []
+        means = [statistics.median(of_rank) for of_rank in zip(*self._window, strict=True)]
+        self._window = []
+        usual = statistics.median_low(means)
+        slow = {rank: mean for rank, mean in enumerate(means) if mean > self.LIMIT * usual}
+        new = [rank for rank in slow if rank not in self._known]
+        self._known = set(slow)
+        text = "needs {:.2f} s of a step for its batch and its losses, the ranks' median is {:.2f} s"
+        return [(rank, text.format(slow[rank], usual)) for rank in new]
 
 
 class Progress:
@@ -90,6 +130,8 @@ class Progress:
         self._wait += report.data_wait_seconds
         if report.skipped and not self.quiet:
             log.warning("step %d skipped: %s", report.step, report.not_finite)
+        for message in report.slow_ranks if not self.quiet else ():
+            log.warning("%s: all wait for it", message)
         for message in report.bad_samples if not self.quiet else ():
             log.warning("left out in step %d: %s", report.step, message)
         if report.step % self.config.train.log_every_steps and report.step != self.last_step:

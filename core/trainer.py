@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,16 +25,19 @@ from ..data.batch import Batch, normalised
 from ..data.categories import Categories
 from ..data.index import SampleError, ShardIndex
 from ..data.stream import TrainStream
-from .checkpoint import checkpoints, find_checkpoint, load_detector, load_parameters, load_weights
+from .checkpoint import find_checkpoint, load_detector, load_parameters, load_weights
 from .config import Config
 from .criterion import criterion
 from .detector import build
 from .engine import Engine, World
 from .evaluator import coco_metrics, evaluate_shard, merge
 from .guard import finite_or_poison, first_not_finite
-from .manifest import prune, record_evaluation
+from .heartbeat import Watch
+from .manifest import is_evaluated, record_evaluation
 from .optimizer import learning_rate
-from .reports import CheckpointReport, EvaluationReport, Observe, Progress, StepReport, named_losses
+from .reports import EvaluationReport, FaultReport, Observe, Pace, Progress, StepReport, named_losses
+from .saving import Saver
+from .transfer import to_device
 
 log = logging.getLogger("ddetr")
 
@@ -48,32 +51,41 @@ class Step:
     num_images: Tensor  # () how many images of all ranks carried a loss
     layers: tuple[str, ...]
     taken: bool  # not when a gradient of some rank was not finite
+    own_seconds: float  # that this rank's forward passes and losses took
 
 
-def train_step(engine: Engine, micro_batches: list[Batch], number: int, config: Config, world: World) -> Step:
+def train_step(
+    engine: Engine, micro_batches: list[Batch], number: int, config: Config, world: World, stop: bool
+) -> Step | None:
     """Optimizer step `number`, from 1: forward, losses and backward for each micro-batch, then AdamW.
 
+    None, and nothing is done, when some rank asks to `stop`; then its micro-batches may be missing.
     All ranks divide by the same number of objects. Forward and losses make the host wait for the device once a
     micro-batch, for the matching; DeepSpeed's step does so too, for the norm of the gradients.
     """
-    counts = torch.cat([batch.num_boxes for batch in micro_batches])
-    real = torch.cat([batch.is_real for batch in micro_batches])
-    totals = [counts.sum(), counts.clamp(max=config.model.queries).sum(), real.sum()]
-    objects, matched, images = world.sum(torch.stack(totals).float())
-    parts = world.size * len(micro_batches)
-    all_losses, taken = [], True
+    totals = torch.tensor([0.0, 0.0, 0.0, float(stop)])
     for batch in micro_batches:
+        counts = batch.num_boxes
+        totals[:3] += torch.stack([counts.sum(), counts.clamp(max=config.model.queries).sum(), batch.is_real.sum()])
+    objects, matched, images, stops = world.sum(totals)
+    if stops:
+        return None
+    parts = world.size * len(micro_batches)
+    all_losses, taken, own_seconds = [], True, 0.0
+    for batch in micro_batches:
+        began = time.perf_counter()
         batch = batch.to(world.device)
         pixels = normalised(batch.images, batch.padding_mask, engine.dtype)
         predictions = engine.run(pixels, batch.padding_mask)
         losses = criterion(predictions, batch, config.optim, objects, parts, matched, images)
+        own_seconds += time.perf_counter() - began
         engine.run.backward(finite_or_poison(losses.weighted(config.optim).sum()))  # divided by their number in there
         taken &= engine.step(number)  # takes effect after the last micro-batch
         all_losses.append(losses)
     weighted = torch.stack([losses.weighted(config.optim).detach() for losses in all_losses]).mean(0)
     last = len(predictions.aux)
     errors = [torch.stack([losses.class_error, losses.cardinality_error[last]]) for losses in all_losses]
-    return Step(weighted, torch.stack(errors).mean(0), images, losses.layers, taken)
+    return Step(weighted, torch.stack(errors).mean(0), images, losses.layers, taken, own_seconds)
 
 
 def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStream:
@@ -100,7 +112,8 @@ def train(
     resume: bool,
     observe: Observe,
 ) -> dict[str, float] | None:
-    """Train until config.train.epochs or max_steps, or until SIGTERM or SIGINT; returns the last evaluation's metrics.
+    """Train until config.train.epochs or max_steps, or until SIGTERM, SIGINT or SIGUSR1, also while it evaluates or
+    waits for a batch; returns the last evaluation's metrics.
 
     A step whose loss or gradient is not finite on some rank is skipped on all. Raises FloatingPointError after
     train.most_skipped_steps of them in a row, when the state from before them is saved; ValueError or
@@ -110,6 +123,127 @@ def train(
     last_step = config.train.epochs * per_epoch
     last_step = min(last_step, config.train.max_steps or last_step)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    engine, checkpoint = _engine(config, run_directory, world, resume)
+    step = saved_step = engine.load(checkpoint)["step"] if checkpoint else 0
+    skipped_in_a_row, stopped = 0, False
+    known_bad: set[str] = set()
+    pace, progress = Pace(), Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
+    saver = Saver(run_directory, config.train.keep_checkpoints, world, observe)
+    metrics = None
+
+    def save(wait: bool = False) -> Path | None:
+        """Where the state is saved, if that was waited for. Raises OSError if it is not saved and was waited for."""
+        nonlocal saved_step
+        watch.at("saving", step)
+        if step > saved_step:
+            position = {"step": step, "epoch": step // per_epoch, "step_in_epoch": step % per_epoch}
+            saver.begin(lambda: engine.snapshot(run_directory, position, categories), step, position["epoch"])
+            saved_step = step
+        return saver.written() if wait else None
+
+    def evaluate(saved: Path) -> None:
+        nonlocal metrics
+        assert validation_index is not None
+        report = _evaluate(saved, validation_index, world, watch, step, (step - 1) // per_epoch)
+        if report is not None:
+            progress.evaluation(report)
+            observe(report)
+            metrics = report.metrics
+
+    def evaluation_is_due() -> bool:
+        every, last = config.train.evaluate_every_epochs, step >= last_step
+        return validation_index is not None and _is_due(every, step // per_epoch, last)
+
+    watch = Watch(world, config.train, lambda message: observe(FaultReport(step, message)))
+    with closing(stream), watch, closing(saver), _signals(watch.ask_to_stop):
+        if checkpoint and step % per_epoch == 0 and evaluation_is_due() and not is_evaluated(checkpoint):
+            evaluate(checkpoint)  # which the end of the process had cut short
+        while step < last_step and not stopped:
+            epoch = step // per_epoch
+            batches = stream.steps(epoch, step % per_epoch, watch.stop)
+            for number in range(step + 1, min((epoch + 1) * per_epoch, last_step) + 1):
+                clock = time.perf_counter()
+                watch.at("waiting for its batch", number)
+                micro_batches = next(batches, [])  # nothing when asked to stop meanwhile
+                waited = time.perf_counter() - clock
+                watch.at("training", number, [i for batch in micro_batches for i in batch.image_ids.tolist()])
+                rate = learning_rate(config.optim, step, per_epoch, last_step)
+                engine.set_learning_rate(rate)
+                _seed(config.train.seed, step, world.rank)
+                done = train_step(engine, micro_batches, number, config, world, watch.stop())
+                if done is None:
+                    stopped = True
+                    break
+                step = number
+                bad = [message for batch in micro_batches for message in batch.bad_samples]
+                means = torch.cat([done.weighted.flatten(), done.errors, done.num_images[None]])
+                own_seconds = torch.zeros(world.size).index_fill_(
+                    0, torch.tensor(world.rank), waited + done.own_seconds
+                )
+                counts = torch.cat([own_seconds, torch.tensor([float(len(bad))])])
+                sums = world.sum(torch.cat([means, to_device(counts, world.device)])).tolist()
+                *losses, class_error, cardinality_error, num_images = (
+                    value / world.size for value in sums[: len(means)]
+                )
+                *ranks_seconds, num_bad = sums[len(means) :]
+                bad = world.gather(bad) if num_bad else []
+                report = StepReport(
+                    step=step,
+                    epoch=epoch,
+                    losses=named_losses(losses, done.layers),
+                    learning_rate=rate,
+                    gradient_norm=engine.gradient_norm,
+                    images=round(num_images),
+                    step_seconds=time.perf_counter() - clock,
+                    data_wait_seconds=waited,
+                    own_seconds=ranks_seconds[world.rank],
+                    skipped=not done.taken,
+                    memory_bytes=_peak_memory_bytes(world.device),
+                    loss_scale=engine.loss_scale,
+                    class_error=class_error,
+                    cardinality_error=cardinality_error,
+                    not_finite=None if done.taken else _diagnosis(engine, micro_batches, losses, step, config, world),
+                    bad_samples=tuple(bad),
+                    slow_ranks=tuple(f"{watch.name(rank)} {text}" for rank, text in pace.slow(ranks_seconds)),
+                )
+                observe(report)
+                progress.step(report)
+                saver.look()
+                skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
+                if skipped_in_a_row == config.train.most_skipped_steps:
+                    save(wait=True)
+                    raise FloatingPointError(
+                        f"skipped {skipped_in_a_row} steps in a row, the last one step {step}: {report.not_finite}. "
+                        f"The weights from before them are saved. Lower optim.learning_rate, set optim.clip_norm, or "
+                        f"use train.precision=fp32"
+                    )
+                known_bad.update(bad)
+                if len(known_bad) > config.data.most_bad_samples * stream.num_samples:
+                    save(wait=True)
+                    raise SampleError(
+                        f"{len(known_bad)} of {stream.num_samples} images are damaged, more than "
+                        f"data.most_bad_samples={config.data.most_bad_samples:g}; the last one: {bad[-1]}"
+                    )
+                every = config.train.checkpoint_every_steps
+                if every and step % every == 0 and step % per_epoch and step < last_step:
+                    save()
+            if stopped:
+                save(wait=True)
+                progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
+            elif evaluation_is_due():
+                try:
+                    evaluate(cast(Path, save(wait=True)))
+                except OSError as error:
+                    if step >= last_step:
+                        raise
+                    progress.line(f"step {step} is not evaluated either: {error}")
+            elif step >= last_step or _is_due(config.train.checkpoint_every_epochs, step // per_epoch):
+                save(wait=step >= last_step)
+    return metrics
+
+
+def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> tuple[Engine, Path | None]:
+    """The model in its engine, with the weights of the returned checkpoint or the ones that the configuration names."""
     checkpoint = world.agree(lambda: find_checkpoint(run_directory)) if resume else None
     model_config = config.model
     if checkpoint or config.train.initial_weights:  # nothing to fetch that is not overwritten
@@ -123,125 +257,31 @@ def train(
         if world.rank == 0:
             started_anew = f"; started anew: {', '.join(anew)}" if anew else ""
             log.info("weights of %s%s", config.train.initial_weights, started_anew)
-    engine = Engine(model.train(), config, world)
-    step = engine.load(checkpoint)["step"] if checkpoint else 0
-    skipped_in_a_row = 0
-    known_bad: set[str] = set()
-    progress = Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
-    metrics = None
-
-    def tidy() -> None:
-        for old in world.agree(lambda: prune(checkpoints(run_directory), config.train.keep_checkpoints)):
-            progress.line(f"deleted {old}")
-
-    def save(last: bool = False, evaluates: bool = False) -> Path | None:
-        """None when it cannot be written, which ends a run only at its last step: room may be made until then."""
-        started = time.perf_counter()
-        position = {"step": step, "epoch": step // per_epoch, "step_in_epoch": step % per_epoch}
-        tidy()
-        try:
-            path = engine.save(run_directory, position, categories)
-        except OSError as error:
-            if last:
-                raise
-            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            if world.rank == 0:
-                log.error("step %d is not saved%s: %s", step, ", nor evaluated" if evaluates else "", reason)
-            observe(CheckpointReport(step, position["epoch"], "", time.perf_counter() - started, reason))
-            return None
-        tidy()
-        seconds = time.perf_counter() - started
-        progress.line(f"saved {path} in {seconds:.1f} s")
-        observe(CheckpointReport(step, position["epoch"], str(path), seconds))
-        return path
-
-    with _stop_requested() as stop_requested:
-        while step < last_step:
-            epoch = step // per_epoch
-            clock = time.perf_counter()
-            for micro_batches in stream.steps(epoch, step % per_epoch):
-                waited = time.perf_counter() - clock
-                rate = learning_rate(config.optim, step, per_epoch, last_step)
-                engine.set_learning_rate(rate)
-                _seed(config.train.seed, step, world.rank)
-                done = train_step(engine, micro_batches, step + 1, config, world)
-                step += 1
-                bad = [message for batch in micro_batches for message in batch.bad_samples]
-                means = torch.cat([done.weighted.flatten(), done.errors, done.num_images[None]])
-                counts = done.errors.new_tensor([stop_requested(), len(bad)])
-                *sums, stops, num_bad = world.sum(torch.cat([means, counts])).tolist()
-                *losses, class_error, cardinality_error, num_images = (value / world.size for value in sums)
-                bad = world.gather(bad) if num_bad else []
-                report = StepReport(
-                    step=step,
-                    epoch=epoch,
-                    losses=named_losses(losses, done.layers),
-                    learning_rate=rate,
-                    gradient_norm=engine.gradient_norm,
-                    images=round(num_images),
-                    step_seconds=time.perf_counter() - clock,
-                    data_wait_seconds=waited,
-                    skipped=not done.taken,
-                    memory_bytes=_peak_memory_bytes(world.device),
-                    loss_scale=engine.loss_scale,
-                    class_error=class_error,
-                    cardinality_error=cardinality_error,
-                    not_finite=None if done.taken else _diagnosis(engine, micro_batches, losses, step, config, world),
-                    bad_samples=tuple(bad),
-                )
-                clock = time.perf_counter()
-                observe(report)
-                progress.step(report)
-                skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
-                if skipped_in_a_row == config.train.most_skipped_steps:
-                    save(last=True)
-                    raise FloatingPointError(
-                        f"skipped {skipped_in_a_row} steps in a row, the last one step {step}: {report.not_finite}. "
-                        f"The weights from before them are saved. Lower optim.learning_rate, set optim.clip_norm, or "
-                        f"use train.precision=fp32"
-                    )
-                known_bad.update(bad)
-                if len(known_bad) > config.data.most_bad_samples * stream.num_samples:
-                    save(last=True)
-                    raise SampleError(
-                        f"{len(known_bad)} of {stream.num_samples} images are damaged, more than "
-                        f"data.most_bad_samples={config.data.most_bad_samples:g}; the last one: {bad[-1]}"
-                    )
-                if stops or step >= last_step:
-                    break
-                every = config.train.checkpoint_every_steps
-                if every and step % every == 0 and step % per_epoch:
-                    save()
-                    clock = time.perf_counter()
-            epochs_done, last = step // per_epoch, bool(stops) or step >= last_step
-            due = None
-            if not stops and _is_due(config.train.evaluate_every_epochs, epochs_done, last):
-                due = validation_index
-            saved = None
-            if last or due is not None or _is_due(config.train.checkpoint_every_epochs, epochs_done):
-                saved = save(last, evaluates=due is not None)
-            if stops:
-                progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
-                break
-            if due is not None and saved is not None:
-                report = _evaluate(saved, due, world, step, epoch, config)
-                progress.evaluation(report)
-                observe(report)
-                metrics = report.metrics
-    stream.close()
-    return metrics
+    return Engine(model.train(), config, world), checkpoint
 
 
 def _evaluate(
-    checkpoint: Path, index: ShardIndex, world: World, step: int, epoch: int, config: Config
-) -> EvaluationReport:
-    """COCO numbers of the checkpoint just saved. Each rank takes every world.size-th shard, with a plain copy of it."""
+    checkpoint: Path, index: ShardIndex, world: World, watch: Watch, step: int, epoch: int
+) -> EvaluationReport | None:
+    """COCO numbers of a saved checkpoint; None when some rank is asked to stop meanwhile.
+
+    Each rank takes every world.size-th shard, with a plain copy of the weights.
+    """
     started = time.perf_counter()
+    watch.at("evaluating", step)
     detector = load_detector(checkpoint, world.device)
+
+    def one_batch(images: int) -> None:
+        watch.at("evaluating", step)
+
     mine = [
-        evaluate_shard(detector, index, shard, world.device)
+        evaluate_shard(detector, index, shard, world.device, one_batch, watch.stop)
         for shard in range(world.rank, len(index.shards), world.size)
     ]
+    if any(world.gather([watch.stop()])):
+        if world.rank == 0:
+            log.warning("the evaluation of step %d is left for the run that continues this one", step)
+        return None
     gathered = world.gather(mine)
     metrics: list = [None]
     if world.rank == 0:
@@ -293,21 +333,22 @@ def _peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT came: the loop saves after the current step and stops, on all ranks together."""
-    came: list[int] = []
+def _signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
+    """Within it, a signal that a scheduler, a launcher or Ctrl-C sends lets the run save and stop, on all ranks."""
     if threading.current_thread() is not threading.main_thread():  # signals reach the main one only; as under Ray Tune
-        yield lambda: False
+        yield
         return
+    came: list[int] = []
 
-    def remember(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         if not came:
             log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
         came.append(number)
+        ask_to_stop()
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        yield lambda: bool(came)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

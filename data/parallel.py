@@ -1,19 +1,24 @@
 """A function over many items in several processes or threads, results in order; no process is left behind."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_POLL_SECONDS = 0.2  # how often somebody who waits looks up
+_END_SECONDS = 4.0  # for worker processes to end by themselves
 
 
 def available_cores() -> int:
@@ -94,3 +99,52 @@ def threaded_map(
             future.cancel()
         for _ in range(threads):
             waiting.put(None)
+
+
+def until(stop: Callable[[], bool], items: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    """`items` in order, ending early when `stop()` says so, also while the next one is long in coming.
+
+    Each is made in another thread, while this one waits. Worker processes that `items` has started and that do not end
+    with it are killed.
+    """
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    made: queue.SimpleQueue[Future[Item]] = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None  # each thread has its own
+    children = set(multiprocessing.active_children())
+
+    def make() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        while asked.get():
+            future: Future[Item] = Future()
+            try:
+                future.set_result(next(items))
+            except BaseException as error:
+                future.set_exception(error)
+            made.put(future)
+        items.close()
+
+    maker = threading.Thread(target=make, name="until", daemon=True)
+    maker.start()
+    outstanding = False
+    try:
+        while True:
+            asked.put(True)
+            outstanding = True
+            while outstanding and not stop():
+                with contextlib.suppress(queue.Empty):
+                    future = made.get(timeout=_POLL_SECONDS)
+                    outstanding = False
+            if outstanding:
+                return
+            try:
+                item = future.result()
+            except StopIteration:
+                return
+            yield item
+    finally:
+        asked.put(False)
+        if not outstanding:
+            maker.join(_END_SECONDS)
+        for child in set(multiprocessing.active_children()) - children:
+            child.kill()

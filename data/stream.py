@@ -24,7 +24,7 @@ from webdataset.pipeline import DataPipeline
 from .batch import Batch, PackedBatch, Sample, collate, nothing
 from .config import DataConfig
 from .index import SampleError, ShardIndex, ShardReader
-from .parallel import threaded_map
+from .parallel import threaded_map, until
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
 from .sources import SourceError
@@ -91,32 +91,34 @@ class TrainStream:
         self._prefetch: Prefetch | None = None
         _streams.add(self)
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of an epoch, from `first_step` on.
+    def steps(self, epoch: int, first_step: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step of an epoch, from `first_step` on; fewer when `stop()` says so.
 
         The loader stays open between epochs and reads ahead into the next one. Raises SourceError when a shard cannot
         be fetched.
         """
         for step in range(first_step, self.steps_per_epoch):
             if self._position != (epoch, step):
-                self._open(epoch, step)
+                self._open(epoch, step, stop)
             assert self._batches is not None
             self._position = None
             if self._prefetch:
                 self._prefetch.at(epoch, step)
             micro_batches = [self._checked(batch) for batch in islice(self._batches, self._plan.accumulation)]
+            if len(micro_batches) < self._plan.accumulation:
+                return self.close()
             self._position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield micro_batches
 
     def close(self) -> None:
         """End the loader's worker processes."""
         if self._batches is not None:
-            self._batches.close()  # drops the loader's iterator, which ends its workers
+            self._batches.close()  # and with it the loader's iterator, which ends its workers
         if self._prefetch is not None:
             self._prefetch.close()
         self._batches = self._position = self._prefetch = None
 
-    def _open(self, epoch: int, first_step: int) -> None:
+    def _open(self, epoch: int, first_step: int, stop: Callable[[], bool]) -> None:
         self.close()
         workers = self._config.workers
         if fetch := self._index.fetch:
@@ -133,7 +135,7 @@ class TrainStream:
             generator=torch.Generator(),
         )
         batches: Any = iter(loader)  # a generator
-        self._batches = batches
+        self._batches = until(stop, batches)
         self._position = (epoch, first_step)
 
     def _checked(self, batch: PackedBatch | SourceError) -> Batch:
@@ -204,7 +206,9 @@ def seen_sizes(rows: np.ndarray, config: DataConfig, seed: int, epoch: int, samp
     return training_sizes(chosen["height"], chosen["width"], config, random)
 
 
-def evaluation_batches(index: ShardIndex, shard: int, config: DataConfig, *, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    index: ShardIndex, shard: int, config: DataConfig, *, batch_size: int
+) -> Generator[Batch, None, None]:
     """Each image of a shard once, in a fixed order; the images of a batch have one exact size, so none is padded.
 
     Images are decoded by `config.workers` threads (decoding and resizing release Python's lock), two batches ahead.
@@ -251,7 +255,7 @@ def _or_error(function: Callable[..., Result], *arguments: Any) -> Result | Samp
 
 
 def _ignore_signals(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer decides when its workers end.
+    # Ctrl-C and a scheduler's signals reach the whole process group; the trainer decides when its workers end.
     # They end by themselves within seconds when the trainer is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -19,7 +19,7 @@ from ..core.detector import Detector, build
 from ..core.engine import World, deepspeed_config, device_for, join
 from ..core.manifest import verify
 from ..core.optimizer import rate_advice
-from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport, as_json
+from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
@@ -72,7 +72,7 @@ def run(
             if isinstance(item, CheckpointReport):
                 if item.error is None:
                     metrics.checkpoint_saved()
-            else:
+            elif not isinstance(item, FaultReport):
                 metrics.observe(item)
             record.observe(item)
             if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
@@ -223,12 +223,23 @@ class _Record:
     def observe(self, item: Report) -> None:
         if isinstance(item, CheckpointReport):
             if item.error is None:
-                self.event("checkpoint", step=item.step, path=item.path, seconds=item.seconds)
+                self.event(
+                    "checkpoint",
+                    step=item.step,
+                    path=item.path,
+                    seconds=item.seconds,
+                    waited_seconds=item.waited_seconds,
+                )
             else:
                 self.event("checkpoint_failed", step=item.step, reason=item.error)
             return
+        if isinstance(item, FaultReport):
+            self.event("ranks_lost", step=item.step, reason=item.message)
+            return
         if isinstance(item, EvaluationReport):
             self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
+        for message in item.slow_ranks if isinstance(item, StepReport) else ():
+            self.event("slow_rank", step=item.step, reason=message)
         for message in item.bad_samples if isinstance(item, StepReport) else ():
             self.event("bad_sample", step=item.step, reason=message)
         if isinstance(item, StepReport) and item.skipped:

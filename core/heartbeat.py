@@ -1,0 +1,279 @@
+"""What the ranks tell each other beside the training's collectives: that they live, where they are, and when to stop.
+
+A collective operation waits for every rank, and tells nobody for whom. Here each rank writes every few seconds, to the
+store at which the ranks met, what it does, its last images and its stack. When one falls silent, dies or nobody gets
+on, all others log who was where and end, for the launcher to start them again.
+"""
+
+import datetime
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from .config import TrainConfig
+from .engine import World
+
+log = logging.getLogger("ddetr")
+
+RANKS_LOST = 75  # exit status: try again (EX_TEMPFAIL of sysexits.h)
+_BEAT_SECONDS = 2.0
+_PUBLISH_SECONDS = 5.0
+_FRAMES = 12
+_FAILURE_GRACE_SECONDS = 5.0  # for the same error to end this rank in its own way
+_ROOT = Path(__file__).parent.parent
+
+_Place = tuple[int, int, str, float, Iterable[int]]  # moves, step, activity, since when, images
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One rank's word about itself."""
+
+    moves: int  # how often it has said that it does something else
+    step: int
+    activity: str
+    seconds: float  # since it began that
+    images: list[int]  # image ids of its last batch
+    stack: list[str]  # of the training thread, innermost last
+
+
+@dataclass(frozen=True)
+class Identity:
+    host: str
+    pid: int
+    machine: str  # processes with the same one see each other in /proc
+
+    def state(self) -> str | None:
+        """The letter of /proc: R, S, T (stopped), Z (dead) ...; None where there is no such process."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return None
+
+
+class Watch:
+    """A context in which a rank trains. With a single rank it only remembers whether it was asked to stop.
+
+    tell: gets one line of what was found before the process ends. Collective to enter.
+    """
+
+    def __init__(self, world: World, config: TrainConfig, tell: Callable[[str], None]) -> None:
+        self._world, self._tell = world, tell
+        self._silence, self._stall = config.rank_timeout_seconds, config.collective_timeout_seconds
+        self._every = min(_BEAT_SECONDS, self._silence / 4)
+        self._thread = threading.get_ident()
+        self._stop, self._ended, self._judged = threading.Event(), threading.Event(), threading.Lock()
+        self._moves: list[int] = []
+        self._place: _Place = (0, 0, "starting", time.monotonic(), ())
+
+    def at(self, activity: str, step: int, images: Iterable[int] | None = None) -> None:
+        """What this rank does from now on. images: the ids of a new batch."""
+        moves, *_, last_images = self._place
+        self._place = (moves + 1, step, activity, time.monotonic(), last_images if images is None else images)
+
+    def stop(self) -> bool:
+        """Whether some rank was asked to stop; the others know it a few seconds later."""
+        return self._stop.is_set()
+
+    def ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} on {self._identities[rank].host}"
+
+    def __enter__(self) -> "Watch":
+        mine = Identity(socket.gethostname(), os.getpid(), _machine())
+        self._identities: list[Identity] = self._world.gather([mine])
+        if self._world.size == 1:
+            return self
+        self._prefix = self._world.agree(lambda: uuid.uuid4().hex)
+        self._store = self._connected()
+        self._store.set(str(self._world.rank), self._beat())
+        dist.barrier()
+        now = time.monotonic()
+        self._exchanged = now
+        ranks = range(self._world.size) if self._world.rank == 0 else (0,)
+        self._heard: dict[int, tuple[bytes, float]] = dict.fromkeys(ranks, (b"", now))
+        for work in (self._exchange, self._judge):
+            threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._world.size > 1:
+            if error is None:
+                dist.barrier()
+            elif _from_a_collective(trace):  # some other rank is the cause: the judge will say which, and end this one
+                log.error("step %d: %s; looking for the rank that is lost", self._place[1], error)
+                time.sleep(self._silence + 4 * self._every)
+            self._ended.set()
+            if error is not None:
+                text = f"{self.name(self._world.rank)} failed in step {self._place[1]}: {type(error).__name__}: {error}"
+                self._publish(text, [self._world.rank])
+
+    # In a thread: everything that talks to the store, which may never answer.
+
+    def _exchange(self) -> None:
+        rank = self._world.rank
+        while not self._ended.wait(self._every):
+            try:
+                self._store.set(str(rank), self._beat())
+                if self._store.check(["verdict"]):
+                    self._ended.wait(_FAILURE_GRACE_SECONDS)
+                    self._give_up(self._store.get("verdict").decode())
+                if self._stop.is_set():
+                    self._store.set("stop", "")
+                elif self._store.check(["stop"]):
+                    self._stop.set()
+                beats = self._store.multi_get([str(other) for other in self._heard])
+            except RuntimeError:  # the store is gone: the judge will see that nothing comes from it
+                return
+            now = self._exchanged = time.monotonic()
+            for other, beat in zip(self._heard, beats, strict=True):
+                if beat != self._heard[other][0]:
+                    self._heard[other] = (beat, now)
+
+    # In another one: what follows from what was heard.
+
+    def _judge(self) -> None:
+        looked = self._moved = time.monotonic()
+        while not self._ended.wait(self._every):
+            now = time.monotonic()
+            if now - looked > 2 * self._every + 1:  # this process was stopped itself: let the others speak first
+                self._exchanged = self._moved = now
+                self._heard = {rank: (beat, now) for rank, (beat, _) in self._heard.items()}
+            looked = now
+            if (found := self._finding(now)) and not self._ended.wait(1):  # not at the end, when all ranks leave
+                self._give_up(self._publish(*found), concluded=True)
+
+    def _finding(self, now: float) -> tuple[str, list[int] | None] | None:
+        """What is wrong, and with which ranks: None for those that are furthest behind."""
+        here = [rank for rank in range(self._world.size) if rank != self._world.rank and self._is_here(rank)]
+        if dead := [rank for rank in here if self._identities[rank].state() in (None, "Z", "X")]:
+            return f"{self._named(dead)} died", dead
+        seconds = f"{self._silence:.0f} s"
+        if now - self._exchanged > self._silence:
+            store = f"the store at {self._address}, where the ranks met, has not answered for {seconds}"
+            return f"{store}: its host is gone or stopped, or the network between is cut", []
+        if silent := [rank for rank, (_, heard) in self._heard.items() if now - heard > self._silence]:
+            return f"nothing was heard of {self._named(silent)} for {seconds}", silent
+        moves = [json.loads(beat)["moves"] for beat, _ in self._heard.values() if beat]
+        if moves != self._moves:
+            self._moves, self._moved = moves, now
+        if self._world.rank == 0 and now - self._moved > self._stall:
+            return f"no rank got any further for {self._stall:.0f} s", None
+        return None
+
+    def _publish(self, found: str, suspects: list[int] | None) -> str:
+        """What all ranks shall say: the first text that reaches the store, or ours where none answers."""
+        texts = [self._described(found, suspects, {rank: beat for rank, (beat, _) in self._heard.items()})]
+
+        def publish() -> None:
+            try:
+                store = self._connected()
+                beats = store.multi_get([str(rank) for rank in range(self._world.size)])
+                text = self._described(found, suspects, dict(enumerate(beats)))
+                texts.append(store.compare_set("verdict", "", text).decode())
+            except RuntimeError as error:
+                log.warning("the other ranks cannot be told: %s", error)
+
+        publisher = threading.Thread(target=publish, name="heartbeat publish", daemon=True)
+        publisher.start()
+        publisher.join(_PUBLISH_SECONDS)
+        return texts[-1]
+
+    def _give_up(self, text: str, *, concluded: bool = False) -> None:
+        """End this process, whose training thread waits for what will not come."""
+        if not self._judged.acquire(blocking=False) or self._ended.is_set():
+            return
+        self._tell(text.partition("\n")[0])
+        log.error("stopping: %s", text if concluded or self._world.rank == 0 else text.partition("\n")[0])
+        for handler in log.handlers:
+            handler.flush()
+        os._exit(RANKS_LOST)
+
+    def _described(self, found: str, suspects: list[int] | None, beats: dict[int, bytes]) -> str:
+        """A line for all ranks at the same place, and what is known of the suspects."""
+        known = {rank: Beat(**json.loads(beat)) for rank, beat in beats.items() if beat}
+        places: dict[tuple[int, str, str], list[int]] = {}
+        for rank, beat in known.items():
+            places.setdefault((beat.step, beat.activity, beat.stack[-1]), []).append(rank)
+        if suspects is None:
+            behind = min(beat.step for beat in known.values())
+            suspects = [rank for rank, beat in known.items() if beat.step == behind]
+            suspects = [rank for rank in suspects if not _waits(known[rank])] or suspects
+        lines = [found, "where the ranks were when last heard of:"]
+        for (step, activity, frame), ranks in sorted(places.items()):
+            longest = max(known[rank].seconds for rank in ranks)
+            lines.append(f"  step {step}, {activity} for {longest:.0f} s, in {frame}: {self._named(ranks)}")
+        for rank in [rank for rank in suspects if rank in known][:8]:
+            state = self._identities[rank].state() if self._is_here(rank) else None
+            stopped = ", stopped by a signal" if state in ("T", "t") else ""
+            lines.append(
+                f"{self.name(rank)} (pid {self._identities[rank].pid}{stopped}), its images {known[rank].images}:"
+            )
+            lines += [f"  {frame}" for frame in known[rank].stack]
+        return "\n".join(lines)
+
+    def _named(self, ranks: list[int]) -> str:
+        hosts: dict[str, list[int]] = {}
+        for rank in ranks:
+            hosts.setdefault(self._identities[rank].host, []).append(rank)
+        return ", ".join(
+            f"rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those))} on {host}"
+            for host, those in hosts.items()
+        )
+
+    def _is_here(self, rank: int) -> bool:
+        return self._identities[rank].machine == self._identities[self._world.rank].machine
+
+    def _beat(self) -> str:
+        moves, step, activity, since, images = self._place
+        frames = traceback.extract_stack(sys._current_frames()[self._thread])[-_FRAMES:]
+        stack = [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
+        beat = Beat(moves, step, activity, time.monotonic() - since, [int(image) for image in images], stack)
+        return json.dumps(asdict(beat))
+
+    @property
+    def _address(self) -> str:
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def _connected(self) -> dist.Store:
+        """A connection of its own: one that waits for an answer holds up whoever shares it."""
+        timeout = datetime.timedelta(seconds=self._silence)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore(self._prefix, dist.TCPStore(host, port, is_master=False, timeout=timeout))
+
+
+def _waits(beat: Beat) -> bool:
+    return any("torch/distributed/" in frame for frame in beat.stack[-4:])
+
+
+def _from_a_collective(trace: TracebackType | None) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    return bool(files) and "torch/distributed/" in files[-1]
+
+
+def _short(filename: str) -> str:
+    path = Path(filename)
+    return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else "/".join(path.parts[-3:])
+
+
+def _machine() -> str:
+    """The same for two processes that see each other in /proc."""
+    if not Path("/proc/self/ns/pid").exists():
+        return uuid.uuid4().hex
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

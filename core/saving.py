@@ -1,0 +1,96 @@
+"""Checkpoints written beside the training: it stands still while its state is copied, and then goes on."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import checkpoints
+from .engine import World
+from .manifest import prune
+from .reports import CheckpointReport, Observe
+
+log = logging.getLogger("ddetr")
+
+
+@dataclass(frozen=True)
+class _Writing:
+    step: int
+    epoch: int
+    path: Future[Path]
+    began: float
+    waited: float
+
+
+class Saver:
+    """Writes one checkpoint at a time, on rank 0, and deletes the ones that are too many; the others only ask it to.
+
+    keep: how many of the newest stay (0: all). A checkpoint that cannot be written is reported, and ends no run.
+    """
+
+    def __init__(self, run_directory: Path, keep: int, world: World, observe: Observe) -> None:
+        self._run_directory, self._keep, self._world, self._observe = run_directory, keep, world, observe
+        self._writing: _Writing | None = None
+        self._last: Future[Path] | None = None
+
+    def begin(self, snapshot: Callable[[], Callable[[], Path]], step: int, epoch: int) -> None:
+        """Copy the state, which is collective, and write it. Waits for the one before it."""
+        began = time.perf_counter()
+        self.close()
+        write = snapshot()
+        if self._world.rank == 0:
+            path: Future[Path] = Future()
+            self._last = path
+            self._writing = _Writing(step, epoch, path, began, time.perf_counter() - began)
+            threading.Thread(target=self._write, args=(write, path), name="checkpoint", daemon=True).start()
+
+    def look(self) -> None:
+        """Report a checkpoint that is complete by now."""
+        if self._writing is not None and self._writing.path.done():
+            self._report(self._writing, self._writing.waited)
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and report it."""
+        if self._writing is not None:
+            writing, began = self._writing, time.perf_counter()
+            wait([writing.path])
+            self._report(writing, writing.waited + time.perf_counter() - began)
+
+    def written(self) -> Path | None:
+        """The checkpoint begun last, on every rank, when it is complete; None before the first.
+
+        Collective. Raises OSError when it could not be written.
+        """
+        self.close()
+        return self._world.agree(lambda: self._last.result() if self._last is not None else None)
+
+    def _write(self, write: Callable[[], Path], path: Future[Path]) -> None:
+        try:
+            self._tidy()
+            written = write()
+            self._tidy()
+        except BaseException as error:
+            path.set_exception(error)
+        else:
+            path.set_result(written)
+
+    def _tidy(self) -> None:
+        for old in prune(checkpoints(self._run_directory), self._keep):
+            log.info("deleted %s", old)
+
+    def _report(self, writing: _Writing, waited: float) -> None:
+        self._writing = None
+        error, seconds = writing.path.exception(), time.perf_counter() - writing.began
+        if error is None:
+            path = str(writing.path.result())
+            log.info("saved %s in %.1f s, for %.1f s of which training waited", path, seconds, waited)
+            self._observe(CheckpointReport(writing.step, writing.epoch, path, seconds, waited))
+        elif isinstance(error, OSError):
+            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            log.error("step %d is not saved: %s", writing.step, reason)
+            self._observe(CheckpointReport(writing.step, writing.epoch, "", seconds, waited, reason))
+        else:
+            raise error

@@ -1,0 +1,193 @@
+"""Ranks that die, freeze, hang or are slow, as real processes; and how a run that is asked to stop ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ddetr.core.checkpoint import load_detector
+from ddetr.core.heartbeat import RANKS_LOST
+from ddetr.core.manifest import is_evaluated
+
+from tests.core.runs import SMALL, collect, command, succeeded, wait_for
+
+HOST = socket.gethostname()
+
+
+class Ranks:
+    """Two ranks without a launcher that would end one after the other; each writes into a file of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.directory = folder / "run"
+        self.outputs = [folder / f"rank{rank}.txt" for rank in range(2)]
+        self.processes: list[subprocess.Popen[str]] = []
+        arguments = ("tiny", *SMALL, f"train.output={folder}", "train.name=run", "train.epochs=10000", *arguments)
+        for rank, output in enumerate(self.outputs):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = os.environ | {name: str(value) for name, value in place.items()}
+            with output.open("w") as file:
+                process = subprocess.Popen(command(1, *arguments), env=environment, stdout=file, stderr=file, text=True)
+            self.processes.append(process)
+
+    def wait_for_steps(self, number: int) -> None:
+        try:
+            wait_for(self.directory / "metrics.jsonl", self.processes[0], lines=number)
+        except ValueError as error:  # communicate() of a process that ended, whose output is a file
+            raise AssertionError(self.output(0)) from error
+
+    def end(self, seconds: float) -> None:
+        try:
+            statuses = [process.wait(seconds) for process in self.processes]
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(self.output(0) + self.output(1)) from error
+        assert statuses == [0, 0], self.output(0) + self.output(1)
+
+    def output(self, rank: int) -> str:
+        return self.outputs[rank].read_text()
+
+    def workers(self, rank: int) -> list[psutil.Process]:
+        """The processes that load the rank's data."""
+        return psutil.Process(self.processes[rank].pid).children()
+
+
+@pytest.fixture
+def ranks(synthetic_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    started: list[Ranks] = []
+
+    def start(*arguments: str) -> Ranks:
+        started.append(Ranks(tmp_path, f"data.train={synthetic_shards}", *arguments))
+        return started[-1]
+
+    yield start
+    for process in (process for those in started for process in those.processes):
+        if process.poll() is None:
+            for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                victim.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_is_named(ranks: Callable[..., Ranks], victim: int) -> None:
+    """Also the one whose process keeps the store."""
+    run = ranks()
+    run.wait_for_steps(3)
+    run.processes[victim].kill()
+    other = 1 - victim
+    assert run.processes[other].wait(60) == RANKS_LOST, run.output(other)
+    output = run.output(other)
+    assert f"stopping: rank {victim} on {HOST} died" in output
+    if victim == 1:  # nobody keeps the beats of a store that died
+        assert re.search(rf"  step \d+, \w.* for \d+ s, in .*: rank {victim} on {HOST}\n", output), output
+        events = collect(run.directory, "", 0).events
+        assert [event["event"] for event in events] == ["start", "ranks_lost"]
+        assert events[-1]["reason"] == f"rank 1 on {HOST} died"
+
+
+def test_a_frozen_rank_is_found_with_its_stack_and_images(ranks: Callable[..., Ranks]) -> None:
+    run = ranks("train.rank_timeout_seconds=4")
+    run.wait_for_steps(40)  # its second word about itself, a second after the first
+    run.processes[1].send_signal(signal.SIGSTOP)
+    assert run.processes[0].wait(90) == RANKS_LOST, run.output(0)
+    output = run.output(0)
+    assert f"nothing was heard of rank 1 on {HOST} for 4 s" in output
+    about = rf"rank 1 on {HOST} \(pid {run.processes[1].pid}, stopped by a signal\), its images \[\d+, \d+\]:\n"
+    assert re.search(about + r"(  .*\n)*  core/trainer\.py:\d+ train\n", output), output
+    run.processes[1].send_signal(signal.SIGCONT)
+    assert run.processes[1].wait(60) == RANKS_LOST  # it reads what the other one left, or misses it
+
+
+def test_a_rank_that_gets_no_further_is_told_from_those_that_wait_for_it(ranks: Callable[..., Ranks]) -> None:
+    """Its loader hangs: the rank itself lives, and the collective operation of the others would wait for ever."""
+    run = ranks("train.collective_timeout_seconds=6", "data.workers=1")
+    run.wait_for_steps(3)
+    for worker in run.workers(1):
+        worker.suspend()
+    for process in run.processes:
+        assert process.wait(90) == RANKS_LOST, run.output(0)
+    output = run.output(0)
+    assert "stopping: no rank got any further for 6 s" in output
+    assert re.search(rf"waiting for its batch for \d+ s, in .*: rank 1 on {HOST}\n", output), output
+    assert re.search(rf"training for \d+ s, in .*distributed.*: rank 0 on {HOST}\n", output), output
+    assert f"\nrank 1 on {HOST} (pid" in output
+    assert f"\nrank 0 on {HOST} (pid" not in output
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_rank_is_told_to_the_others(ranks: Callable[..., Ranks]) -> None:
+    run = ranks("data.workers=1")
+    run.wait_for_steps(3)
+    for worker in run.workers(1):
+        worker.kill()
+    for process in run.processes:
+        assert process.wait(90) != 0
+    assert f"stopping: rank 1 on {HOST} failed in step" in run.output(0)
+    assert "DataLoader worker" in run.output(0)
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named(ranks: Callable[..., Ranks]) -> None:
+    """It is stopped for most of the time, as by another program on its cores."""
+    run = ranks("data.workers=0", "train.max_steps=60", "train.checkpoint_every_epochs=0")
+    run.wait_for_steps(1)
+    done = threading.Event()
+
+    def slow_down() -> None:
+        while not done.wait(0.02) and run.processes[1].poll() is None:
+            run.processes[1].send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            run.processes[1].send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=slow_down)
+    thread.start()
+    try:
+        assert [process.wait(300) for process in run.processes] == [0, 0], run.output(0)
+    finally:
+        done.set()
+        thread.join()
+    told = [event["reason"] for event in collect(run.directory, "", 0).events if event["event"] == "slow_rank"]
+    assert told
+    assert all(reason.startswith(f"rank 1 on {HOST} needs ") for reason in told)
+    assert f"rank 1 on {HOST} needs" in run.output(0)
+    assert "all wait for it" in run.output(0)
+
+
+def test_one_signal_to_one_rank_stops_all_though_a_batch_does_not_come(ranks: Callable[..., Ranks]) -> None:
+    run = ranks("data.workers=1", "train.checkpoint_every_epochs=0")
+    run.wait_for_steps(3)
+    for worker in run.workers(1):
+        worker.suspend()
+    run.processes[0].send_signal(signal.SIGUSR1)
+    run.end(30)
+    assert "SIGUSR1: saving after this step" in run.output(0)
+    assert load_detector(run.directory).step == collect(run.directory, "", 0).steps[-1]["step"]
+
+
+def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
+    ranks: Callable[..., Ranks], synthetic_shards: Path
+) -> None:
+    settings = [f"data.validation={synthetic_shards}", "data.validation_short_side=800", "eval.batch_size=1"]
+    run = ranks(*settings, "train.evaluate_every_epochs=1")
+    wait_for(run.directory / "events.jsonl", run.processes[0], lines=2)  # the checkpoint, then begins the evaluation
+    run.processes[1].send_signal(signal.SIGTERM)
+    run.end(30)
+    left = collect(run.directory, run.output(0), 0)
+    assert [event["event"] for event in left.events] == ["start", "checkpoint", "stop"], left.output
+    assert "the evaluation of step 6 is left for the run that continues this one" in left.output
+    checkpoint = run.directory / "checkpoints/step_00000006"
+    assert not is_evaluated(checkpoint)
+    finished = subprocess.run(
+        [*command(1, "--resume", str(run.directory)), "train.max_steps=6"], capture_output=True, text=True, timeout=300
+    )
+    succeeded(collect(run.directory, finished.stdout + finished.stderr, finished.returncode))
+    assert is_evaluated(checkpoint)
