@@ -130,6 +130,9 @@ class TrainConfig(_Section):
     collective_timeout_seconds: float = Field(
         default=1800, gt=0, description="when no rank gets any further for so long, all stop and say where they are"
     )
+    bandwidth_test_seconds: float = Field(
+        default=2, ge=0, description="how long the ranks exchange data before the first step, to see how fast; 0: not"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0, ge=0, description="CPU threads per rank; 0 shares this machine's cores among its ranks"

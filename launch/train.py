@@ -25,6 +25,7 @@ from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
+from .environment import check
 
 log = logging.getLogger("ddetr")
 
@@ -54,6 +55,7 @@ def run(
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
+        machines = check(config, world, [index for index in (train_index, validation_index) if index])
         run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume))
         if not resumes:
             world.agree(lambda: _fit_initial_weights(model, config))
@@ -78,10 +80,17 @@ def run(
             if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
                 report(item)
 
-        if world.rank == 0 and (advice := rate_advice(config)):
-            log.warning(advice)
+        if world.rank == 0:
+            for line in machines:
+                log.info(line)
+            if advice := rate_advice(config):
+                log.warning(advice)
         record.event(
-            "resume" if resumes else "start", ranks=world.size, device=str(world.device), torch=torch.__version__
+            "resume" if resumes else "start",
+            ranks=world.size,
+            device=str(world.device),
+            torch=torch.__version__,
+            machines=machines,
         )
         train(
             config,

@@ -25,6 +25,7 @@ SMALL = (
     "train.log_every_steps=1",
     "train.evaluate_every_epochs=0",
     "train.threads=1",
+    "train.bandwidth_test_seconds=0",
     "train.precision=fp32",
     "optim.warmup_steps=0",
     "optim.schedule=step",

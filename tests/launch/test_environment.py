@@ -1,0 +1,99 @@
+"""What the ranks find out about each other, with real processes that really differ."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ddetr.core
+import pytest
+
+from tests.core.runs import SMALL
+
+HOST = socket.gethostname()
+PACKAGE = Path(ddetr.core.__path__[0]).parent
+
+
+def test_what_a_run_says_of_its_machines(synthetic_shards: Path, tmp_path: Path) -> None:
+    (status, output), (other, _) = pair(tmp_path, synthetic_shards, everyone=["train.bandwidth_test_seconds=0.5"])
+    assert (status, other) == (0, 0), output
+    assert f"2 ranks: {HOST} with 2 x CPU, " in output
+    assert re.search(r"^ddetr \d\S+ \(\w{8}\), torch \d\S+, deepspeed \d", output, re.MULTILINE)
+    assert re.search(r"^all-reduce of 40 MB among 2 ranks: \d+\.\d\d GB/s", output, re.MULTILINE)
+    assert "differs" not in output
+
+
+def pair(
+    folder: Path,
+    shards: Path,
+    *,
+    python: str = sys.executable,
+    everyone: Sequence[str] = (),
+    second: Sequence[str] = (),
+    environment_of_second: Mapping[str, str] | None = None,
+) -> list[tuple[int, str]]:
+    """Exit status and output of two ranks, of which the second has further arguments and another environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= (environment_of_second or {}) if rank else {}
+        arguments = ["tiny", *SMALL, f"data.train={shards}", f"train.output={folder}", "train.name=pair"]
+        arguments += ["train.max_steps=1", *everyone, *(second if rank else ())]
+        command = [python, "-m", "ddetr.launch.cli", "train", *arguments]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_ranks_with_other_settings_are_refused(synthetic_shards: Path, tmp_path: Path) -> None:
+    for status, output in pair(tmp_path, synthetic_shards, second=["optim.learning_rate=2e-4"]):
+        assert status == 2
+        assert re.search(rf"the ranks differ in configuration: \w{{8}} on {HOST}, \w{{8}} on {HOST}", output), output
+        assert "Traceback" not in output
+    assert not (tmp_path / "pair").exists()
+
+
+@pytest.mark.slow
+def test_ranks_with_other_code_are_refused(synthetic_shards: Path, tmp_path: Path) -> None:
+    """A checkout that was not updated on one of the hosts."""
+    package = tmp_path / "stale/ddetr"
+    for folder in ("core", "data", "launch", "monitoring", "ops"):
+        shutil.copytree(PACKAGE / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "core/config.py").open("a").write("\n# an older version\n")
+    blocker = tmp_path / "stale/sitecustomize.py"  # the editable install's import hook would come first
+    blocker.write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    )
+    other = {"PYTHONPATH": str(tmp_path / "stale")}
+    for status, output in pair(tmp_path, synthetic_shards, environment_of_second=other):
+        assert status == 2, output
+        assert "the ranks differ in ddetr: " in output
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_is_not_shared_is_refused(synthetic_shards: Path, tmp_path: Path) -> None:
+    """The second rank has a file system of its own mounted there."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a mount of its own needs root and unshare")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    wrapper = tmp_path / "python"
+    wrapper.write_text(
+        f'#!/bin/sh\n[ "$RANK" = 1 ] && exec unshare --mount sh -c \'mount -t tmpfs none {folder} && exec "$@"\' sh '
+        f'{sys.executable} "$@"\nexec {sys.executable} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    for status, output in pair(folder, synthetic_shards, python=str(wrapper)):
+        assert status == 2, output
+        assert f"train.output={folder} on {HOST} is not the folder that {HOST} has there" in output
+    assert not list(folder.iterdir())
