@@ -63,6 +63,11 @@ STEP_SECONDS = Metric(
 DATA_WAIT_SECONDS = Metric(
     "ddetr_data_wait_seconds", "histogram", "Time of a step spent waiting for its batch.", buckets=WAIT_BUCKETS
 )
+OWN_SECONDS = Metric(
+    "ddetr_own_seconds_total",
+    "counter",
+    "Time that this rank itself needed for its batches, forward passes and losses; the slowest rank sets the pace.",
+)
 PROCESS_MEMORY = Metric(
     "ddetr_process_memory_bytes", "gauge", "Resident memory of the training process, read at each scrape (Linux)."
 )
@@ -86,7 +91,7 @@ CHECKPOINT_TIME = Metric(
 
 METRICS = (
     *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
-    *(STEP_SECONDS, DATA_WAIT_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
+    *(STEP_SECONDS, DATA_WAIT_SECONDS, OWN_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
     *(SCORE, EVALUATION_SECONDS, EVALUATION_IMAGES, START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
 
@@ -113,6 +118,8 @@ class StepReport(Protocol):
     def step_seconds(self) -> float: ...
     @property
     def data_wait_seconds(self) -> float: ...
+    @property
+    def own_seconds(self) -> float: ...
     @property
     def skipped(self) -> bool: ...
     @property
@@ -186,6 +193,7 @@ class RunMetrics:
         self._counters[STEPS].inc()
         self._counters[SKIPPED_STEPS].inc(int(report.skipped))
         self._counters[IMAGES].inc(report.images)
+        self._counters[OWN_SECONDS].inc(report.own_seconds)
         self._counters[BAD_SAMPLES].inc(len(report.bad_samples))
         self._histograms[STEP_SECONDS].observe(report.step_seconds)
         self._histograms[DATA_WAIT_SECONDS].observe(report.data_wait_seconds)

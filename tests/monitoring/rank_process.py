@@ -23,6 +23,7 @@ class StepReport:
     images: int
     step_seconds: float
     data_wait_seconds: float
+    own_seconds: float
     skipped: bool
     memory_bytes: int
     loss_scale: float
@@ -51,6 +52,7 @@ def step_report(step: int, rank: int = 0) -> StepReport:
         images=8,
         step_seconds=0.25,
         data_wait_seconds=0.025 * (rank + 1),
+        own_seconds=0.05 * (rank + 1),
         skipped=step % 50 == 1,
         memory_bytes=900_000_000 + rank,
         loss_scale=65536.0,

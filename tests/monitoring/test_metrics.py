@@ -55,6 +55,7 @@ def test_counters_and_histograms_add_up(metrics: RunMetrics):
     seconds = [0.3, 0.31, 700.0]  # on a bucket's bound, above it, above all
     for step, duration in enumerate(seconds):
         report = replace(step_report(step), step_seconds=duration, data_wait_seconds=duration / 10, skipped=step == 2)
+        report = replace(report, own_seconds=duration / 2)
         metrics.observe(report)
     assert value(metrics, "ddetr_steps_total") == 3
     assert value(metrics, "ddetr_skipped_steps_total") == 1
@@ -65,6 +66,7 @@ def test_counters_and_histograms_add_up(metrics: RunMetrics):
     assert value(metrics, "ddetr_step_seconds_bucket", le="0.4") == 2
     assert value(metrics, "ddetr_step_seconds_bucket", le="180.0") == 2
     assert value(metrics, "ddetr_data_wait_seconds_sum") == pytest.approx(70.061)
+    assert value(metrics, "ddetr_own_seconds_total") == pytest.approx(350.305)
 
 
 def test_evaluation_and_checkpoint(metrics: RunMetrics):
