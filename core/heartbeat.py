@@ -180,6 +180,8 @@ class Watch:
     def _publish(self, found: str, suspects: list[int] | None) -> str:
         """What all ranks shall say: the first text that reaches the store, or ours where none answers."""
         texts = [self._described(found, suspects, {rank: beat for rank, (beat, _) in self._heard.items()})]
+        if time.monotonic() - self._exchanged > self._silence:
+            return texts[0]
 
         def publish() -> None:
             try:

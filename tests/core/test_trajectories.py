@@ -1,0 +1,51 @@
+"""Fifty steps of every ZeRO stage on 1, 2 and 4 ranks against stage 0 on one rank."""
+
+import numpy as np
+import pytest
+import torch
+from ddetr.core.checkpoint import find_checkpoint
+from safetensors.torch import load_file
+
+from tests.core.runs import Train, succeeded
+
+STEPS = 50
+BATCH = ("train.batch_size=8", "model.dropout=0", "train.checkpoint_every_epochs=0")
+EVERYTHING = ("train.accumulation=2", "train.checkpoint_activations=true", "train.ema_decay=0.95")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("settings", [(), EVERYTHING], ids=["plain", "accumulation, recomputation, average"])
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(ranks, stage) for ranks in (1, 2, 4) for stage in (0, 1, 2, 3) if (ranks, stage) != (1, 0)]
+)
+def test_every_stage_on_any_ranks_learns_as_one_rank_does(
+    train: Train, ranks: int, stage: int, settings: tuple[str, ...]
+) -> None:
+    reference = succeeded(train(1, "train.zero_stage=0", *BATCH, *settings, steps=STEPS))
+    other = succeeded(train(ranks, f"train.zero_stage={stage}", *BATCH, *settings, steps=STEPS))
+    expected, found = np.array(reference.losses), np.array(other.losses)
+    apart = np.abs(found - expected) / expected
+    print(f"largest difference of a loss: {apart.max():.1e}, of the first ten {apart[:10].max():.1e}")
+    assert len(found) == STEPS
+    assert apart[:10].max() < 1e-5
+    assert apart.max() < 5e-3
+
+    weights, others = (load_file(find_checkpoint(run.directory) / "model.safetensors") for run in (reference, other))
+    start = succeeded(train(1, "train.zero_stage=0", *BATCH, "optim.learning_rate=1e-12", steps=1)).directory
+    initial = load_file(find_checkpoint(start) / "model.safetensors")
+    moved = torch.stack([(weights[name] - initial[name]).norm() for name in weights]).norm()
+    distance = torch.stack([(weights[name] - others[name]).norm() for name in weights]).norm()
+    print(f"weights apart {distance / moved:.1e} of the distance moved")
+    assert distance < 0.05 * moved
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_agree_in_half_precision(train: Train, stage: int) -> None:
+    settings = (*BATCH, "train.precision=bf16")
+    expected = np.array(succeeded(train(2, "train.zero_stage=0", *settings, steps=STEPS)).losses)
+    found = np.array(succeeded(train(2, f"train.zero_stage={stage}", *settings, steps=STEPS)).losses)
+    apart = np.abs(found - expected) / expected
+    print(f"largest difference of a loss: {apart.max():.1e}, of the first ten {apart[:10].max():.1e}")
+    assert apart[:10].max() < 0.02
+    assert apart.max() < 0.1
