@@ -118,7 +118,7 @@ class Watch:
                 dist.barrier()
             elif _from_a_collective(trace):  # some other rank is the cause: the judge will say which, and end this one
                 log.error("step %d: %s; looking for the rank that is lost", self._place[1], error)
-                time.sleep(self._silence + 4 * self._every)
+                time.sleep(self._silence + 4 * self._every + 2 * _PUBLISH_SECONDS)
             self._ended.set()
             if error is not None:
                 text = f"{self.name(self._world.rank)} failed in step {self._place[1]}: {type(error).__name__}: {error}"

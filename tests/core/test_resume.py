@@ -168,7 +168,7 @@ def test_a_full_disk_is_said_and_loses_nothing(synthetic_shards: Path, small_dis
     assert run.exit_status == 2
     assert len(run.steps) == 5  # it trained on, as room might have been made
     failed = [event for event in run.events if event["event"] == "checkpoint_failed"]
-    assert [event["step"] for event in failed] == list(range(len(kept) + 1, 5))
+    assert [event["step"] for event in failed] == list(range(len(kept) + 1, 6))
     assert "no room for a checkpoint of" in failed[0]["reason"]
     assert "set train.keep_checkpoints" in run.output
     assert succeeded(resume(run.directory, 1, "train.keep_checkpoints=1")).steps[-1]["step"] == 5
