@@ -6,6 +6,7 @@ needs no generator state, and a resumed run repeats what the uninterrupted one d
 
 import logging
 import math
+import os
 import resource
 import signal
 import threading
@@ -341,10 +342,10 @@ def _signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
     came: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if not came:
-            log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
         came.append(number)
         ask_to_stop()
+        if len(came) == 1:  # not by the log: this may have interrupted it in the middle of a line
+            os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
