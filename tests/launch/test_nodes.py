@@ -15,10 +15,9 @@ import psutil
 import pytest
 
 from tests.core.runs import SMALL
+from tests.launch.nodes import DEVICES, joined, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-NODES = {"ddetr_a": "10.117.0.1", "ddetr_b": "10.117.0.2"}
-DEVICES = ("ddetr_da", "ddetr_db")
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.slow
@@ -26,21 +25,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def nodes() -> Iterator[dict[str, str]]:
-    """Name and address of each namespace."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    try:
-        for name in NODES:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-        cable = f"ip link add {DEVICES[0]} netns ddetr_a type veth peer name {DEVICES[1]} netns ddetr_b"
-        subprocess.run(cable.split(), check=True)
-        for (name, address), device in zip(NODES.items(), DEVICES, strict=True):
-            for command in (f"addr add {address}/24 dev {device}", f"link set {device} up", "link set lo up"):
-                subprocess.run(["ip", "-n", name, *command.split()], check=True)
-        yield NODES
-    finally:
-        for name in NODES:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
+    with joined() as namespaces:
+        yield namespaces
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -49,10 +35,6 @@ def kill(process: subprocess.Popen) -> None:
         for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             victim.kill()
     process.wait()
-
-
-def on(node: str) -> list[str]:
-    return ["ip", "netns", "exec", node]
 
 
 def two_steps(shards: Path, output: Path) -> list[str]:
@@ -74,7 +56,7 @@ def test_torchrun(numbered: bool, nodes: dict[str, str], synthetic_shards: Path,
     processes = []
     for rank, (name, device) in enumerate(zip(nodes, DEVICES, strict=True)):
         command = [*on(name), REPOSITORY / "launch/torchrun.sh", "--nodes", "2", "--ranks", "1"]
-        command += ["--master", nodes["ddetr_a"] + ":29511"]
+        command += ["--master", nodes["ddetr-a"] + ":29511"]
         command += ["--node-rank", str(rank)] if numbered else ["--restarts", "0"]
         command += two_steps(synthetic_shards, tmp_path / "runs")
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
@@ -99,7 +81,7 @@ def test_a_lost_node_is_done_without_and_taken_back(
 
     def launch(name: str, device: str) -> subprocess.Popen:
         command = [*on(name), REPOSITORY / "launch/torchrun.sh", "--nodes", "1:2", "--ranks", "1", "--restarts", "5"]
-        command += ["--master", nodes["ddetr_a"] + ":29512", "tiny", *SMALL, "train.auto_resume=true"]
+        command += ["--master", nodes["ddetr-a"] + ":29512", "tiny", *SMALL, "train.auto_resume=true"]
         command += [f"{key}={value}" for key, value in settings.items()]
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
         with (tmp_path / f"{name}.{len(started)}.log").open("w") as log:
@@ -134,23 +116,23 @@ def test_a_lost_node_is_done_without_and_taken_back(
             time.sleep(0.5)
 
     try:
-        launch("ddetr_a", DEVICES[0])
-        other = launch("ddetr_b", DEVICES[1])
+        launch("ddetr-a", DEVICES[0])
+        other = launch("ddetr-b", DEVICES[1])
         wait_until([2], 5)
         if lost == "killed":
             kill(other)
         else:
-            subprocess.run(["ip", "-n", "ddetr_b", "link", "set", DEVICES[1], "down"], check=True)
+            subprocess.run(["ip", "-n", "ddetr-b", "link", "set", DEVICES[1], "down"], check=True)
         wait_until([2, 1], 5)
         if lost == "cut off":
-            subprocess.run(["ip", "-n", "ddetr_b", "link", "set", DEVICES[1], "up"], check=True)
+            subprocess.run(["ip", "-n", "ddetr-b", "link", "set", DEVICES[1], "up"], check=True)
             here, there = ((tmp_path / f"{name}.{number}.log").read_text() for number, name in enumerate(nodes))
             # Both nodes see one /proc here: whichever rank gives up first, the other may be seen to have ended.
             said = r"stopping: (nothing was heard of rank 1 on \S+ for 8 s|rank 1 on \S+ died)\nwhere the ranks were"
             assert re.search(said, here), here
             assert "where the ranks met, has not answered for 8 s" in there
             kill(other)  # its launcher would end a minute later
-        launch("ddetr_b", DEVICES[1])
+        launch("ddetr-b", DEVICES[1])
         wait_until([2, 1, 2], 5)
     finally:
         for process in started:
@@ -185,7 +167,7 @@ def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> N
             servers.append(subprocess.Popen([*on(name), "/usr/sbin/sshd", "-D", "-e", "-f", configuration]))
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{address} slots=1\n" for address in nodes.values()))
-        command = [*on("ddetr_a"), REPOSITORY / "launch/ssh.sh", hostfile]
+        command = [*on("ddetr-a"), REPOSITORY / "launch/ssh.sh", hostfile]
         command += two_steps(synthetic_shards, tmp_path / "runs")
         environment = ENVIRONMENT | {"PATH": f"{client.parent}:{ENVIRONMENT['PATH']}"}
         result = subprocess.run(
