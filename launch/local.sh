@@ -34,4 +34,6 @@ if [[ -z $ranks ]]; then
 fi
 
 python -m ddetr.launch.cli train "$@" --dry-run >/dev/null # a mistake is told once, not by every rank
-exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module ddetr.launch.cli train "$@"
+# SIGUSR1, too, lets the ranks save and stop; by itself it would end torchrun and leave them behind.
+exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --module ddetr.launch.cli train "$@"

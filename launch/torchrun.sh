@@ -69,8 +69,8 @@ PYTHON
     arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-conf "is_host=$is_master" --rdzv-id ddetr
         --local-addr "$here_address" --max-restarts "$restarts")
 fi
-# A rank that is told to stop saves first: whoever sent the signal decides how long it may take, not torchrun after 30 s.
+# A rank that is told to stop saves first, for which torchrun would leave it 30 s. A frozen one is waited for as long.
 # SIGUSR1 would end torchrun and leave its ranks behind.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 arguments+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 exec python -m torch.distributed.run "${arguments[@]}" --module ddetr.launch.cli train "$@"
