@@ -35,6 +35,7 @@ CheckpointPath = Annotated[
         "or a `.pth` in the published layout.",
     ),
 ]
+ON_RAY = "On a Ray cluster"
 RayAddress = Annotated[
     str | None,
     typer.Option(
@@ -79,10 +80,48 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop before the first step.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            rich_help_panel=ON_RAY,
+            help="Start all ranks on this Ray cluster: `HOST:PORT`, `ray://HOST:PORT` or `auto`. Without an address a "
+            "local Ray starts. Shards and output must have the same path on every node.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N or MIN:MAX",
+            rich_help_panel=ON_RAY,
+            help="Ranks, each with a GPU of its own, or with an equal share of the CPUs where there are no GPUs. With "
+            "a range as many as there is room for, anew at every restart.  [default: one for each GPU or each node]",
+        ),
+    ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=ON_RAY,
+            help="How often all ranks start again after one was lost, if `train.auto_resume=true`.  [default: 3]",
+        ),
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            rich_help_panel=ON_RAY,
+            help="How long to wait for room in the cluster before giving up.  [default: 60]",
+        ),
+    ] = None,
 ) -> None:
     """Train. Alone it is one process; started by torchrun, deepspeed or Slurm it is one rank of many.
 
-    Ctrl-C or SIGTERM saves a checkpoint and exits. Several ranks on one machine: `launch/local.sh`.
+    Ctrl-C or SIGTERM saves a checkpoint and exits. Several ranks on one machine: `launch/local.sh`. On a Ray cluster:
+    `--ray`.
 
     Examples:
 
@@ -93,9 +132,14 @@ def train(
     `ddetr train --resume runs/r50-0001`
 
     `ddetr train r50 data.train=shards/train train.name=r50 train.auto_resume=true`
+
+    `ddetr train r50 data.train=/shared/train train.name=r50 train.auto_resume=true --ray 10.0.0.1:6379 --ranks 16`
     """
     from ..core.config import load
 
+    on_ray = {"ranks": ranks, "restarts": restarts, "wait": wait}
+    if ray is None and (given := [f"--{name}" for name, value in on_ray.items() if value is not None]):
+        raise ValueError(f"{', '.join(given)}: only with --ray; ranks on this machine: launch/local.sh --ranks N")
     arguments = list(arguments or ())
     preset = arguments.pop(0) if arguments and "=" not in arguments[0] else None
     if resume is not None and preset is not None:
@@ -106,6 +150,11 @@ def train(
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     config = load(source, arguments)
+    if ray is not None:
+        from .ranks import train_on_ray
+
+        options = {name: value for name, value in on_ray.items() if value is not None}
+        raise typer.Exit(train_on_ray(config, ray, resume=resume, dry_run=dry_run, **options))
 
     from .train import run  # only now: a misspelt key need not wait for torch
 

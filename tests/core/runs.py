@@ -83,3 +83,19 @@ def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1, seconds
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline, f"{path} did not appear in {seconds} s"
         time.sleep(0.05)
+
+
+def steps_of_each_start(run_directory: Path) -> list[tuple[int, int]]:
+    """(ranks, steps taken) of each time that the ranks of a run began, also while it runs."""
+
+    def lines(name: str) -> list[dict]:
+        file = run_directory / name
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
+
+    begun = [event for event in lines("events.jsonl") if "ranks" in event]
+    times = [line["time"] for line in lines("metrics.jsonl") if line["kind"] == "step"]
+    ends = [*(event["time"] for event in begun[1:]), float("inf")]
+    return [
+        (event["ranks"], sum(event["time"] <= time < end for time in times))
+        for event, end in zip(begun, ends, strict=True)
+    ]

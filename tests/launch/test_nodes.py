@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.core.runs import SMALL
+from tests.core.runs import SMALL, collect, command, start, steps_of_each_start, wait_for
 from tests.launch.nodes import DEVICES, joined, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+RAY_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a token of these tests that is long enough"}
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.slow
@@ -89,26 +92,12 @@ def test_a_lost_node_is_done_without_and_taken_back(
         started.append(process)
         return process
 
-    def worlds() -> list[tuple[int, int]]:
-        """(ranks, steps taken) of each time that the ranks began."""
-        events, metrics = run_directory / "events.jsonl", run_directory / "metrics.jsonl"
-        if not metrics.is_file():
-            return []
-        begun = [json.loads(line) for line in events.read_text().splitlines()]
-        begun = [event for event in begun if "ranks" in event]
-        times = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
-        ends = [*(event["time"] for event in begun[1:]), float("inf")]
-        return [
-            (event["ranks"], sum(event["time"] <= time < end for time in times))
-            for event, end in zip(begun, ends, strict=True)
-        ]
-
     def wait_until(expected: list[int], steps: int) -> None:
         """Until the ranks have begun with so many at a time, and have taken some steps in the last of them."""
         deadline = time.monotonic() + 400
         while True:
-            found = worlds()
-            if [ranks for ranks, _ in found] == expected and found[-1][1] >= steps:
+            found = steps_of_each_start(run_directory)
+            if found and [ranks for ranks, _ in found] == expected and found[-1][1] >= steps:
                 return
             logs = "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
             assert time.monotonic() < deadline, f"{found}\n{logs}"
@@ -179,3 +168,84 @@ def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> N
             server.terminate()
             server.wait()
     assert_two_steps_on_two_ranks(tmp_path / "runs")
+
+
+@pytest.fixture
+def ray_nodes(nodes: dict[str, str]) -> Iterator[dict[str, subprocess.Popen]]:
+    """`ray start` with one CPU in each namespace."""
+    started: dict[str, subprocess.Popen] = {}
+    folder = Path(tempfile.mkdtemp(prefix="ray_"))  # short: the paths of Ray's sockets go into 107 characters
+    options = ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
+    head = f"{nodes['ddetr-a']}:6379"
+    try:
+        for name, address in nodes.items():
+            role = ["--head", "--port=6379", "--include-dashboard=false"] if not started else [f"--address={head}"]
+            role += [f"--temp-dir={folder / name}"]
+            line = [*on(name), *RAY, "start", f"--node-ip-address={address}", *role, *options]
+            with (folder / f"{name}.log").open("w") as log:
+                started[name] = subprocess.Popen(line, env=ENVIRONMENT | RAY_TOKEN, stdout=log, stderr=log)
+            deadline = time.monotonic() + 120
+            while "Ray runtime started" not in (text := (folder / f"{name}.log").read_text()):
+                assert time.monotonic() < deadline, text
+                assert started[name].poll() is None, text
+                time.sleep(0.2)
+        yield started
+    finally:
+        for process in started.values():
+            kill(process)
+        shutil.rmtree(folder)
+
+
+def on_ray(*arguments: object) -> list[str]:
+    """`ddetr train` from the first of the two nodes."""
+    return [*on("ddetr-a"), *command(1, "tiny", *SMALL, *map(str, arguments), "--ray", NODES["ddetr-a"] + ":6379")]
+
+
+def test_ray_gives_the_losses_of_torchrun(
+    ray_nodes: dict[str, subprocess.Popen], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.max_steps=4"]
+    line = on_ray(*settings, "train.name=ray", "--ranks", "2")
+    result = subprocess.run(line, env=ENVIRONMENT | RAY_TOKEN, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 on 10.117.0.1, 1 on 10.117.0.2" in result.stdout
+    here = command(2, "tiny", *SMALL, *settings, "train.name=torchrun")
+    subprocess.run(here, env=ENVIRONMENT, capture_output=True, timeout=300, check=True)
+    losses = collect(tmp_path / "ray", "", 0).losses
+    assert len(losses) == 4
+    assert losses == collect(tmp_path / "torchrun", "", 0).losses
+
+
+def test_ray_goes_on_without_a_lost_node(
+    ray_nodes: dict[str, subprocess.Popen], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    """Ray dies on one node, and with it the rank there; the run goes on from its checkpoint with one rank."""
+    settings = [f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=run", "train.epochs=10000"]
+    settings += ["train.auto_resume=true", "train.checkpoint_every_steps=2", "train.keep_checkpoints=2"]
+    process = start(
+        ["env", *(f"{key}={value}" for key, value in RAY_TOKEN.items()), *on_ray(*settings, "--ranks", "1:2")]
+    )
+    try:
+        wait_for(tmp_path / "run/checkpoints/step_00000002/checkpoint.json", process)
+        other = psutil.Process(ray_nodes["ddetr-b"].pid)
+        family = [other, *other.children(recursive=True)]
+        (rank,) = (member for member in family if "ddetr.launch.rank" in member.cmdline())
+        for member in family:
+            if member not in (rank, *rank.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        assert psutil.wait_procs([rank], timeout=60)[0], "the rank outlives Ray on its node"
+        deadline = time.monotonic() + 200
+        while len(begun := steps_of_each_start(tmp_path / "run")) < 2 or begun[1][1] < 3:
+            assert time.monotonic() < deadline, begun
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.5)
+        process.terminate()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert [ranks for ranks, _ in begun] == [2, 1]
+    assert "all ranks start again (restart 1 of 3)" in output
+    steps = [step["step"] for step in collect(tmp_path / "run", "", 0).steps]
+    assert set(steps) == set(range(1, max(steps) + 1))

@@ -1,0 +1,139 @@
+"""One rank of a run on a Ray cluster: `ddetr train` in a process of its own, and the Ray actor beside it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TextIO
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor is: Ray's name of the node, the address by which other nodes know it, and its GPUs."""
+
+    node: str
+    address: str
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank wrote since the last answer, each line with whether it is on stderr, and how it ended if it has."""
+
+    lines: list[tuple[bool, str]]
+    exit_status: int | None
+
+
+class Rank:
+    """Lives in a Ray actor with the resources of one rank. Every method returns at once, so that a stop is heard."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._readers: list[threading.Thread] = []
+        self._lines: list[tuple[bool, str]] = []
+        self._lock = threading.Lock()
+
+    def place(self) -> Place:
+        import ray
+
+        context = ray.get_runtime_context()
+        gpus = tuple(str(number) for number in context.get_accelerator_ids().get("GPU", ()))
+        return Place(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
+
+    def free_port(self) -> int:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start(self, config: str, environment: dict[str, str], options: list[str]) -> None:
+        """Start `ddetr train` with this configuration (YAML), these variables beside the actor's own, these options."""
+        import ray
+
+        environment = {"PYTHONUNBUFFERED": "1", **os.environ, **environment}
+        interface = _interface(ray.util.get_node_ip_address())
+        if interface is not None:  # gloo alone takes the one of the host's name, which is often loopback
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+        file = os.memfd_create("config.yaml")  # leaves nothing behind, however this process ends
+        try:
+            os.write(file, config.encode())
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid()), "train", f"/proc/self/fd/{file}", *options],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                pass_fds=[file],
+                start_new_session=True,  # a Ctrl-C in Ray's terminal is not for it; and it ends with its children
+            )
+        finally:
+            os.close(file)
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        for stream, is_error in ((self._process.stdout, False), (self._process.stderr, True)):
+            reader = threading.Thread(target=self._read, args=(stream, is_error), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    def poll(self) -> Answer:
+        assert self._process is not None, "polled before it was started"
+        exit_status = self._process.poll()
+        if exit_status is not None:
+            for reader in self._readers:
+                reader.join(timeout=2)  # a child that outlives the rank may hold its output open
+        with self._lock:
+            lines, self._lines = self._lines, []
+        return Answer(lines, exit_status)
+
+    def send(self, number: int) -> None:
+        """A signal to the rank; SIGKILL also to its children, and it is gone when this returns."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
+        if number == signal.SIGKILL:
+            self._process.wait()
+
+    def _read(self, stream: TextIO, is_error: bool) -> None:
+        for line in stream:
+            with self._lock:
+                self._lines.append((is_error, line.rstrip("\n")))
+
+
+def _interface(address: str) -> str | None:
+    """The network interface of this machine that has the address."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address == address for item in addresses):
+            return name
+    return None
+
+
+def main() -> None:
+    """The rank's process: `ddetr`, which the kernel kills when the actor (the first argument) is gone.
+
+    Ray kills actors without a word to them: a rank that lived on would hold a GPU that Ray gives to the next one.
+    """
+    parent = int(sys.argv.pop(1))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the Ray actor of this rank is gone")
+    from .cli import main as ddetr
+
+    ddetr()
+
+
+if __name__ == "__main__":
+    main()
