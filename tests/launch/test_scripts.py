@@ -102,62 +102,6 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def manifests(name: str) -> list[dict]:
-    return list(yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text()))
-
-
-def names(items: list[dict]) -> set[str]:
-    return {item["name"] for item in items}
-
-
-def test_the_training_job_meets_at_its_service() -> None:
-    service, job = manifests("train.yaml")
-    assert (service["kind"], service["spec"]["clusterIP"]) == ("Service", "None")
-    assert job["kind"] == "Job"
-    assert job["spec"]["completionMode"] == "Indexed"
-    assert job["spec"]["completions"] == job["spec"]["parallelism"]
-    pod = job["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
-    options = dict(part.lstrip("-").split("=", 1) for part in container["command"] if "=" in part)
-    assert int(options["nnodes"]) == job["spec"]["completions"]
-    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
-    # the host name of pod 0 of an Indexed Job is NAME-0, resolved inside the headless Service
-    assert options["master-addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
-    assert ports == {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports["rendezvous"] == int(options["master-port"])
-    assert int(options["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {
-        volume["name"] for volume in pod["spec"]["volumes"]
-    }
-
-
-def test_the_settings_of_the_training_job_are_valid() -> None:
-    from ddetr.core.config import load
-
-    (container,) = manifests("train.yaml")[1]["spec"]["template"]["spec"]["containers"]
-    command, preset, *overrides = container["args"]
-    assert command == "train"
-    config = load(preset, overrides)
-    assert config.train.auto_resume
-    metrics = next(port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
-    assert metrics == config.monitor.port
-
-
-def test_the_ray_cluster_runs_the_pinned_ray() -> None:
-    (cluster,) = manifests("ray.yaml")
-    assert cluster["kind"] == "RayCluster"
-    constraints = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    assert f"ray=={cluster['spec']['rayVersion']}" in constraints
-    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
-        pod = group["template"]["spec"]
-        for container in pod["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} <= {
-                volume["name"] for volume in pod["volumes"]
-            }
-
-
 def test_continuous_integration_runs_make_test() -> None:
     assert (REPOSITORY / ".ci/run").read_text().rstrip().endswith("make test")
     for target in ("demo", "test", "test-all", "test-gpu", "bench", "bench-gpu", "lint", "wheel"):

@@ -1,0 +1,238 @@
+"""The Kubernetes manifests: valid for the API server, consistent in themselves, and what the pods run really runs.
+
+The schemas are Kubernetes' own. No package carries KubeRay's: of a RayCluster the pod templates are checked like any
+pod's, and the few fields around them against the table below.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from ddetr.core.config import load
+
+from tests.core.runs import SMALL, collect
+from tests.launch.test_nodes import DEVICES, NODES, nodes, on  # noqa: F401 (a fixture)
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+VERSIONS = ("1.29", "1.37")  # the oldest that these manifests are meant for, and the newest that is known here
+# KubeRay 1.5: https://docs.ray.io/en/latest/cluster/kubernetes/references.html
+RAY_CLUSTER = {
+    "spec": {"rayVersion": str, "authOptions": dict, "headGroupSpec": dict, "workerGroupSpecs": list},
+    "head": {"rayStartParams": dict, "template": dict},
+    "worker": {
+        "groupName": str,
+        "replicas": int,
+        "minReplicas": int,
+        "maxReplicas": int,
+        "rayStartParams": dict,
+        "template": dict,
+    },
+}
+
+
+def manifests(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((REPOSITORY / "launch/kubernetes" / name).read_text()))
+
+
+def mistake(manifest: dict, version: str) -> str | None:
+    """What the API server of this version would refuse the manifest for."""
+    import kubernetes_validate
+
+    try:
+        kubernetes_validate.validate(manifest, version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return error.message
+    return None
+
+
+def pod_template(template: dict) -> dict:
+    return {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": template}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_training_job_is_valid(version: str) -> None:
+    for manifest in manifests("train.yaml"):
+        assert mistake(manifest, version) is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_ray_cluster_is_valid(version: str) -> None:
+    (cluster,) = manifests("ray.yaml")
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    head, workers = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    for part, kind in ((cluster["spec"], "spec"), (head, "head"), *((worker, "worker") for worker in workers)):
+        for key, value in part.items():
+            assert isinstance(value, RAY_CLUSTER[kind].get(key, ())), f"{kind}: {key}: {value!r}"
+    for group in (head, *workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert mistake(pod_template(group["template"]), version) is None
+    for worker in workers:
+        assert worker["minReplicas"] <= worker["replicas"] <= worker["maxReplicas"]
+
+
+def test_the_schemas_find_mistakes() -> None:
+    job = manifests("train.yaml")[1]
+    for path, value in (
+        (("spec", "paralelism"), 2),
+        (("spec", "completions"), "two"),
+        (("spec", "template", "spec", "restartPolicy"), ["OnFailure"]),
+        (("spec", "template", "spec", "containers", 0, "volumeMount"), []),
+        (("spec", "template", "spec", "containers", 0, "ports", 0, "containerPort"), "rendezvous"),
+    ):
+        wrong = copy.deepcopy(job)
+        place = wrong
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        assert mistake(wrong, VERSIONS[-1]) is not None, path
+    template = manifests("ray.yaml")[0]["spec"]["workerGroupSpecs"][0]["template"]
+    template["spec"]["containers"][0]["resources"]["limit"] = {}
+    assert mistake(pod_template(template), VERSIONS[-1]) is not None
+
+
+def names(items: list[dict]) -> set[str]:
+    return {item["name"] for item in items}
+
+
+def test_the_training_job_meets_at_its_service() -> None:
+    service, job = manifests("train.yaml")
+    assert (service["kind"], service["spec"]["clusterIP"]) == ("Service", "None")
+    assert job["kind"] == "Job"
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    pod = job["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    options = dict(part.lstrip("-").split("=", 1) for part in container["command"] if "=" in part)
+    assert int(options["nnodes"]) == job["spec"]["completions"]
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    # the host name of pod 0 of an Indexed Job is NAME-0, resolved inside the headless Service
+    assert options["master-addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["rendezvous"] == int(options["master-port"])
+    assert int(options["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert names(container["volumeMounts"]) == names(pod["spec"]["volumes"])
+    variables = {item["name"]: item.get("value") for item in container["env"]}
+    assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_the_settings_of_the_training_job_are_valid() -> None:
+    (container,) = manifests("train.yaml")[1]["spec"]["template"]["spec"]["containers"]
+    command, preset, *overrides = container["args"]
+    assert command == "train"
+    config = load(preset, overrides)
+    assert config.train.auto_resume
+    metrics = next(port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
+    assert metrics == config.monitor.port
+
+
+def test_the_ray_cluster_runs_the_pinned_ray() -> None:
+    (cluster,) = manifests("ray.yaml")
+    constraints = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cluster['spec']['rayVersion']}" in constraints
+    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        for container in pod["containers"]:
+            assert names(container["volumeMounts"]) <= names(pod["volumes"])
+
+
+def test_all_containers_run_the_image_of_this_version() -> None:
+    import importlib.metadata
+
+    pods = [manifests("train.yaml")[1]["spec"]["template"]]
+    spec = manifests("ray.yaml")[0]["spec"]
+    pods += [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    images = {container["image"] for pod in pods for container in pod["spec"]["containers"]}
+    assert images == {f"ddetr:{importlib.metadata.version('ddetr')}"}
+
+
+@pytest.fixture
+def pod_names(nodes: dict[str, str]) -> Iterator[None]:  # noqa: F811
+    """What the cluster's DNS does: pod 0 has a name inside the headless Service. `ip netns exec` mounts these files."""
+    folders = [Path("/etc/netns") / name for name in nodes]
+    was_there = folders[0].parent.is_dir()
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{NODES['ddetr_a']} ddetr-train-0.ddetr-train\n")
+        yield
+    finally:
+        for folder in folders:
+            (folder / "hosts").unlink(missing_ok=True)
+            folder.rmdir()
+        if not was_there:
+            folders[0].parent.rmdir()
+
+
+@pytest.mark.slow
+def test_the_pods_train_and_resume_after_an_eviction(pod_names: None, synthetic_shards: Path, tmp_path: Path) -> None:
+    """The Job's command and arguments in two network namespaces; different are only GPUs, folders and the model."""
+    job = manifests("train.yaml")[1]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    run = tmp_path / "runs/r50"
+    settings = [item for item in SMALL if not item.startswith("monitor.")]
+    settings += ["model.num_classes=3", "model.pretrained_backbone=false", "train.device=cpu", "train.epochs=10000"]
+    settings += [f"data.train={synthetic_shards}", "data.validation=null", f"train.output={tmp_path}/runs"]
+    settings += ["train.keep_checkpoints=2"]
+
+    def pod(index: int, *more: str) -> subprocess.Popen[str]:
+        command = [part.replace("$(JOB_COMPLETION_INDEX)", str(index)) for part in container["command"]]
+        command = ["--nproc-per-node=1" if part.startswith("--nproc") else part for part in command]
+        assert command[0] == "python"
+        command = [*on(list(NODES)[index]), sys.executable, *command[1:], *container["args"], *settings, *more]
+        variables = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+        variables |= {"GLOO_SOCKET_IFNAME": DEVICES[index], "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def ended(pods: list[subprocess.Popen[str]]) -> list[str]:
+        return [process.communicate(timeout=180)[0] for process in pods]
+
+    started: list[subprocess.Popen[str]] = []
+    try:
+        started = pods = [pod(index) for index in range(job["completions"])]
+        deadline = time.monotonic() + 240
+        while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in pods), ended(pods)
+            time.sleep(0.2)
+        fetch = "import sys, urllib.request as u; print(u.urlopen('http://' + sys.argv[1] + ':9400/metrics').read())"
+        for index, address in enumerate(reversed(NODES.values())):  # each pod's exporter from the other pod
+            scrape = [*on(list(NODES)[index]), sys.executable, "-c", fetch, address]
+            scraped = subprocess.run(scrape, capture_output=True, text=True, check=True, timeout=60).stdout
+            assert f'ddetr_current_step{{rank="{1 - index}",run="r50"}}' in scraped
+        for process in pods:
+            process.terminate()  # what the kubelet does first
+        output = ended(pods)
+        stopped = collect(run, "", 0)
+        last = stopped.steps[-1]["step"]
+        assert stopped.events[-1]["event"] == "stop", output
+        assert (run / f"checkpoints/step_{last:08d}/checkpoint.json").is_file()
+        assert f"stopped after step {last} as asked" in output[0]
+
+        pods = [pod(index, f"train.max_steps={last + 3}") for index in range(job["completions"])]
+        started = started + pods
+        output = ended(pods)
+    finally:
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in pods] == [0, 0], output
+    resumed = collect(run, "", 0)
+    assert [event["ranks"] for event in resumed.events if event["event"] == "resume"] == [2]
+    assert [step["step"] for step in resumed.steps] == list(range(1, last + 4))
+    assert json.loads((run / "targets.json").read_text()) == []
