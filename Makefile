@@ -27,7 +27,7 @@ help:
 	@echo 'make test-all   the slow tests as well'
 	@echo 'make test-gpu   the tests that need a CUDA device'
 	@echo 'make bench      the benchmarks on the CPU; make bench-gpu those of a GPU'
-	@echo 'make lint       ruff, pyright and shellcheck'
+	@echo 'make lint       ruff, pyright, shellcheck and hadolint'
 	@echo 'make wheel      dist/ddetr-*.whl'
 	@echo 'make setup      only install, into $(VENV)'
 	@echo 'make clean      remove what was built (not $(VENV))'
@@ -69,6 +69,7 @@ lint: setup build/typed/.unpacked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 wheel: setup

@@ -38,8 +38,8 @@ def train_on_ray(
     restarts: how often all ranks start again after one was lost, where train.auto_resume lets them go on.
     wait: for how many seconds to wait for the ranks' resources, each time.
     resume: a run directory to continue. With `dry_run` rank 0 alone checks everything and says what would run.
-    Returns the exit status: 0, 1 after a loss, 130 when stopped before the ranks could save. Raises ValueError with
-    the message of the rank that found a mistake of the user's.
+    Returns the exit status: 0, also for a run that was stopped and has saved; 1 after a loss; 130 if it was killed.
+    Raises ValueError with the message of the rank that found a mistake of the user's.
     """
     config = _everywhere(config, resume)
     with cluster(address), _stops() as stops:
@@ -49,11 +49,13 @@ def train_on_ray(
                 if group is None:
                     return 130
                 loss = _run(group, config, dry_run, stops)
+            if stops() > 1:
+                return 130
             if loss is None:
                 return 0
             if stops():
                 _say(f"Ray: {loss}; stopped")
-                return 130 if stops() > 1 else 1
+                return 1
             if not config.train.auto_resume or attempt == restarts:
                 remedy = f"it was started {attempt + 1} times (--restarts {restarts})"
                 if not config.train.auto_resume:

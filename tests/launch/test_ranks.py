@@ -172,6 +172,18 @@ class TestCluster:
         assert "rank 0 on " in output
         assert "was killed by SIGKILL; with train.name=NAME train.auto_resume=true it would go on" in output
 
+    def test_a_second_signal_kills(self, line: Callable, tmp_path: Path) -> None:
+        process = start(line("--ranks", "2", "train.epochs=10000", "train.checkpoint_every_epochs=0"))
+        try:
+            wait_for(tmp_path / "run/metrics.jsonl", process)
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.1)  # two that wait to be delivered would be one
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 130, output
+
     def test_mistakes_are_told_once(self, line: Callable, tmp_path: Path) -> None:
         for arguments, message in (
             (["--ranks", "2", f"data.train={tmp_path}/absent"], f"{tmp_path}/absent: no such folder"),

@@ -77,7 +77,7 @@ print(sorted(name for name in sys.modules if name.startswith("ddetr.") and not n
 def test_the_cuda_binary_has_code_for_its_architectures() -> None:
     if not library.CUDA_BINARY.exists():
         pytest.skip("the CUDA binary was not built: there was no nvcc")
-    tool = _cuobjdump()
+    tool = cuobjdump()
     listing = subprocess.run([tool, "--list-elf", str(library.CUDA_BINARY)], capture_output=True, text=True, check=True)
     virtual = subprocess.run([tool, "--list-ptx", str(library.CUDA_BINARY)], capture_output=True, text=True, check=True)
     architectures = library.cuda_architectures()
@@ -88,7 +88,7 @@ def test_the_cuda_binary_has_code_for_its_architectures() -> None:
         assert not architecture.endswith("+PTX") or f"sm_{number}.ptx" in virtual.stdout
 
 
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
     """From the CUDA toolkit, or the one that comes with triton."""
     found = shutil.which("cuobjdump")
     if found:
