@@ -177,9 +177,8 @@ def _run(group: Any, config: Config, dry_run: bool, stops: Callable[[], int]) ->
 
 
 def _numbered(found: list[tuple[Any, Place]]) -> list[_Member]:
-    """Ranks node after node, on each in the order of its GPUs."""
-    nodes = list(dict.fromkeys(place.node for _, place in found))
-    found = sorted(found, key=lambda item: (nodes.index(item[1].node), [gpu.zfill(4) for gpu in item[1].gpus]))
+    """Ranks node after node, on each in the order of its GPUs: the same places always get the same numbers."""
+    found = sorted(found, key=lambda item: (item[1].address, item[1].node, [gpu.zfill(4) for gpu in item[1].gpus]))
     return [_Member(actor, number, place) for number, (actor, place) in enumerate(found)]
 
 
