@@ -73,7 +73,7 @@ class Image:
             elif instruction == "ENV":
                 environment |= dict(item.split("=", 1) for item in shlex.split(rest))
             elif instruction == "ARG":
-                environment[rest] = {"DEVICE": self.device}[rest]
+                environment[rest] = {"TORCH_INDEX": ""}[rest]
             elif instruction == "COPY":
                 self._copy(rest, folder)
             elif instruction == "RUN" and "apt-get" not in rest:

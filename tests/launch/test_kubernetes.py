@@ -20,7 +20,8 @@ import yaml
 from ddetr.core.config import load
 
 from tests.core.runs import SMALL, collect
-from tests.launch.test_nodes import DEVICES, NODES, nodes, on  # noqa: F401 (a fixture)
+from tests.launch.nodes import DEVICES, NODES, on
+from tests.launch.test_nodes import nodes  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 VERSIONS = ("1.29", "1.37")  # the oldest that these manifests are meant for, and the newest that is known here
@@ -164,7 +165,7 @@ def pod_names(nodes: dict[str, str]) -> Iterator[None]:  # noqa: F811
     try:
         for folder in folders:
             folder.mkdir(parents=True)
-            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{NODES['ddetr_a']} ddetr-train-0.ddetr-train\n")
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{NODES['ddetr-a']} ddetr-train-0.ddetr-train\n")
         yield
     finally:
         for folder in folders:
