@@ -27,7 +27,7 @@ from .engine import World
 
 log = logging.getLogger("ddetr")
 
-RANKS_LOST = 75  # exit status: try again (EX_TEMPFAIL of sysexits.h)
+TRY_AGAIN = 75  # exit status of a rank that is well, but ended because of others (EX_TEMPFAIL of sysexits.h)
 _BEAT_SECONDS = 2.0
 _PUBLISH_SECONDS = 5.0
 _FRAMES = 12
@@ -76,6 +76,7 @@ class Watch:
         self._thread = threading.get_ident()
         self._stop, self._ended, self._judged = threading.Event(), threading.Event(), threading.Lock()
         self._moves: list[int] = []
+        self.asked = False  # this rank, and not only another one
         self._place: _Place = (0, 0, "starting", time.monotonic(), ())
 
     def at(self, activity: str, step: int, images: Iterable[int] | None = None) -> None:
@@ -88,6 +89,7 @@ class Watch:
         return self._stop.is_set()
 
     def ask_to_stop(self) -> None:
+        self.asked = True
         self._stop.set()
 
     def name(self, rank: int) -> str:
@@ -205,7 +207,7 @@ class Watch:
         log.error("stopping: %s", text if concluded or self._world.rank == 0 else text.partition("\n")[0])
         for handler in log.handlers:
             handler.flush()
-        os._exit(RANKS_LOST)
+        os._exit(TRY_AGAIN)
 
     def _described(self, found: str, suspects: list[int] | None, beats: dict[int, bytes]) -> str:
         """A line for all ranks at the same place, and what is known of the suspects."""

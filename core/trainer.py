@@ -112,9 +112,9 @@ def train(
     validation_index: ShardIndex | None,
     resume: bool,
     observe: Observe,
-) -> dict[str, float] | None:
+) -> bool:
     """Train until config.train.epochs or max_steps, or until SIGTERM, SIGINT or SIGUSR1, also while it evaluates or
-    waits for a batch; returns the last evaluation's metrics.
+    waits for a batch; returns whether it goes no further although nobody asked this rank, only others, to stop.
 
     A step whose loss or gradient is not finite on some rank is skipped on all. Raises FloatingPointError after
     train.most_skipped_steps of them in a row, when the state from before them is saved; ValueError or
@@ -130,7 +130,6 @@ def train(
     known_bad: set[str] = set()
     pace, progress = Pace(), Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
     saver = Saver(run_directory, config.train.keep_checkpoints, world, observe)
-    metrics = None
 
     def save(wait: bool = False) -> Path | None:
         """Where the state is saved, if that was waited for. Raises OSError if it is not saved and was waited for."""
@@ -143,13 +142,11 @@ def train(
         return saver.written() if wait else None
 
     def evaluate(saved: Path) -> None:
-        nonlocal metrics
         assert validation_index is not None
         report = _evaluate(saved, validation_index, world, watch, step, (step - 1) // per_epoch)
         if report is not None:
             progress.evaluation(report)
             observe(report)
-            metrics = report.metrics
 
     def evaluation_is_due() -> bool:
         every, last = config.train.evaluate_every_epochs, step >= last_step
@@ -240,7 +237,7 @@ def train(
                     progress.line(f"step {step} is not evaluated either: {error}")
             elif step >= last_step or _is_due(config.train.checkpoint_every_epochs, step // per_epoch):
                 save(wait=step >= last_step)
-    return metrics
+        return step < last_step and not watch.asked
 
 
 def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> tuple[Engine, Path | None]:

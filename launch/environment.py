@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from ..core.config import Config
 from ..core.engine import BUCKET_ELEMENTS, World
@@ -66,7 +67,7 @@ def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -
         "ddetr": f"{importlib.metadata.version('ddetr')} ({code.hexdigest()[:8]})",
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda) if cuda else "none in use",
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "none in use",
+        "NCCL": ".".join(map(str, nccl.version())) if cuda else "none in use",
         "deepspeed": importlib.metadata.version("deepspeed"),
         "configuration": hashlib.sha256(settings.encode()).hexdigest()[:8],
         "shards": shards.hexdigest()[:8],

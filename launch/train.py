@@ -17,6 +17,7 @@ from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
 from ..core.config import Config, dump
 from ..core.detector import Detector, build
 from ..core.engine import World, deepspeed_config, device_for, join
+from ..core.heartbeat import TRY_AGAIN
 from ..core.manifest import verify
 from ..core.optimizer import rate_advice
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
@@ -41,7 +42,8 @@ def run(
 
     `resume` is a run directory to continue. `report` is called on rank 0 after each evaluation. With `dry_run` all
     checks are made and printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message
-    for what the user can mend, before any work.
+    for what the user can mend, before any work. Exits with status 75 when the run stopped because other ranks were
+    asked to: a launcher should start this one again.
     """
     _log_to_console()
     train_index, validation_index = _open_data(config)
@@ -92,7 +94,7 @@ def run(
             torch=torch.__version__,
             machines=machines,
         )
-        train(
+        others_stopped = train(
             config,
             run_directory=run_directory,
             world=world,
@@ -103,6 +105,8 @@ def run(
             observe=observe,
         )
         record.event("stop")
+    if others_stopped:  # a launcher should not take this for the end of training, and leave this host out of the rest
+        sys.exit(TRY_AGAIN)
     return run_directory
 
 

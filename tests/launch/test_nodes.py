@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.core.runs import SMALL, collect, command, start, steps_of_each_start, wait_for
-from tests.launch.nodes import DEVICES, joined, on
+from tests.launch.nodes import DEVICES, NODES, joined, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
