@@ -30,7 +30,7 @@ log = logging.getLogger("ddetr")
 TRY_AGAIN = 75  # exit status of a rank that is well, but ended because of others (EX_TEMPFAIL of sysexits.h)
 _BEAT_SECONDS = 2.0
 _PUBLISH_SECONDS = 5.0
-_FRAMES = 12
+_FRAMES = 24
 _FAILURE_GRACE_SECONDS = 5.0  # for the same error to end this rank in its own way
 _ROOT = Path(__file__).parent.parent
 
