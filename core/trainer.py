@@ -230,11 +230,13 @@ def train(
                 progress.line(f"stopped after step {step} as asked; continue with --resume {run_directory}")
             elif evaluation_is_due():
                 try:
-                    evaluate(cast(Path, save(wait=True)))
-                except OSError as error:
+                    saved = save(wait=True)
+                except OSError:  # reported; room may be made until the last step
                     if step >= last_step:
                         raise
-                    progress.line(f"step {step} is not evaluated either: {error}")
+                    progress.line(f"step {step} is not evaluated either")
+                else:
+                    evaluate(cast(Path, saved))
             elif step >= last_step or _is_due(config.train.checkpoint_every_epochs, step // per_epoch):
                 save(wait=step >= last_step)
         return step < last_step and not watch.asked
