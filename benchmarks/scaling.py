@@ -1,0 +1,213 @@
+"""What ranks say to each other in a step of each ZeRO stage, what it costs, and what follows for many GPUs.
+
+One and two real ranks on this machine take real steps of the r50 preset on random images, one thread each. Every
+collective operation is counted with its bytes; the time of a step of two ranks is predicted from that of one and from
+all-reduces timed alone, and then measured. The same arithmetic follows for GPUs, from assumptions that are named (alone
+with --gpus). docs/scaling.md explains it.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STAGES = (0, 1, 2, 3)
+COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather")
+PROBE_ELEMENTS = (1_000, 100_000, 1_000_000, 10_000_000)
+
+# For the predictions on GPUs: assumptions, not measurements.
+IMAGES_A_SECOND = 25.0  # of one GPU in bf16, forward and backward of r50 at 800 x 1066
+IMAGES_A_GPU = 2
+GPUS_A_NODE = 8
+NODE_BYTES_A_SECOND = 200e9  # of an all-reduce within a node (NVLink)
+NETWORK_BYTES_A_SECOND = 40e9  # of a node, in and out (400 Gbit/s at 80 %)
+LATENCY_SECONDS = 20e-6  # of one hop
+HIDDEN = 0.5  # share of the exchange that goes on beside the backward pass
+JITTER = 0.02  # standard deviation of a rank's step, as a share of it; all wait for the slowest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=256, help="side of the images, pixels")
+    parser.add_argument("--images", type=int, default=1, help="of each rank and step")
+    parser.add_argument("--steps", type=int, default=6, help="timed, after two that are not")
+    parser.add_argument("--gpus", action="store_true", help="only print the predictions for GPUs")
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage is not None:
+        worker(arguments)
+        return
+    if not arguments.gpus:
+        measured(arguments)
+    predictions(parameters=40.1e6)
+
+
+def measured(arguments: argparse.Namespace) -> None:
+    print(
+        f"r50, fp32, {arguments.images} image(s) of {arguments.size} x {arguments.size} a rank, one thread each, gloo"
+    )
+    alone = run(1, 0, arguments)
+    print(f"one rank: {seconds(alone['steps'])} s a step, {alone['memory'][0] / 2**20:.0f} MiB")
+    print("| stage | calls a step | MB a step | of the gradients | memory of a rank, MiB | step, s: min (median) | "
+          "predicted, s | efficiency | predicted |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for stage in STAGES:
+        pair = run(2, stage, arguments)
+        moved = sum(size for _, size in pair["calls"].values())
+        calls = sum(number for number, _ in pair["calls"].values())
+        latency, rate = pair["latency"], pair["rate"]
+        expected = min(alone["steps"]) + calls * latency + moved / rate
+        found = min(pair["steps"])
+        print(
+            f"| {stage} | {calls} | {moved / 1e6:.0f} | {moved / (4 * pair['parameters']):.2f} | "
+            f"{max(pair['memory']) / 2**20:.0f} | {seconds(pair['steps'])} | {expected:.2f} | "
+            f"{min(alone['steps']) / found:.2f} | {min(alone['steps']) / expected:.2f} |"
+        )
+    print(f"all-reduce between the two: {1e3 * latency:.2f} ms and {rate / 1e9:.2f} GB/s")
+    for name, (number, size) in sorted(pair["calls"].items()):
+        print(f"  stage 3, {name}: {number} calls, {size / 1e6:.1f} MB")
+
+
+def seconds(times: list[float]) -> str:
+    return f"{min(times):.2f} ({statistics.median(times):.2f})"
+
+
+def run(ranks: int, stage: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What rank 0 of so many measured."""
+    print(f"measuring stage {stage} on {ranks} rank(s)", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+        command += [f"--stage={stage}", f"--size={arguments.size}", f"--images={arguments.images}"]
+        command += [f"--steps={arguments.steps}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DDETR_RESULT": str(output)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+        return json.loads(output.read_text())
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    import torch
+    import torch.distributed as dist
+    from ddetr.core.config import load
+    from ddetr.core.detector import build
+    from ddetr.core.engine import Engine, join
+    from ddetr.core.trainer import train_step
+    from ddetr.data.batch import Sample, collate
+
+    settings = [f"train.zero_stage={arguments.stage}", "train.precision=fp32", "train.device=cpu", "train.threads=1"]
+    settings += [f"train.batch_size={arguments.images * int(os.environ['WORLD_SIZE'])}"]
+    config = load("r50", [*settings, "model.pretrained_backbone=false", "optim.clip_norm=0.1"])
+    calls: dict[str, list[int]] = {}
+    count_into(calls)
+    world = join(config.train)
+    torch.manual_seed(0)
+    model = build(config.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    engine = Engine(model.train(), config, world)
+    size = arguments.size
+    box = torch.tensor([[0.4, 0.4, 0.4, 0.4]])
+    sample = Sample(
+        image=torch.randint(0, 255, (3, size, size), dtype=torch.uint8),
+        boxes_cxcywh=box,
+        labels=torch.tensor([1]),
+        image_id=world.rank,
+        original_size=(size, size),
+    )
+    batch = collate([sample] * arguments.images).batch()
+    times = []
+    for number in range(1, arguments.steps + 3):
+        dist.barrier()
+        began = time.perf_counter()
+        train_step(engine, [batch], number, config, world, stop=False)
+        dist.barrier()
+        times.append(time.perf_counter() - began)
+    calls.clear()
+    train_step(engine, [batch], arguments.steps + 3, config, world, stop=False)
+    result: dict[str, Any] = {"steps": times[2:], "calls": dict(calls), "parameters": parameters}
+    latency, rate = probe() if world.size > 1 else (0.0, 1.0)
+    memory = world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+    if world.rank == 0:
+        result |= {"memory": memory, "latency": latency, "rate": rate}
+        Path(os.environ["DDETR_RESULT"]).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def count_into(calls: dict[str, list[int]]) -> None:
+    """From now on, add up number and bytes of each kind of collective operation; the bytes of the whole tensor."""
+    import torch.distributed as dist
+    from torch import Tensor
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            tensors = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
+            number, size = calls.get(name, [0, 0])
+            calls[name] = [number + 1, size + max((tensor.nbytes for tensor in tensors), default=0)]
+            return original(*arguments, **named)
+
+        return call
+
+    for name in COLLECTIVES:  # before DeepSpeed remembers some of them
+        setattr(dist, name, counting(name, getattr(dist, name)))
+
+
+def probe() -> tuple[float, float]:
+    """Seconds of an all-reduce of nothing, and bytes a second of a large one."""
+    import torch
+    import torch.distributed as dist
+
+    times = []
+    for elements in PROBE_ELEMENTS:
+        tensor = torch.zeros(elements)
+        rounds = []
+        for _ in range(6):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(tensor)
+            rounds.append(time.perf_counter() - began)
+        times.append(min(rounds))
+    return times[0], 4 * PROBE_ELEMENTS[-1] / (times[-1] - times[0])
+
+
+def predictions(parameters: float) -> None:
+    """Weak scaling on GPUs: each takes as many images, however many there are."""
+    compute = IMAGES_A_GPU / IMAGES_A_SECOND
+    print(
+        f"\nassumed: {compute:.3f} s of computing {IMAGES_A_GPU} images a step on each GPU, bf16, jitter {JITTER:.0%}"
+    )
+    print("| GPUs | exchange of stages 0 to 2, ms | of stage 3, ms | slowest rank, ms | efficiency, 0 to 2 | stage 3 | "
+          "images/s, 0 to 2 |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+        exchange = exchange_seconds(2 * parameters, gpus)
+        whole = 1.5 * exchange  # stage 3 fetches weights twice and gives gradients away once
+        # The largest of n normal numbers lies about sqrt(2 ln n) standard deviations above the mean.
+        slowest = JITTER * compute * math.sqrt(2 * math.log(gpus))
+        divided, three = (compute + slowest + (1 - HIDDEN) * seconds for seconds in (exchange, whole))
+        print(
+            f"| {gpus} | {1e3 * exchange:.1f} | {1e3 * whole:.1f} | {1e3 * slowest:.1f} | {compute / divided:.2f} | "
+            f"{compute / three:.2f} | {gpus * IMAGES_A_GPU / divided:.0f} |"
+        )
+
+
+def exchange_seconds(size: float, gpus: int) -> float:
+    """An all-reduce in two levels: within the nodes, and among them with a share of the tensor each."""
+    nodes = gpus / GPUS_A_NODE
+    within = 2 * (GPUS_A_NODE - 1) / GPUS_A_NODE * size / NODE_BYTES_A_SECOND
+    among = 2 * (nodes - 1) / nodes * size / NETWORK_BYTES_A_SECOND
+    hops = 2 * (GPUS_A_NODE - 1) + 2 * math.log2(nodes)  # a ring within, a tree among
+    return within + among + hops * LATENCY_SECONDS
+
+
+if __name__ == "__main__":
+    main()
