@@ -101,8 +101,9 @@ def worker(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
     from ddetr.core.config import load
     from ddetr.core.detector import build
-    from ddetr.core.engine import Engine, join
+    from ddetr.core.engine import Engine
     from ddetr.core.trainer import train_step
+    from ddetr.core.world import join
     from ddetr.data.batch import Sample, collate
 
     settings = [f"train.zero_stage={arguments.stage}", "train.precision=fp32", "train.device=cpu", "train.threads=1"]

@@ -1,36 +1,25 @@
-"""What DeepSpeed needs: the process group, the JSON, the engine, and its part of a checkpoint.
+"""What DeepSpeed needs: the JSON, the engine, and its part of a checkpoint."""
 
-A rank is one process with one device. The environment that torchrun and the DeepSpeed launcher set (RANK,
-WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which; without it a run is one rank.
-"""
-
-import datetime
 import logging
 import math
-import os
-import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..data.categories import Categories
-from ..ops.library import UNAVAILABLE
 from .checkpoint import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
-from .config import Config, TrainConfig
+from .config import Config
 from .detector import Detector
 from .manifest import read_manifest, write_checkpoint
 from .moving_average import MovingAverage
 from .optimizer import adamw
 from .training_state import AVERAGES, TrainingState
-from .transfer import to_device
 from .transformer import TransformerLayer
+from .world import World
 
 log = logging.getLogger("ddetr")
 
@@ -52,97 +41,6 @@ _MODELLED = {
     "bf16": "train.precision",
     "fp16": "train.precision",
 }
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank's place among all ranks, and its device."""
-
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-
-    def sum(self, values: Tensor) -> Tensor:
-        """`values` added up over all ranks, on this rank's device; in place when they are there already."""
-        values = values if values.device == self.device else to_device(values, self.device)
-        dist.all_reduce(values)
-        return values
-
-    def gather(self, mine: list[Any]) -> list[Any]:
-        """The lists of all ranks as one, rank after rank."""
-        everywhere: list[Any] = [None] * self.size
-        dist.all_gather_object(everywhere, mine)
-        return [item for items in everywhere for item in items]
-
-    def agree(self, choose: Callable[[], Any]) -> Any:
-        """Rank 0's choice on every rank; its ValueError or OSError on every rank as well."""
-        choice: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                choice = [choose()]
-            except (ValueError, OSError) as error:
-                choice = [error]
-        dist.broadcast_object_list(choice, src=0)
-        if isinstance(choice[0], Exception):
-            raise choice[0]
-        return choice[0]
-
-
-def device_for(config: TrainConfig, local_rank: int) -> torch.device:
-    """Raises ValueError when a GPU is asked for and there is none for this rank."""
-    count = torch.cuda.device_count()
-    if config.device == "cpu" or (config.device == "auto" and count == 0):
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise ValueError(
-            f"train.device={config.device} needs a GPU for local rank {local_rank}, but torch {torch.__version__} "
-            f"(CUDA {torch.version.cuda}) sees {count} on {socket.gethostname()}; start at most one rank per GPU, "
-            f"set train.device=cpu, or run `ddetr doctor`"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def join(config: TrainConfig) -> World:
-    """Join the process group that the launcher describes, or make one of a single rank.
-
-    Raises ValueError for a GPU that is not there or half precision that the device cannot compute in, OSError when
-    the attention op is not built for the device.
-    """
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        environment["MASTER_PORT"] = str(_free_port())
-        os.environ.update(environment)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = device_for(config, local_rank)
-    if device.type in UNAVAILABLE:
-        raise OSError(f"the attention op cannot run on {device.type}: {UNAVAILABLE[device.type]}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-
-    if device.type == "cpu":  # a CUDA toolkit without a GPU is nothing to warn of
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    os.environ["DS_ACCELERATOR"] = device.type  # before the import: DeepSpeed chooses once
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    accelerator = get_accelerator()
-    assert accelerator is not None
-    if config.precision == "fp16" and not accelerator.is_fp16_supported():
-        raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
-    if device.type == "cpu":
-        # All that DeepSpeed would compile on a machine's first run, for minutes, is a sum of tensors for inference.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Later than core/heartbeat.py, which also says who is missing.
-    patience = datetime.timedelta(seconds=config.collective_timeout_seconds + 2 * config.rank_timeout_seconds)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=patience, verbose=False
-    )
-    return World(rank, size, local_rank, device)
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -191,8 +89,10 @@ class Engine:
 
         self.config, self.world = config, world
         self.dtype = DTYPES[config.train.precision]
-        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # frozen norms: never change
         self._names = dict(model.named_parameters())
+        frozen = {name: parameter for name, parameter in self._names.items() if not parameter.requires_grad}
+        # What never changes, before half precision rounds it and stage 3 takes it apart.
+        self._constant = {name: t.detach().clone() for name, t in (*frozen.items(), *model.named_buffers())}
         layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
         for layer in layers:
             layer.keeps_activations = not config.train.checkpoint_activations
@@ -205,7 +105,7 @@ class Engine:
         if _clips_itself(config):
             self._optimizer.register_step_pre_hook(self._clip)
         self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
-        self._state = TrainingState(self.run, self._optimizer, self._names, trained, config.train.zero_stage)
+        self._state = TrainingState(self.run, self._optimizer, self._names, trained, config.train.zero_stage, world)
         decay = config.train.ema_decay
         self._average = MovingAverage(self._state.masters, decay) if decay is not None else None
 
@@ -248,16 +148,11 @@ class Engine:
 
         What it returns writes the checkpoint, on rank 0 and at any time later: whole or, with an OSError, not at all.
         """
-        state, mine = self._state, self.world.rank == 0
-        weights = state.gather(self._names, keep=mine)
-        training: dict[str, Tensor] = {}
-        for key in AVERAGES:
-            with state.holding(state.averages(key)):
-                training |= {f"{key}/{name}": value for name, value in state.gather(state.trained, keep=mine).items()}
-        if self._average is not None:  # what is evaluated and exported, but not what training goes on with
-            training |= {f"weights/{name}": weights[name] for name in state.trained if mine}
-            with state.holding(self._average.values):
-                weights |= state.gather(state.trained, keep=mine)
+        state = self._state
+        gathered = {"weights": state.gather(state.masters)}
+        gathered |= {key: state.gather(state.averages(key)) for key in AVERAGES}
+        if self._average is not None:
+            gathered["average"] = state.gather(self._average.values)
         values = {
             **position,
             "optimizer_steps": state.steps,
@@ -266,14 +161,19 @@ class Engine:
             "ranks": self.world.size,
             "zero_stage": self.config.train.zero_stage,
         }
-        final = step_directory(run_directory, position["step"])
+        final, constant = step_directory(run_directory, position["step"]), self._constant
 
         def write(folder: Path) -> None:
-            whole = weights | {name: buffer.cpu() for name, buffer in self._buffers.items()}
-            save_weights(folder / WEIGHTS, whole, self.config, categories, position["step"], position["epoch"])
+            training = {f"{key}/{name}": value for key in AVERAGES for name, value in gathered[key].whole().items()}
+            weights = gathered["weights"].whole()
+            if self._average is not None:  # what is evaluated and exported, but not what training goes on with
+                training |= {f"weights/{name}": value for name, value in weights.items()}
+                weights = gathered["average"].whole()
+            weights |= {name: value.cpu() for name, value in constant.items()}
+            save_weights(folder / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
             save_file(training, folder / TRAINING)
 
-        needed = sum(tensor.nbytes for tensor in (*weights.values(), *training.values()))
+        needed = sum(values.nbytes for values in (*gathered.values(), *constant.values()))
 
         def written() -> Path:
             write_checkpoint(final, needed, write, values)
@@ -294,13 +194,11 @@ class Engine:
                 f"{checkpoint}: its optimizer state is of other parameters; start from its weights instead: "
                 f"train.initial_weights={checkpoint}"
             )
-        beside = {key: state.averages(key) for key in AVERAGES}
+        beside = {"weights": state.masters} | {key: state.averages(key) for key in AVERAGES}
         if self._average is not None:
             beside["average"] = self._average.values
         for key, tensors in beside.items():
-            state.deal(load_parameters(checkpoint, key))
-            torch._foreach_copy_(tensors, [master.detach() for master in state.masters])
-        state.deal(load_parameters(checkpoint, "weights"))
+            state.deal(load_parameters(checkpoint, key), tensors)
         state.set_steps(values["optimizer_steps"])
         vars(self._scaler).update({n: v for n, v in values["loss_scale"].items() if n in vars(self._scaler)})
         return {name: values[name] for name in ("step", "epoch", "step_in_epoch")}
@@ -324,9 +222,3 @@ def _merged(values: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
         nested = isinstance(value, Mapping) and isinstance(values.get(key), dict)
         values[key] = _merged(values[key], value) if nested else value
     return values
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

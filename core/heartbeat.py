@@ -23,7 +23,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from .config import TrainConfig
-from .engine import World
+from .world import World
 
 log = logging.getLogger("ddetr")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import checkpoints
-from .engine import World
 from .manifest import prune
 from .reports import CheckpointReport, Observe
+from .world import World
 
 log = logging.getLogger("ddetr")
 

@@ -30,7 +30,7 @@ from .checkpoint import find_checkpoint, load_detector, load_parameters, load_we
 from .config import Config
 from .criterion import criterion
 from .detector import build
-from .engine import Engine, World
+from .engine import Engine
 from .evaluator import coco_metrics, evaluate_shard, merge
 from .guard import finite_or_poison, first_not_finite
 from .heartbeat import Watch
@@ -39,6 +39,7 @@ from .optimizer import learning_rate
 from .reports import EvaluationReport, FaultReport, Observe, Pace, Progress, StepReport, named_losses
 from .saving import Saver
 from .transfer import to_device
+from .world import World
 
 log = logging.getLogger("ddetr")
 

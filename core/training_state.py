@@ -1,22 +1,56 @@
-"""What training keeps of each parameter, whole and by name, wherever ZeRO has put its parts.
+"""What training keeps of each parameter, whole and by name, wherever ZeRO has put its fragments.
 
-DeepSpeed gives each rank a share of the float32 weights ("masters"), and the optimizer keeps two averages of the same
-shape beside them. Here they come together and are dealt out again, so a checkpoint depends on neither the number of
-ranks nor the ZeRO stage.
+DeepSpeed gives each rank a share of the float32 weights ("masters"), flat and several parameters in one, and the
+optimizer keeps two averages of the same shape beside each. Here they come together and are dealt out again, so a
+checkpoint depends on neither the number of ranks nor the ZeRO stage.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .world import World
+
 AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, of the gradient and of its square
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """A run of elements of a parameter, and where it stands on this rank."""
+
+    name: str
+    start: int  # in the flattened parameter
+    master: int
+    offset: int  # in the flattened master
+    numel: int
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The fragments of all ranks in rank 0's memory, each rank's in a row; nothing on the others."""
+
+    shapes: Mapping[str, torch.Size]
+    fragments: Sequence[Sequence[Fragment]]
+    values: Sequence[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for values in self.values)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Each trained parameter's values, float32."""
+        whole = {name: torch.empty(shape) for name, shape in self.shapes.items()}
+        for fragments, values in zip(self.fragments, self.values, strict=True):
+            for fragment, part in zip(fragments, values.split([f.numel for f in fragments]), strict=True):
+                _run(whole[fragment.name], fragment.start, fragment.numel).copy_(part)
+        return whole
+
+
 class TrainingState:
-    """The masters of a model in a DeepSpeed engine, and AdamW's state of them.
+    """The masters of a model in a DeepSpeed engine, and AdamW's state of them. Collective to make.
 
     parameters: all of the model, by name. trained: those that the optimizer had before the engine took it, in its
     order.
@@ -29,11 +63,20 @@ class TrainingState:
         parameters: Mapping[str, nn.Parameter],
         trained: Sequence[nn.Parameter],
         stage: int,
+        world: World,
     ) -> None:
-        self._engine, self._optimizer, self._parameters, self._stage = engine, optimizer, parameters, stage
-        self.trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Stage 0 keeps float32 copies of half-precision weights, one for each, and tells nobody.
-        self._whole = {id(p): m for p, m in zip(trained, self.masters, strict=True)} if stage == 0 else {}
+        self._engine, self._optimizer, self._stage, self._world = engine, optimizer, stage, world
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        named = {names[id(parameter)]: parameter for parameter in trained}
+        # A parameter under stage 3 has no element of its own.
+        self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
+        self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
+        everyones = self._fragments if stage > 0 or world.rank == 0 else []
+        self._everyones = world.to_first(everyones)
+
+    @property
+    def trained(self) -> list[str]:
+        return list(self._shapes)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -49,75 +92,56 @@ class TrainingState:
     @property
     def steps(self) -> dict[str, int]:
         """How many steps AdamW has taken for each parameter; it makes up for the averages' beginning at zero."""
+        taken = [int(self._state(master)["step"]) for master in self.masters]
         if self._stage == 0:
-            return {n: int(self._state(self._whole[id(self._parameters[n])])["step"]) for n in self.trained}
-        taken = max(int(self._state(master)["step"]) for master in self.masters)
-        return dict.fromkeys(self.trained, taken)
+            return {fragment.name: taken[fragment.master] for fragment in self._fragments}
+        return dict.fromkeys(self._shapes, max(taken))
 
     def set_steps(self, steps: Mapping[str, int]) -> None:
+        masters = self.masters
         if self._stage == 0:
-            for name in self.trained:
-                self._state(self._whole[id(self._parameters[name])])["step"].fill_(steps[name])
+            for fragment in self._fragments:
+                self._state(masters[fragment.master])["step"].fill_(steps[fragment.name])
         else:
-            for master in self.masters:
+            for master in masters:
                 self._state(master)["step"].fill_(max(steps.values()))
 
-    @contextmanager
-    @torch.no_grad()
-    def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Within it, the masters hold other values, one tensor beside each."""
-        masters = [master.detach() for master in self.masters]
-        weights = [master.clone() for master in masters]
-        torch._foreach_copy_(masters, list(values))
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(masters, weights)
+    def gather(self, beside: Sequence[Tensor]) -> Gathered:
+        """What all ranks hold of each trained parameter in `beside`: a tensor beside each master. Collective."""
+        parts = [_run(beside[f.master], f.offset, f.numel) for f in self._fragments]
+        mine = torch.cat([torch.empty(0, device=self._world.device), *(part.to(self._world.device) for part in parts)])
+        lengths = [sum(fragment.numel for fragment in fragments) for fragments in self._everyones]
+        values = [mine.cpu()] if self._stage == 0 else self._world.collect(mine, lengths)
+        return Gathered(self._shapes, self._everyones, values if self._world.rank == 0 else [])
 
-    def gather(self, names: Iterable[str], *, keep: bool) -> dict[str, Tensor]:
-        """What the masters hold of these parameters, whole and float32 on the host; of one not trained, its weights.
+    def deal(self, whole: Mapping[str, Tensor], beside: Sequence[Tensor]) -> None:
+        """Fill `beside`, a tensor beside each master, with this rank's fragments of each trained parameter."""
+        for f in self._fragments:
+            _run(beside[f.master], f.offset, f.numel).copy_(_run(whole[f.name], f.start, f.numel))
 
-        Collective: every rank takes part; where `keep` is false, it gets an empty dictionary.
-        """
-        whole: dict[str, Tensor] = {}
-        for name in names:
-            full = self._gathered(self._parameters[name])
-            if keep:
-                whole[name] = full.detach().to("cpu", torch.float32, copy=True)
-        return whole
+    # Where the fragments are: under stage 0, in stages 1 and 2, and in stage 3.
 
-    def _gathered(self, parameter: nn.Parameter) -> Tensor:
-        import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
+    def _whole(self, trained: Mapping[str, nn.Parameter]) -> Iterator[Fragment]:
+        """A master for each parameter: itself, or a float32 copy of half precision."""
+        for number, (name, parameter) in enumerate(trained.items()):
+            yield Fragment(name, 0, number, 0, parameter.numel())
 
-        if id(parameter) in self._whole:
-            return self._whole[id(parameter)]
-        if parameter.requires_grad and (full := safe_get_full_fp32_param(parameter)) is not None:
-            return full
-        if hasattr(parameter, "ds_id"):  # partitioned by stage 3, but not trained
-            with deepspeed.zero.GatheredParameters([parameter]):
-                return parameter.detach().clone()
-        return parameter
+    def _of_groups(self, trained: Mapping[str, nn.Parameter]) -> Iterator[Fragment]:
+        """The parameters of each of the optimizer's groups in a row, cut once for each rank."""
+        for name, parameter in trained.items():
+            mapping: Any = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:  # None where this rank has nothing of it
+                there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Fragment(name, there.start, mapping.param_group_index, here.start, here.numel)
 
-    def deal(self, whole: Mapping[str, Tensor]) -> None:
-        """Fill this rank's masters: its part of each trained parameter."""
-        for name in self.trained:
-            self._deal(cast(Any, self._parameters[name]), whole[name])
-
-    @torch.no_grad()
-    def _deal(self, parameter: Any, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        if self._stage == 0:
-            self._whole[id(parameter)].copy_(value)
-        elif self._stage == 3:
-            # DeepSpeed's own function takes no tensor whose last part is padded.
-            part = torch.zeros(parameter.ds_tensor.numel(), device=parameter.device)
-            mine = value.flatten()[part.numel() * self._engine.global_rank :][: part.numel()]
-            part[: mine.numel()] = mine
-            safe_set_local_fp32_param(parameter, part)
-        else:
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+    def _of_each(self, trained: Mapping[str, nn.Parameter]) -> Iterator[Fragment]:
+        """Each parameter cut once for each rank, the last pieces padded."""
+        optimizer = self._engine.optimizer
+        for name, parameter in trained.items():
+            master, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = self._world.rank * padded
+            if (numel := min(padded, self._shapes[name].numel() - start)) > 0:
+                yield Fragment(name, start, master, offset, numel)
 
     def _state(self, master: Tensor) -> dict[str, Tensor]:
         """AdamW's own, made as AdamW makes it where no step has been taken yet."""
@@ -126,3 +150,7 @@ class TrainingState:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state |= {key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in AVERAGES}
         return state
+
+
+def _run(tensor: Tensor, start: int, numel: int) -> Tensor:
+    return tensor.detach().view(-1)[start : start + numel]

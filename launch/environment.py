@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from ..core.config import Config
-from ..core.engine import BUCKET_ELEMENTS, World
+from ..core.engine import BUCKET_ELEMENTS
+from ..core.world import World
 from ..data.index import ShardIndex
 
 MUST_AGREE = ("ddetr", "torch", "CUDA", "NCCL", "deepspeed", "configuration", "shards")

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from ..core.checkpoint import TrainedDetector, checkpoints
 from ..core.config import Config
-from ..core.engine import device_for
 from ..core.evaluator import ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ..core.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
 from .inference import configured_detector

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import TrainedDetector
 from ..core.detector import DeformableDetr
-from ..core.engine import device_for
+from ..core.world import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
 from ..data.transforms import evaluation_sample, load_image

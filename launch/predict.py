@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ..core.checkpoint import TrainedDetector
-from ..core.engine import device_for
 from ..core.evaluator import category_id
 from ..core.postprocess import Detections, detections
+from ..core.world import device_for
 from ..data.batch import collate, normalised
 from ..data.index import write_whole
 from ..data.transforms import evaluation_sample, load_image

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
 from ..core.config import Config, dump
 from ..core.detector import Detector, build
-from ..core.engine import World, deepspeed_config, device_for, join
+from ..core.engine import deepspeed_config
 from ..core.heartbeat import TRY_AGAIN
 from ..core.manifest import verify
 from ..core.optimizer import rate_advice
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
+from ..core.world import World, device_for, join
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
 from ..monitoring.exporter import serve, write_targets

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..core.checkpoint import TrainedDetector
-from ..core.engine import device_for
 from ..core.evaluator import ShardResult, evaluate_shard
+from ..core.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
 from ..data.sources import is_remote

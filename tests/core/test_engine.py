@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core import config
-from ddetr.core.engine import LOSS_SCALE, deepspeed_config, device_for
+from ddetr.core.engine import LOSS_SCALE, deepspeed_config
+from ddetr.core.world import device_for
 
 
 def test_deepspeed_json_follows_from_the_configuration() -> None:
@@ -78,7 +79,7 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_compiled_on_first_use(tmp_path: Path) -> None:
     script = """
 from ddetr.core.config import TrainConfig
-from ddetr.core.engine import join
+from ddetr.core.world import join
 print("ranks:", join(TrainConfig(device="cpu")).size)
 """
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.core.runs import Train, succeeded
 
 STEPS = 50
-BATCH = ("train.batch_size=8", "model.dropout=0", "train.checkpoint_every_epochs=0")
+BATCH = ("train.batch_size=8", "train.epochs=20", "model.dropout=0", "train.checkpoint_every_epochs=0")
 EVERYTHING = ("train.accumulation=2", "train.checkpoint_activations=true", "train.ema_decay=0.95")
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,10 @@ def test_every_stage_on_any_ranks_learns_as_one_rank_does(
     apart = np.abs(found - expected) / expected
     print(f"largest difference of a loss: {apart.max():.1e}, of the first ten {apart[:10].max():.1e}")
     assert len(found) == STEPS
-    assert apart[:10].max() < 1e-5
-    assert apart.max() < 5e-3
+    assert apart[:10].max() < 1e-6
+    # Later a single proposal or a pair of the matching is chosen otherwise in a few steps.
+    assert np.sort(apart)[:-5].max() < 1e-3
+    assert apart.max() < 0.1
 
     weights, others = (load_file(find_checkpoint(run.directory) / "model.safetensors") for run in (reference, other))
     start = succeeded(train(1, "train.zero_stage=0", *BATCH, "optim.learning_rate=1e-12", steps=1)).directory
@@ -42,10 +44,16 @@ def test_every_stage_on_any_ranks_learns_as_one_rank_does(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stages_agree_in_half_precision(train: Train, stage: int) -> None:
-    settings = (*BATCH, "train.precision=bf16")
-    expected = np.array(succeeded(train(2, "train.zero_stage=0", *settings, steps=STEPS)).losses)
-    found = np.array(succeeded(train(2, f"train.zero_stage={stage}", *settings, steps=STEPS)).losses)
-    apart = np.abs(found - expected) / expected
-    print(f"largest difference of a loss: {apart.max():.1e}, of the first ten {apart[:10].max():.1e}")
-    assert apart[:10].max() < 0.02
-    assert apart.max() < 0.1
+    """As far as half precision agrees with single; stage 3 rounds a linear layer once more, before its bias."""
+
+    def losses(stage: int, precision: str) -> np.ndarray:
+        settings = (f"train.zero_stage={stage}", f"train.precision={precision}", *BATCH)
+        return np.array(succeeded(train(2, *settings, steps=STEPS)).losses)
+
+    exact, expected, found = losses(0, "fp32"), losses(0, "bf16"), losses(stage, "bf16")
+    rounding, apart = np.abs(expected - exact) / exact, np.abs(found - expected) / expected
+    print(f"difference of losses: mean {apart.mean():.1e}, largest {apart.max():.1e}; ", end="")
+    print(f"of half from single precision: mean {rounding.mean():.1e}, largest {rounding.max():.1e}")
+    assert len(found) == STEPS
+    assert apart.mean() < 2 * rounding.mean()
+    assert apart.max() < 2 * rounding.max()
