@@ -32,6 +32,7 @@ _BEAT_SECONDS = 2.0
 _PUBLISH_SECONDS = 5.0
 _FRAMES = 24
 _FAILURE_GRACE_SECONDS = 5.0  # for the same error to end this rank in its own way
+_LAST_WORDS_SECONDS = 10.0  # to write them, perhaps to storage that hangs
 _ROOT = Path(__file__).parent.parent
 
 _Place = tuple[int, int, str, float, Iterable[int]]  # moves, step, activity, since when, images
@@ -59,22 +60,25 @@ class Identity:
         """The letter of /proc: R, S, T (stopped), Z (dead) ...; None where there is no such process."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
             return None
 
 
 class Watch:
     """A context in which a rank trains. With a single rank it only remembers whether it was asked to stop.
 
-    tell: gets one line of what was found before the process ends. Collective to enter.
+    tell: gets one line of what was found before the process ends. finish: what this rank still does then, alone, within
+    so many seconds. Collective to enter.
     """
 
-    def __init__(self, world: World, config: TrainConfig, tell: Callable[[str], None]) -> None:
-        self._world, self._tell = world, tell
+    def __init__(
+        self, world: World, config: TrainConfig, tell: Callable[[str], None], finish: Callable[[float], object]
+    ) -> None:
+        self._world, self._tell, self._finish = world, tell, finish
         self._silence, self._stall = config.rank_timeout_seconds, config.collective_timeout_seconds
         self._every = min(_BEAT_SECONDS, self._silence / 4)
         self._thread = threading.get_ident()
-        self._stop, self._ended, self._judged = threading.Event(), threading.Event(), threading.Lock()
+        self._stop, self._ended, self._judged = False, threading.Event(), threading.Lock()
         self._moves: list[int] = []
         self.asked = False  # this rank, and not only another one
         self._place: _Place = (0, 0, "starting", time.monotonic(), ())
@@ -86,11 +90,10 @@ class Watch:
 
     def stop(self) -> bool:
         """Whether some rank was asked to stop; the others know it a few seconds later."""
-        return self._stop.is_set()
+        return self._stop
 
     def ask_to_stop(self) -> None:
-        self.asked = True
-        self._stop.set()
+        self.asked = self._stop = True
 
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self._identities[rank].host}"
@@ -125,6 +128,7 @@ class Watch:
             if error is not None:
                 text = f"{self.name(self._world.rank)} failed in step {self._place[1]}: {type(error).__name__}: {error}"
                 self._publish(text, [self._world.rank])
+                self._let_others_read()
 
     # In a thread: everything that talks to the store, which may never answer.
 
@@ -134,12 +138,13 @@ class Watch:
             try:
                 self._store.set(str(rank), self._beat())
                 if self._store.check(["verdict"]):
+                    verdict = self._store.get("verdict").decode()  # while there is a store
                     self._ended.wait(_FAILURE_GRACE_SECONDS)
-                    self._give_up(self._store.get("verdict").decode())
-                if self._stop.is_set():
+                    self._give_up(verdict)
+                if self._stop:
                     self._store.set("stop", "")
                 elif self._store.check(["stop"]):
-                    self._stop.set()
+                    self._stop = True
                 beats = self._store.multi_get([str(other) for other in self._heard])
             except RuntimeError:  # the store is gone: the judge will see that nothing comes from it
                 return
@@ -203,11 +208,29 @@ class Watch:
         """End this process, whose training thread waits for what will not come."""
         if not self._judged.acquire(blocking=False) or self._ended.is_set():
             return
-        self._tell(text.partition("\n")[0])
-        log.error("stopping: %s", text if concluded or self._world.rank == 0 else text.partition("\n")[0])
-        for handler in log.handlers:
-            handler.flush()
+        what = text.partition("\n")[0]
+        said = text if concluded or self._world.rank == 0 else what
+
+        def last_words() -> None:
+            log.error("stopping: %s", said)
+            for handler in log.handlers:
+                handler.flush()
+            self._tell(what)
+
+        speaker = threading.Thread(target=last_words, name="heartbeat last words", daemon=True)
+        speaker.start()
+        speaker.join(_LAST_WORDS_SECONDS)
+        if speaker.is_alive():
+            os.write(2, f"stopping, and the log cannot be written: {said}\n".encode())
+        self._finish(self._silence)
+        if concluded:
+            self._let_others_read()
         os._exit(TRY_AGAIN)
+
+    def _let_others_read(self) -> None:
+        """The store may be in this process, and end with it."""
+        if self._world.rank == 0:
+            time.sleep(2 * self._every + 1)
 
     def _described(self, found: str, suspects: list[int] | None, beats: dict[int, bytes]) -> str:
         """A line for all ranks at the same place, and what is known of the suspects."""
@@ -219,6 +242,7 @@ class Watch:
             behind = min(beat.step for beat in known.values())
             suspects = [rank for rank, beat in known.items() if beat.step == behind]
             suspects = [rank for rank in suspects if not _waits(known[rank])] or suspects
+            suspects.sort(key=lambda rank: len(places[known[rank].step, known[rank].activity, known[rank].stack[-1]]))
         lines = [found, "where the ranks were when last heard of:"]
         for (step, activity, frame), ranks in sorted(places.items()):
             longest = max(known[rank].seconds for rank in ranks)
@@ -268,7 +292,7 @@ def _waits(beat: Beat) -> bool:
 
 def _from_a_collective(trace: TracebackType | None) -> bool:
     files = [frame.filename for frame in traceback.extract_tb(trace)]
-    return bool(files) and "torch/distributed/" in files[-1]
+    return bool(files) and ("torch/distributed/" in files[-1] or "/deepspeed/" in files[-1])
 
 
 def _short(filename: str) -> str:

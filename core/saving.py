@@ -59,6 +59,11 @@ class Saver:
             wait([writing.path])
             self._report(writing, writing.waited + time.perf_counter() - began)
 
+    def wait(self, seconds: float) -> None:
+        """At most so long for the checkpoint that is being written; from any thread."""
+        if (writing := self._writing) is not None:
+            wait([writing.path], seconds)
+
     def written(self) -> Path | None:
         """The checkpoint begun last, on every rank, when it is complete; None before the first.
 
@@ -78,8 +83,11 @@ class Saver:
             path.set_result(written)
 
     def _tidy(self) -> None:
-        for old in prune(checkpoints(self._run_directory), self._keep):
-            log.info("deleted %s", old)
+        try:
+            for old in prune(checkpoints(self._run_directory), self._keep):
+                log.info("deleted %s", old)
+        except OSError as error:
+            log.error("old checkpoints stay: %s", error)
 
     def _report(self, writing: _Writing, waited: float) -> None:
         self._writing = None

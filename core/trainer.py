@@ -19,13 +19,12 @@ from types import FrameType
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.batch import Batch, normalised
 from ..data.categories import Categories
 from ..data.index import SampleError, ShardIndex
-from ..data.stream import TrainStream
+from ..data.stream import STOP_SIGNALS, TrainStream
 from .checkpoint import find_checkpoint, load_detector, load_parameters, load_weights
 from .config import Config
 from .criterion import criterion
@@ -114,7 +113,7 @@ def train(
     resume: bool,
     observe: Observe,
 ) -> bool:
-    """Train until config.train.epochs or max_steps, or until SIGTERM, SIGINT or SIGUSR1, also while it evaluates or
+    """Train until config.train.epochs or max_steps, or until one of STOP_SIGNALS, also while it evaluates or
     waits for a batch; returns whether it goes no further although nobody asked this rank, only others, to stop.
 
     A step whose loss or gradient is not finite on some rank is skipped on all. Raises FloatingPointError after
@@ -127,7 +126,7 @@ def train(
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     engine, checkpoint = _engine(config, run_directory, world, resume)
     step = saved_step = engine.load(checkpoint)["step"] if checkpoint else 0
-    skipped_in_a_row, stopped = 0, False
+    skipped_in_a_row, stopped, left = 0, False, False
     known_bad: set[str] = set()
     pace, progress = Pace(), Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
     saver = Saver(run_directory, config.train.keep_checkpoints, world, observe)
@@ -142,21 +141,24 @@ def train(
             saved_step = step
         return saver.written() if wait else None
 
-    def evaluate(saved: Path) -> None:
+    def evaluate(saved: Path) -> bool:
+        """Whether that was done, and not left for the run that continues this one."""
         assert validation_index is not None
         report = _evaluate(saved, validation_index, world, watch, step, (step - 1) // per_epoch)
         if report is not None:
             progress.evaluation(report)
             observe(report)
+        return report is not None
 
     def evaluation_is_due() -> bool:
         every, last = config.train.evaluate_every_epochs, step >= last_step
         return validation_index is not None and _is_due(every, step // per_epoch, last)
 
-    watch = Watch(world, config.train, lambda message: observe(FaultReport(step, message)))
+    watch = Watch(world, config.train, lambda message: observe(FaultReport(step, message)), saver.wait)
     with closing(stream), watch, closing(saver), _signals(watch.ask_to_stop):
-        if checkpoint and step % per_epoch == 0 and evaluation_is_due() and not is_evaluated(checkpoint):
-            evaluate(checkpoint)  # which the end of the process had cut short
+        due = step % per_epoch == 0 and evaluation_is_due()
+        if checkpoint and due and not world.agree(lambda: is_evaluated(checkpoint)):  # the process had ended before
+            left = not evaluate(checkpoint)
         while step < last_step and not stopped:
             epoch = step // per_epoch
             batches = stream.steps(epoch, step % per_epoch, watch.stop)
@@ -237,10 +239,10 @@ def train(
                         raise
                     progress.line(f"step {step} is not evaluated either")
                 else:
-                    evaluate(cast(Path, saved))
+                    left = not evaluate(cast(Path, saved))
             elif step >= last_step or _is_due(config.train.checkpoint_every_epochs, step // per_epoch):
                 save(wait=step >= last_step)
-        return step < last_step and not watch.asked
+        return (left or step < last_step) and not watch.asked
 
 
 def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> tuple[Engine, Path | None]:
@@ -284,16 +286,16 @@ def _evaluate(
             log.warning("the evaluation of step %d is left for the run that continues this one", step)
         return None
     gathered = world.gather(mine)
-    metrics: list = [None]
-    if world.rank == 0:
-        found = merge(gathered)
-        metrics = [coco_metrics(index.ground_truth(), found)]
+
+    def scored() -> dict[str, float]:
+        metrics = coco_metrics(index.ground_truth(), merge(gathered))
         try:
-            record_evaluation(checkpoint, metrics[0])
+            record_evaluation(checkpoint, metrics)
         except OSError as error:  # the disk is full: the report has the numbers
             log.error("%s: its evaluation is not recorded: %s", checkpoint, error)
-    dist.broadcast_object_list(metrics, src=0)
-    return EvaluationReport(step, epoch, metrics[0], index.num_samples, time.perf_counter() - started)
+        return metrics
+
+    return EvaluationReport(step, epoch, world.agree(scored), index.num_samples, time.perf_counter() - started)
 
 
 def _is_due(every: int, done: int, last: bool = False) -> bool:
@@ -347,7 +349,9 @@ def _signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
         if len(came) == 1:  # not by the log: this may have interrupted it in the middle of a line
             os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    # One that is ignored already, such as a hangup under nohup, stays so.
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:

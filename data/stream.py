@@ -33,6 +33,9 @@ from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_size
 
 Result = TypeVar("Result")
 
+# At which a run saves and stops: a scheduler's, Ctrl-C and the end of the terminal.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
 _streams: "weakref.WeakSet[TrainStream]" = weakref.WeakSet()
 
 
@@ -257,5 +260,5 @@ def _or_error(function: Callable[..., Result], *arguments: Any) -> Result | Samp
 def _ignore_signals(worker: int) -> None:
     # Ctrl-C and a scheduler's signals reach the whole process group; the trainer decides when its workers end.
     # They end by themselves within seconds when the trainer is gone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -20,13 +20,17 @@ from ..core.engine import BUCKET_ELEMENTS
 from ..core.world import World
 from ..data.index import ShardIndex
 
-MUST_AGREE = ("ddetr", "torch", "CUDA", "NCCL", "deepspeed", "configuration", "shards")
+MUST_AGREE = ("ddetr", "torch", "CUDA", "NCCL", "deepspeed", "shards")  # and the settings
 MAY_DIFFER = ("device", "Python", "timm", "kernel")
 VISIBLE_SECONDS = 15.0  # a network file system may show a new file that much later
 _CODE = Path(__file__).parent.parent
 _FOLDERS = ("core", "data", "launch", "monitoring", "ops")
-# Paths and addresses that each node may have for itself.
-_OWN_SETTINGS = {"data": {"train", "validation", "cache", "cache_bytes"}, "monitor": True}
+# What each node may have for itself: paths, addresses, and how much it does at once.
+_OWN_SETTINGS = {
+    "data": {"train", "validation", "cache", "cache_bytes", "workers"},
+    "monitor": True,
+    "train": {"threads"},
+}
 
 Facts = dict[str, str]
 
@@ -37,13 +41,13 @@ def check(config: Config, world: World, indexes: Sequence[ShardIndex]) -> list[s
     Raises ValueError on every rank when something differs between them that would make them compute different things,
     or when train.output is not the same folder for all.
     """
-    everywhere: list[Facts] = world.gather([facts(config, world.device, indexes)])
+    settings = _settings(config)
+    everywhere: list[Facts] = world.gather([facts(config, world.device, indexes) | settings])
     if world.size == 1:
         return [f"1 rank on {everywhere[0]['host']}: {everywhere[0]['device']}"]
     lines = _hosts(everywhere)
-    for name in MUST_AGREE:
-        if differs := _difference(everywhere, name):
-            raise ValueError(f"the ranks differ in {name}: {differs}. Make them the same on every host")
+    if differing := [f"{name}: {text}" for name in (*MUST_AGREE, *settings) if (text := _difference(everywhere, name))]:
+        raise ValueError(f"the ranks differ in {'; '.join(differing)}. Make them the same on every host")
     lines += [f"{name} differs: {text}" for name in MAY_DIFFER if (text := _difference(everywhere, name))]
     _check_common_folder(Path(config.train.output), everywhere, world)
     if config.train.bandwidth_test_seconds:
@@ -60,7 +64,6 @@ def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -
     for index in indexes:
         for shard in index.shards:
             shards.update(shard.sha256.encode())
-    settings = config.model_dump_json(exclude=_OWN_SETTINGS)
     cuda = device.type == "cuda"
     return {
         "host": socket.gethostname(),
@@ -70,12 +73,16 @@ def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -
         "CUDA": str(torch.version.cuda) if cuda else "none in use",
         "NCCL": ".".join(map(str, nccl.version())) if cuda else "none in use",
         "deepspeed": importlib.metadata.version("deepspeed"),
-        "configuration": hashlib.sha256(settings.encode()).hexdigest()[:8],
         "shards": shards.hexdigest()[:8],
         "Python": platform.python_version(),
         "timm": importlib.metadata.version("timm"),
         "kernel": platform.release(),
     }
+
+
+def _settings(config: Config) -> Facts:
+    sections = config.model_dump(mode="json", exclude=_OWN_SETTINGS)
+    return {f"{section}.{key}": str(value) for section, keys in sections.items() for key, value in keys.items()}
 
 
 def _hosts(everywhere: Sequence[Facts]) -> list[str]:

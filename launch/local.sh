@@ -34,6 +34,8 @@ if [[ -z $ranks ]]; then
 fi
 
 python -m ddetr.launch.cli train "$@" --dry-run >/dev/null # a mistake is told once, not by every rank
+# A rank that is told to stop saves first, for which torchrun would leave it 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # SIGUSR1, too, lets the ranks save and stop; by itself it would end torchrun and leave them behind.
 exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
     --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --module ddetr.launch.cli train "$@"

@@ -166,14 +166,15 @@ def _in_short(config: dict[str, Any]) -> str:
 def _hardware(run: RunLog) -> str:
     """What the last start recorded of machine and software, such as device and number of ranks."""
     starts = [event for event in run.events if event.get("event") in ("start", "resume")]
-    details = {} if not starts else {k: v for k, v in starts[-1].items() if k not in ("time", "event", "step", "path")}
-    return "".join(f" · {key} {value}" for key, value in details.items())
+    elsewhere = ("time", "event", "step", "path", "machines")
+    details = [f" · {key} {value}" for key, value in starts[-1].items() if key not in elsewhere] if starts else []
+    return "".join(details)
 
 
 def _state(run: RunLog) -> str:
     resumed = sum(event.get("event") == "resume" for event in run.events)
     again = f", resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else ""
-    ends = {"stop": "ended in order", "error": "ended by an error"}
+    ends = {"stop": "ended in order", "error": "ended by an error", "ranks_lost": "ended because ranks were lost"}
     last = run.events[-1].get("event") if run.events else None
     return ends.get(str(last), "running, or ended without a word") + again
 

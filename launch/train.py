@@ -22,7 +22,7 @@ from ..core.manifest import verify
 from ..core.optimizer import rate_advice
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
-from ..core.world import World, device_for, join
+from ..core.world import device_for, join
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
 from ..monitoring.exporter import serve, write_targets
@@ -67,7 +67,7 @@ def run(
         if config.monitor.enabled:
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
-            addresses = _gathered(exporter.address, world)
+            addresses = world.gather([exporter.address])
         record: _Record | _Quiet = _Quiet()
         if world.rank == 0:  # the first thing written: all that can be checked beforehand has been
             record = stack.enter_context(_Record(run_directory, config))
@@ -167,12 +167,6 @@ def _run_directory(config: Config, model: Detector, resume: Path | None) -> tupl
         if config.train.ema_decay is not None and not values["moving_average"]:
             raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
     return path, resumes
-
-
-def _gathered(address: str, world: World) -> list[str]:
-    addresses: list[Any] = [None] * world.size
-    dist.all_gather_object(addresses, address)
-    return addresses
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from ddetr.core.heartbeat import TRY_AGAIN
 from ddetr.core.manifest import is_evaluated
 
 from tests.core.runs import SMALL, collect, command, succeeded, wait_for
+from tests.data import file_server
 
 HOST = socket.gethostname()
 
@@ -122,6 +124,7 @@ def test_a_rank_that_gets_no_further_is_told_from_those_that_wait_for_it(ranks: 
     assert re.search(rf"training for \d+ s, in .*distributed.*: rank 0 on {HOST}\n", output), output
     assert f"\nrank 1 on {HOST} (pid" in output
     assert f"\nrank 0 on {HOST} (pid" not in output
+    assert "stopping: no rank got any further for 6 s" in run.output(1)
 
 
 @pytest.mark.slow
@@ -192,3 +195,24 @@ def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
     )
     succeeded(collect(run.directory, finished.stdout + finished.stderr, finished.returncode))
     assert is_evaluated(checkpoint)
+
+
+def test_a_dead_shard_server_is_named(ranks: Callable[..., Ranks], synthetic_shards: Path) -> None:
+    server = subprocess.Popen(
+        [sys.executable, file_server.__file__, synthetic_shards], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        run = ranks(f"data.train={url}", "data.fetch=samples", "data.fetch_attempts=2")
+        run.wait_for_steps(3)
+    finally:
+        server.kill()
+        server.wait()
+    statuses = [process.wait(90) for process in run.processes]
+    said = run.output(0) + run.output(1)
+    assert set(statuses) <= {2, TRY_AGAIN}, said  # both may miss it, or one while the other waits for it
+    assert 2 in statuses, said
+    for rank, status in enumerate(statuses):
+        told = "ddetr: " if status == 2 else rf"rank {1 - rank} on {HOST} failed in step \d+: SourceError: "
+        assert re.search(rf"{told}{url}/\S+\.tar: .*; gave up after 2 attempts", run.output(rank)), said

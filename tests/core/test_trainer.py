@@ -131,7 +131,7 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
         torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=0)
 
 
-def test_continue_starts_anew_what_died_before_its_first_checkpoint(synthetic_shards: Path, tmp_path: Path) -> None:
+def test_auto_resume_starts_anew_what_died_before_its_first_checkpoint(synthetic_shards: Path, tmp_path: Path) -> None:
     directory = tmp_path / "again"
     directory.mkdir()
     (directory / "config.yaml").write_text("left by the run that died")

@@ -1,6 +1,7 @@
 """A real HTTP server on loopback that serves a folder, with ranges, and can be told to fail."""
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -99,3 +100,8 @@ def damaged(handler: BaseHTTPRequestHandler, data: bytes, good: int) -> None:
     """The right number of wrong bytes."""
     _begin(handler, len(data), good)
     handler.wfile.write(bytes(len(data)))
+
+
+if __name__ == "__main__":
+    print(FileServer(Path(sys.argv[1])).url, flush=True)
+    threading.Event().wait()

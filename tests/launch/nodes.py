@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-NODES = {"ddetr-a": "10.117.0.1", "ddetr-b": "10.117.0.2"}
+NODES = {f"ddetr-a-{os.getpid()}": "10.117.0.1", f"ddetr-b-{os.getpid()}": "10.117.0.2"}
 DEVICES = ("ddetr_da", "ddetr_db")
 
 
@@ -20,7 +20,8 @@ def joined() -> Iterator[dict[str, str]]:
     try:
         for name in NODES:
             subprocess.run(["ip", "netns", "add", name], check=True)
-        cable = f"ip link add {DEVICES[0]} netns ddetr-a type veth peer name {DEVICES[1]} netns ddetr-b"
+        first, second = NODES
+        cable = f"ip link add {DEVICES[0]} netns {first} type veth peer name {DEVICES[1]} netns {second}"
         subprocess.run(cable.split(), check=True)
         for (name, address), device in zip(NODES.items(), DEVICES, strict=True):
             for command in (f"addr add {address}/24 dev {device}", f"link set {device} up", "link set lo up"):

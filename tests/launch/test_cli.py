@@ -89,7 +89,7 @@ def test_resume_refuses_a_preset_and_a_folder_that_is_no_run(tmp_path: Path) -> 
     assert_one_message(ddetr("train", "--resume", tmp_path), str(tmp_path), "config.yaml")
 
 
-def test_continue_needs_a_name() -> None:
+def test_auto_resume_needs_a_name() -> None:
     assert_one_message(ddetr("train", "tiny", "train.auto_resume=true"), "train.name=NAME")
 
 

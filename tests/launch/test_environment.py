@@ -50,7 +50,11 @@ def pair(
         command = [python, "-m", "ddetr.launch.cli", "train", *arguments]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
@@ -58,7 +62,7 @@ def pair(
 def test_ranks_with_other_settings_are_refused(synthetic_shards: Path, tmp_path: Path) -> None:
     for status, output in pair(tmp_path, synthetic_shards, second=["optim.learning_rate=2e-4"]):
         assert status == 2
-        assert re.search(rf"the ranks differ in configuration: \w{{8}} on {HOST}, \w{{8}} on {HOST}", output), output
+        assert f"the ranks differ in optim.learning_rate: 0.0001 on {HOST}, 0.0002 on {HOST}. Make" in output, output
         assert "Traceback" not in output
     assert not (tmp_path / "pair").exists()
 
