@@ -71,8 +71,7 @@ class TrainingState:
         # A parameter under stage 3 has no element of its own.
         self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
-        everyones = self._fragments if stage > 0 or world.rank == 0 else []
-        self._everyones = world.to_first(everyones)
+        self._everyones = world.to_first(self._fragments) if stage > 0 else [self._fragments]
 
     @property
     def trained(self) -> list[str]:
