@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint import WEIGHTS, load_detector, load_weights
+from ddetr.core.checkpoint import TRAINING, WEIGHTS, load_detector, load_weights
 from ddetr.core.detector import DeformableDetr
+from ddetr.core.manifest import MANIFEST
 from ddetr.launch.checkpoint import FixedSizeDetector, export, inspect
+from ddetr.launch.cli import app
+from typer.testing import CliRunner
 
 
 def outputs(model: DeformableDetr) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,17 +51,49 @@ def test_inspect_shows_the_evaluation(run_directory: Path, tmp_path: Path, capsy
     assert "AP 0.7890" in capsys.readouterr().out
 
 
-def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
-    class Harmful:
-        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-            return Path.mkdir, (tmp_path / "executed",)  # type: ignore[return-value]
+class Harmful:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Harmful()}))
-    with pytest.raises(ValueError, match="neither safetensors nor a checkpoint of plain tensors"):
-        inspect(tmp_path / "evil.pth")
-    torch.save({"model": Harmful()}, tmp_path / "evil2.pth")
-    with pytest.raises(ValueError, match="neither safetensors nor a checkpoint of plain tensors"):
-        inspect(tmp_path / "evil2.pth")
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
+        return Path.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "run"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "checkpoint inspect {file}",
+        "checkpoint export {file} {folder}/exported.safetensors",
+        "eval {file} --data {shards}",
+        "predict {file} {image}",
+        "explain {file} {image}",
+        "train tiny train.initial_weights={file} data.train={shards} train.output={folder}",
+        "train --resume {file}",
+    ],
+    ids=lambda command: command.split("{")[0].strip(),
+)
+def test_a_strangers_checkpoint_executes_nothing(
+    command: str, kind: str, synthetic_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain pickle, torch's archive with one inside, and a folder with pickles under every name of a run."""
+    monkeypatch.chdir(tmp_path)
+    harmful, file = {"model": Harmful(tmp_path / "executed")}, tmp_path / "evil.pth"
+    if kind == "run":
+        step = file / "checkpoints/step_00000001"
+        step.mkdir(parents=True)
+        for name in (WEIGHTS, TRAINING, MANIFEST):
+            (step / name).write_bytes(pickle.dumps(harmful))
+        (file / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path}/executed']")
+    elif kind == "zip":
+        torch.save(harmful, file)
+    else:
+        file.write_bytes(pickle.dumps(harmful))
+    image = synthetic_shards.parent / "coco/images"
+    values = {"file": file, "folder": tmp_path, "shards": synthetic_shards, "image": next(image.iterdir())}
+    result = CliRunner().invoke(app, command.format(**values).split())
+    assert isinstance(result.exception, (ValueError, OSError)), result.output
+    assert str(file) in str(result.exception)
     assert not (tmp_path / "executed").exists()
 
 
