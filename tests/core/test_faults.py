@@ -180,8 +180,9 @@ def test_one_signal_to_one_rank_stops_all_though_a_batch_does_not_come(ranks: Ca
 def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
     ranks: Callable[..., Ranks], synthetic_shards: Path
 ) -> None:
+    """Also that of the last step, after which nothing else is left to do."""
     settings = [f"data.validation={synthetic_shards}", "data.validation_short_side=800", "eval.batch_size=1"]
-    run = ranks(*settings, "train.evaluate_every_epochs=1")
+    run = ranks(*settings, "train.evaluate_every_epochs=1", "train.max_steps=6")
     wait_for(run.directory / "events.jsonl", run.processes[0], lines=2)  # the checkpoint, then begins the evaluation
     run.processes[1].send_signal(signal.SIGTERM)
     run.end(30, asked=1)
@@ -190,9 +191,8 @@ def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
     assert "the evaluation of step 6 is left for the run that continues this one" in left.output
     checkpoint = run.directory / "checkpoints/step_00000006"
     assert not is_evaluated(checkpoint)
-    finished = subprocess.run(
-        [*command(1, "--resume", str(run.directory)), "train.max_steps=6"], capture_output=True, text=True, timeout=300
-    )
+    again = command(1, "--resume", str(run.directory))
+    finished = subprocess.run(again, capture_output=True, text=True, timeout=300)
     succeeded(collect(run.directory, finished.stdout + finished.stderr, finished.returncode))
     assert is_evaluated(checkpoint)
 
