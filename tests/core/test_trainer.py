@@ -59,10 +59,9 @@ def test_accumulation_takes_the_same_steps(train: Train) -> None:
     assert_same_losses(halves, whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_bfloat16_stays_near_float32(train: Train, stage: int) -> None:
+def test_bfloat16_stays_near_float32(train: Train) -> None:
     exact = succeeded(train(2, "train.zero_stage=0", "model.dropout=0"))
-    half = succeeded(train(2, f"train.zero_stage={stage}", "model.dropout=0", "train.precision=bf16"))
+    half = succeeded(train(2, "train.zero_stage=2", "model.dropout=0", "train.precision=bf16"))
     # Untrained proposals are nearly tied: rounding chooses others, whose loss differs by percents.
     assert half.losses[0] == pytest.approx(exact.losses[0], rel=0.03)
     assert half.losses == pytest.approx(exact.losses, rel=0.1)
@@ -103,7 +102,7 @@ def test_linear_is_constant_then_falls_to_zero() -> None:
     assert rates[61:] == pytest.approx([2.0 * remaining / 40 for remaining in range(39, 0, -1)])
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (1, 0)])
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), pytest.param(1, 0, marks=pytest.mark.slow)])
 def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
     train: Train, synthetic_shards: Path, tmp_path: Path, ranks: int, stage: int
 ) -> None:

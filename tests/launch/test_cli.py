@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_an_unknown_option_exits_2_with_the_near_one() -> None:
 
 def test_missing_files_are_one_message(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    for command in (
+    commands = (
         ["data", "pack", absent, tmp_path, tmp_path / "out"],
         ["data", "check", absent],
         ["data", "show", absent, tmp_path / "out.png"],
@@ -113,8 +114,10 @@ def test_missing_files_are_one_message(tmp_path: Path) -> None:
         ["checkpoint", "inspect", absent],
         ["checkpoint", "export", absent, tmp_path / "out"],
         ["report", absent],
-    ):
-        assert_one_message(ddetr(*command, cwd=tmp_path), str(absent))
+    )
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(lambda command: ddetr(*command, cwd=tmp_path), commands):
+            assert_one_message(result, str(absent))
     assert list(tmp_path.iterdir()) == [], "a failed command left something behind"
 
 
