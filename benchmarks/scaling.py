@@ -7,6 +7,8 @@ with --gpus). docs/scaling.md explains it.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -20,9 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 STAGES = (0, 1, 2, 3)
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather")
 PROBE_ELEMENTS = (1_000, 100_000, 1_000_000, 10_000_000)
+SIZES = ((4, "the tiny preset"), (40, "r50"), (210, "Swin-L"), (1000, "a ViT of a billion"))
 
 # For the predictions on GPUs: assumptions, not measurements.
 IMAGES_A_SECOND = 25.0  # of one GPU in bf16, forward and backward of r50 at 800 x 1066
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed, after two that are not")
     parser.add_argument("--gpus", action="store_true", help="only print the predictions for GPUs")
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage is not None:
         worker(arguments)
@@ -49,19 +55,20 @@ def main() -> None:
     if not arguments.gpus:
         measured(arguments)
     predictions(parameters=40.1e6)
+    memory()
 
 
 def measured(arguments: argparse.Namespace) -> None:
     print(
         f"r50, fp32, {arguments.images} image(s) of {arguments.size} x {arguments.size} a rank, one thread each, gloo"
     )
-    alone = run(1, 0, arguments)
-    print(f"one rank: {seconds(alone['steps'])} s a step, {alone['memory'][0] / 2**20:.0f} MiB")
-    print("| stage | calls a step | MB a step | of the gradients | memory of a rank, MiB | step, s: min (median) | "
-          "predicted, s | efficiency | predicted |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for stage in STAGES:
-        pair = run(2, stage, arguments)
+    alone = run(1, 0, "fp32", arguments)
+    print(f"one rank: {seconds(alone['steps'])} s a step")
+    print("| stage | calls a step | MB a step | of the gradients | step, s: min (median) | predicted, s | efficiency | "
+          "predicted |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    pairs = {("fp32", stage): run(2, stage, "fp32", arguments) for stage in STAGES}
+    for (_, stage), pair in pairs.items():
         moved = sum(size for _, size in pair["calls"].values())
         calls = sum(number for number, _ in pair["calls"].values())
         latency, rate = pair["latency"], pair["rate"]
@@ -69,26 +76,46 @@ def measured(arguments: argparse.Namespace) -> None:
         found = min(pair["steps"])
         print(
             f"| {stage} | {calls} | {moved / 1e6:.0f} | {moved / (4 * pair['parameters']):.2f} | "
-            f"{max(pair['memory']) / 2**20:.0f} | {seconds(pair['steps'])} | {expected:.2f} | "
+            f"{seconds(pair['steps'])} | {expected:.2f} | "
             f"{min(alone['steps']) / found:.2f} | {min(alone['steps']) / expected:.2f} |"
         )
     print(f"all-reduce between the two: {1e3 * latency:.2f} ms and {rate / 1e9:.2f} GB/s")
     for name, (number, size) in sorted(pair["calls"].items()):
         print(f"  stage 3, {name}: {number} calls, {size / 1e6:.1f} MB")
 
+    print("\nmemory of a rank, MiB: what it holds between two steps more than before it made the model, and its peak")
+    print("| precision | stage | weights and AdamW's state | held | peak |")
+    print("| --- | --- | --- | --- | --- |")
+    pairs |= {("bf16", stage): run(2, stage, "bf16", arguments) for stage in STAGES}
+    for (precision, stage), pair in pairs.items():
+        state, _ = bytes_a_parameter(precision, stage, 2)
+        kept = pair["parameters"] * state / 2**20
+        held, peak = (max(pair[name]) / 2**20 for name in ("held", "peak"))
+        print(f"| {precision} | {stage} | {kept:.0f} | {held:.0f} | {peak:.0f} |")
+
 
 def seconds(times: list[float]) -> str:
     return f"{min(times):.2f} ({statistics.median(times):.2f})"
 
 
-def run(ranks: int, stage: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def bytes_a_parameter(precision: str, stage: int, ranks: int) -> tuple[float, float]:
+    """Of a rank: weights with AdamW's state, and gradients."""
+    width = 4 if precision == "fp32" else 2
+    master = 8 if precision == "fp32" else 12  # the averages, and the float32 weights where there are others
+    return (
+        width / (ranks if stage == 3 else 1) + master / (ranks if stage > 0 else 1),
+        width / (ranks if stage > 1 else 1),
+    )
+
+
+def run(ranks: int, stage: int, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What rank 0 of so many measured."""
-    print(f"measuring stage {stage} on {ranks} rank(s)", file=sys.stderr, flush=True)
+    print(f"measuring {precision}, stage {stage} on {ranks} rank(s)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
         command += [f"--stage={stage}", f"--size={arguments.size}", f"--images={arguments.images}"]
-        command += [f"--steps={arguments.steps}"]
+        command += [f"--steps={arguments.steps}", f"--precision={precision}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DDETR_RESULT": str(output)}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
@@ -106,13 +133,15 @@ def worker(arguments: argparse.Namespace) -> None:
     from ddetr.core.world import join
     from ddetr.data.batch import Sample, collate
 
-    settings = [f"train.zero_stage={arguments.stage}", "train.precision=fp32", "train.device=cpu", "train.threads=1"]
+    settings = [f"train.zero_stage={arguments.stage}", f"train.precision={arguments.precision}"]
+    settings += ["train.device=cpu", "train.threads=1"]
     settings += [f"train.batch_size={arguments.images * int(os.environ['WORLD_SIZE'])}"]
     config = load("r50", [*settings, "model.pretrained_backbone=false", "optim.clip_norm=0.1"])
     calls: dict[str, list[int]] = {}
     count_into(calls)
     world = join(config.train)
     torch.manual_seed(0)
+    before = held_bytes()
     model = build(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine = Engine(model.train(), config, world)
@@ -137,11 +166,19 @@ def worker(arguments: argparse.Namespace) -> None:
     train_step(engine, [batch], arguments.steps + 3, config, world, stop=False)
     result: dict[str, Any] = {"steps": times[2:], "calls": dict(calls), "parameters": parameters}
     latency, rate = probe() if world.size > 1 else (0.0, 1.0)
-    memory = world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+    held = world.gather([held_bytes() - before])
+    peak = world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
     if world.rank == 0:
-        result |= {"memory": memory, "latency": latency, "rate": rate}
+        result |= {"held": held, "peak": peak, "latency": latency, "rate": rate}
         Path(os.environ["DDETR_RESULT"]).write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+def held_bytes() -> int:
+    """Of this process, without what the allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
 
 
 def count_into(calls: dict[str, list[int]]) -> None:
@@ -199,6 +236,18 @@ def predictions(parameters: float) -> None:
             f"| {gpus} | {1e3 * exchange:.1f} | {1e3 * whole:.1f} | {1e3 * slowest:.1f} | {compute / divided:.2f} | "
             f"{compute / three:.2f} | {gpus * IMAGES_A_GPU / divided:.0f} |"
         )
+
+
+def memory() -> None:
+    print("\nGB of weights, gradients and AdamW's state on each rank in bf16, stages 0 / 1 / 2 / 3")
+    print("| parameters | such as | on 8 ranks | on 64 ranks |")
+    print("| --- | --- | --- | --- |")
+    for millions, example in SIZES:
+        cells = []
+        for ranks in (8, 64):
+            each = [1e-3 * millions * sum(bytes_a_parameter("bf16", stage, ranks)) for stage in STAGES]
+            cells.append(" / ".join(f"{size:.2f}" for size in each))
+        print(f"| {millions} million | {example} | {' | '.join(cells)} |")
 
 
 def exchange_seconds(size: float, gpus: int) -> float:
