@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-NODES = {f"ddetr-a-{os.getpid()}": "10.117.0.1", f"ddetr-b-{os.getpid()}": "10.117.0.2"}
+FIRST, SECOND = (f"ddetr-{letter}-{os.getpid()}" for letter in "ab")  # two runs of the tests do not meet
+NODES = {FIRST: "10.117.0.1", SECOND: "10.117.0.2"}
 DEVICES = ("ddetr_da", "ddetr_db")
 
 
@@ -20,8 +21,7 @@ def joined() -> Iterator[dict[str, str]]:
     try:
         for name in NODES:
             subprocess.run(["ip", "netns", "add", name], check=True)
-        first, second = NODES
-        cable = f"ip link add {DEVICES[0]} netns {first} type veth peer name {DEVICES[1]} netns {second}"
+        cable = f"ip link add {DEVICES[0]} netns {FIRST} type veth peer name {DEVICES[1]} netns {SECOND}"
         subprocess.run(cable.split(), check=True)
         for (name, address), device in zip(NODES.items(), DEVICES, strict=True):
             for command in (f"addr add {address}/24 dev {device}", f"link set {device} up", "link set lo up"):

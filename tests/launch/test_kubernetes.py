@@ -20,7 +20,7 @@ import yaml
 from ddetr.core.config import load
 
 from tests.core.runs import SMALL, collect
-from tests.launch.nodes import DEVICES, NODES, on
+from tests.launch.nodes import DEVICES, FIRST, NODES, on
 from tests.launch.test_nodes import nodes  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -165,9 +165,7 @@ def pod_names(nodes: dict[str, str]) -> Iterator[None]:  # noqa: F811
     try:
         for folder in folders:
             folder.mkdir(parents=True)
-            (folder / "hosts").write_text(
-                f"127.0.0.1 localhost\n{next(iter(NODES.values()))} ddetr-train-0.ddetr-train\n"
-            )
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{NODES[FIRST]} ddetr-train-0.ddetr-train\n")
         yield
     finally:
         for folder in folders:

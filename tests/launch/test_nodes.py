@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.core.runs import SMALL, collect, command, start, steps_of_each_start, wait_for
-from tests.launch.nodes import DEVICES, NODES, joined, on
+from tests.launch.nodes import DEVICES, FIRST, NODES, SECOND, joined, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -59,7 +59,7 @@ def test_torchrun(numbered: bool, nodes: dict[str, str], synthetic_shards: Path,
     processes = []
     for rank, (name, device) in enumerate(zip(nodes, DEVICES, strict=True)):
         command = [*on(name), REPOSITORY / "launch/torchrun.sh", "--nodes", "2", "--ranks", "1"]
-        command += ["--master", nodes["ddetr-a"] + ":29511"]
+        command += ["--master", nodes[FIRST] + ":29511"]
         command += ["--node-rank", str(rank)] if numbered else ["--restarts", "0"]
         command += two_steps(synthetic_shards, tmp_path / "runs")
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
@@ -84,7 +84,7 @@ def test_a_lost_node_is_done_without_and_taken_back(
 
     def launch(name: str, device: str) -> subprocess.Popen:
         command = [*on(name), REPOSITORY / "launch/torchrun.sh", "--nodes", "1:2", "--ranks", "1", "--restarts", "5"]
-        command += ["--master", nodes["ddetr-a"] + ":29512", "tiny", *SMALL, "train.auto_resume=true"]
+        command += ["--master", nodes[FIRST] + ":29512", "tiny", *SMALL, "train.auto_resume=true"]
         command += [f"{key}={value}" for key, value in settings.items()]
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device, "TP_SOCKET_IFNAME": device}
         with (tmp_path / f"{name}.{len(started)}.log").open("w") as log:
@@ -105,23 +105,23 @@ def test_a_lost_node_is_done_without_and_taken_back(
             time.sleep(0.5)
 
     try:
-        launch("ddetr-a", DEVICES[0])
-        other = launch("ddetr-b", DEVICES[1])
+        launch(FIRST, DEVICES[0])
+        other = launch(SECOND, DEVICES[1])
         wait_until([2], 5)
         if lost == "killed":
             kill(other)
         else:
-            subprocess.run(["ip", "-n", "ddetr-b", "link", "set", DEVICES[1], "down"], check=True)
+            subprocess.run(["ip", "-n", SECOND, "link", "set", DEVICES[1], "down"], check=True)
         wait_until([2, 1], 5)
         if lost == "cut off":
-            subprocess.run(["ip", "-n", "ddetr-b", "link", "set", DEVICES[1], "up"], check=True)
+            subprocess.run(["ip", "-n", SECOND, "link", "set", DEVICES[1], "up"], check=True)
             here, there = ((tmp_path / f"{name}.{number}.log").read_text() for number, name in enumerate(nodes))
             # Both nodes see one /proc here: whichever rank gives up first, the other may be seen to have ended.
             said = r"stopping: (nothing was heard of rank 1 on \S+ for 8 s|rank 1 on \S+ died)\nwhere the ranks were"
             assert re.search(said, here), here
             assert "where the ranks met, has not answered for 8 s" in there
             kill(other)  # its launcher would end a minute later
-        launch("ddetr-b", DEVICES[1])
+        launch(SECOND, DEVICES[1])
         wait_until([2, 1, 2], 5)
     finally:
         for process in started:
@@ -156,7 +156,7 @@ def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> N
             servers.append(subprocess.Popen([*on(name), "/usr/sbin/sshd", "-D", "-e", "-f", configuration]))
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{address} slots=1\n" for address in nodes.values()))
-        command = [*on("ddetr-a"), REPOSITORY / "launch/ssh.sh", hostfile]
+        command = [*on(FIRST), REPOSITORY / "launch/ssh.sh", hostfile]
         command += two_steps(synthetic_shards, tmp_path / "runs")
         environment = ENVIRONMENT | {"PATH": f"{client.parent}:{ENVIRONMENT['PATH']}"}
         result = subprocess.run(
@@ -176,7 +176,7 @@ def ray_nodes(nodes: dict[str, str]) -> Iterator[dict[str, subprocess.Popen]]:
     started: dict[str, subprocess.Popen] = {}
     folder = Path(tempfile.mkdtemp(prefix="ray_"))  # short: the paths of Ray's sockets go into 107 characters
     options = ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
-    head = f"{nodes['ddetr-a']}:6379"
+    head = f"{nodes[FIRST]}:6379"
     try:
         for name, address in nodes.items():
             role = ["--head", "--port=6379", "--include-dashboard=false"] if not started else [f"--address={head}"]
@@ -198,7 +198,7 @@ def ray_nodes(nodes: dict[str, str]) -> Iterator[dict[str, subprocess.Popen]]:
 
 def on_ray(*arguments: object) -> list[str]:
     """`ddetr train` from the first of the two nodes."""
-    return [*on("ddetr-a"), *command(1, "tiny", *SMALL, *map(str, arguments), "--ray", NODES["ddetr-a"] + ":6379")]
+    return [*on(FIRST), *command(1, "tiny", *SMALL, *map(str, arguments), "--ray", NODES[FIRST] + ":6379")]
 
 
 def test_ray_gives_the_losses_of_torchrun(
@@ -227,7 +227,7 @@ def test_ray_goes_on_without_a_lost_node(
     )
     try:
         wait_for(tmp_path / "run/checkpoints/step_00000002/checkpoint.json", process)
-        other = psutil.Process(ray_nodes["ddetr-b"].pid)
+        other = psutil.Process(ray_nodes[SECOND].pid)
         family = [other, *other.children(recursive=True)]
         (rank,) = (member for member in family if "ddetr.launch.rank" in member.cmdline())
         for member in family:
