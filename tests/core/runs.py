@@ -94,7 +94,7 @@ def steps_of_each_start(run_directory: Path) -> list[tuple[int, int]]:
 
     begun = [event for event in lines("events.jsonl") if "ranks" in event]
     times = [line["time"] for line in lines("metrics.jsonl") if line["kind"] == "step"]
-    ends = [*(event["time"] for event in begun[1:]), float("inf")]
+    ends = [*(event["time"] for event in begun), float("inf")][1:]
     return [
         (event["ranks"], sum(event["time"] <= time < end for time in times))
         for event, end in zip(begun, ends, strict=True)
