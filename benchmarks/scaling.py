@@ -1,9 +1,9 @@
 """What ranks say to each other in a step of each ZeRO stage, what it costs, and what follows for many GPUs.
 
 One and two real ranks on this machine take real steps of the r50 preset on random images, one thread each. Every
-collective operation is counted with its bytes; the time of a step of two ranks is predicted from that of one and from
-all-reduces timed alone, and then measured. The same arithmetic follows for GPUs, from assumptions that are named (alone
-with --gpus). docs/scaling.md explains it.
+collective operation is counted with its bytes; the time of a step of two ranks is predicted from that of one, beside
+another that it does not talk to, and from all-reduces timed alone, and then measured. The same arithmetic follows for
+GPUs, from assumptions that are named (alone with --gpus). docs/scaling.md explains it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ IMAGES_A_GPU = 2
 GPUS_A_NODE = 8
 NODE_BYTES_A_SECOND = 200e9  # of an all-reduce within a node (NVLink)
 NETWORK_BYTES_A_SECOND = 40e9  # of a node, in and out (400 Gbit/s at 80 %)
-LATENCY_SECONDS = 20e-6  # of one hop
+NODE_LATENCY_SECONDS = 3e-6  # of a hop within a node
+NETWORK_LATENCY_SECONDS = 10e-6  # and of one between nodes
+STAGE_3_CALLS = 246  # measured on two ranks, for r50
 HIDDEN = 0.5  # share of the exchange that goes on beside the backward pass
 JITTER = 0.02  # standard deviation of a rank's step, as a share of it; all wait for the slowest
 
@@ -62,8 +65,9 @@ def measured(arguments: argparse.Namespace) -> None:
     print(
         f"r50, fp32, {arguments.images} image(s) of {arguments.size} x {arguments.size} a rank, one thread each, gloo"
     )
-    alone = run(1, 0, "fp32", arguments)
-    print(f"one rank: {seconds(alone['steps'])} s a step")
+    with ThreadPoolExecutor() as pool:
+        alone, _ = pool.map(lambda _: run(1, 0, "fp32", arguments), range(2))
+    print(f"one rank, beside another one: {seconds(alone['steps'])} s a step")
     print("| stage | calls a step | MB a step | of the gradients | step, s: min (median) | predicted, s | efficiency | "
           "predicted |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -80,8 +84,9 @@ def measured(arguments: argparse.Namespace) -> None:
             f"{min(alone['steps']) / found:.2f} | {min(alone['steps']) / expected:.2f} |"
         )
     print(f"all-reduce between the two: {1e3 * latency:.2f} ms and {rate / 1e9:.2f} GB/s")
-    for name, (number, size) in sorted(pair["calls"].items()):
-        print(f"  stage 3, {name}: {number} calls, {size / 1e6:.1f} MB")
+    for (_, stage), pair in pairs.items():
+        calls = [f"{number} {name} of {size / 1e6:.1f} MB" for name, (number, size) in sorted(pair["calls"].items())]
+        print(f"stage {stage}: {', '.join(calls)}")
 
     print("\nmemory of a rank, MiB: what it holds between two steps more than before it made the model, and its peak")
     print("| precision | stage | weights and AdamW's state | held | peak |")
@@ -223,18 +228,19 @@ def predictions(parameters: float) -> None:
     print(
         f"\nassumed: {compute:.3f} s of computing {IMAGES_A_GPU} images a step on each GPU, bf16, jitter {JITTER:.0%}"
     )
-    print("| GPUs | exchange of stages 0 to 2, ms | of stage 3, ms | slowest rank, ms | efficiency, 0 to 2 | stage 3 | "
-          "images/s, 0 to 2 |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| GPUs | exchange of stage 0, ms | of 1 and 2 | of 3 | slowest rank, ms | efficiency of stage 0 | "
+          "of 1 and 2 | of 3 | images/s, stage 1 |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
-        exchange = exchange_seconds(2 * parameters, gpus)
-        whole = 1.5 * exchange  # stage 3 fetches weights twice and gives gradients away once
+        reduce, gather = (moved_seconds(2 * parameters, gpus, calls) for calls in (1, STAGE_3_CALLS))
+        exchanges = (2 * reduce, 3 * reduce, 2 * gather)  # an all-reduce is a reduce-scatter and an all-gather
         # The largest of n normal numbers lies about sqrt(2 ln n) standard deviations above the mean.
         slowest = JITTER * compute * math.sqrt(2 * math.log(gpus))
-        divided, three = (compute + slowest + (1 - HIDDEN) * seconds for seconds in (exchange, whole))
+        steps = [compute + slowest + (1 - HIDDEN) * exchange for exchange in exchanges]
+        efficiencies = " | ".join(f"{compute / step:.2f}" for step in steps)
         print(
-            f"| {gpus} | {1e3 * exchange:.1f} | {1e3 * whole:.1f} | {1e3 * slowest:.1f} | {compute / divided:.2f} | "
-            f"{compute / three:.2f} | {gpus * IMAGES_A_GPU / divided:.0f} |"
+            f"| {gpus} | {' | '.join(f'{1e3 * exchange:.1f}' for exchange in exchanges)} | {1e3 * slowest:.1f} | "
+            f"{efficiencies} | {gpus * IMAGES_A_GPU / steps[1]:.0f} |"
         )
 
 
@@ -250,13 +256,14 @@ def memory() -> None:
         print(f"| {millions} million | {example} | {' | '.join(cells)} |")
 
 
-def exchange_seconds(size: float, gpus: int) -> float:
-    """An all-reduce in two levels: within the nodes, and among them with a share of the tensor each."""
+def moved_seconds(size: float, gpus: int, calls: int) -> float:
+    """All-gather or reduce-scatter in two levels, in so many calls: in the nodes, and among them with a share each."""
     nodes = gpus / GPUS_A_NODE
-    within = 2 * (GPUS_A_NODE - 1) / GPUS_A_NODE * size / NODE_BYTES_A_SECOND
-    among = 2 * (nodes - 1) / nodes * size / NETWORK_BYTES_A_SECOND
-    hops = 2 * (GPUS_A_NODE - 1) + 2 * math.log2(nodes)  # a ring within, a tree among
-    return within + among + hops * LATENCY_SECONDS
+    within = (GPUS_A_NODE - 1) / GPUS_A_NODE * size / NODE_BYTES_A_SECOND
+    among = (nodes - 1) / nodes * size / NETWORK_BYTES_A_SECOND
+    # A ring within, a tree among.
+    latency = (GPUS_A_NODE - 1) * NODE_LATENCY_SECONDS + math.log2(nodes) * NETWORK_LATENCY_SECONDS
+    return within + among + calls * latency
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class TrainingState:
         # A parameter under stage 3 has no element of its own.
         self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
-        self._everyones = world.to_first(self._fragments) if stage > 0 else [self._fragments]
+        self._everyones = world.to_first(self._fragments) if stage > 0 else []
 
     @property
     def trained(self) -> list[str]:
@@ -108,10 +108,12 @@ class TrainingState:
     def gather(self, beside: Sequence[Tensor]) -> Gathered:
         """What all ranks hold of each trained parameter in `beside`: a tensor beside each master. Collective."""
         parts = [_run(beside[f.master], f.offset, f.numel) for f in self._fragments]
+        if self._stage == 0:  # rank 0 has everything
+            parts = [part.to("cpu", copy=True) for part in parts] if self._world.rank == 0 else []
+            return Gathered(self._shapes, [[fragment] for fragment in self._fragments][: len(parts)], parts)
         mine = torch.cat([torch.empty(0, device=self._world.device), *(part.to(self._world.device) for part in parts)])
         lengths = [sum(fragment.numel for fragment in fragments) for fragments in self._everyones]
-        values = [mine.cpu()] if self._stage == 0 else self._world.collect(mine, lengths)
-        return Gathered(self._shapes, self._everyones, values if self._world.rank == 0 else [])
+        return Gathered(self._shapes, self._everyones, self._world.collect(mine, lengths))
 
     def deal(self, whole: Mapping[str, Tensor], beside: Sequence[Tensor]) -> None:
         """Fill `beside`, a tensor beside each master, with this rank's fragments of each trained parameter."""

@@ -59,13 +59,15 @@ class World:
         everyones = [torch.empty(length, dtype=mine.dtype) for length in lengths] if self.rank == 0 else []
         step = max(1, COLLECTED_ELEMENTS // self.size)
         for start in range(0, longest, step):
-            part = mine.new_zeros(min(step, longest - start))
-            sent = mine[start : start + step]
-            part[: sent.numel()] = sent
-            parts = [torch.empty_like(part) for _ in everyones]
-            dist.gather(part, parts or None)
-            for whole, received in zip(everyones, parts, strict=True):
-                whole[start : start + step] = received[: max(0, whole.numel() - start)]
+            size = min(step, longest - start)
+            # All the same size, and where they belong if that is the host.
+            rooms = [whole[start : start + size] for whole in everyones]
+            parts = [room if room.numel() == size and mine.is_cpu else mine.new_empty(size) for room in rooms]
+            sent = mine[start : start + size]
+            dist.gather(torch.cat([sent, mine.new_zeros(size - sent.numel())]), parts or None)
+            for room, part in zip(rooms, parts, strict=True):
+                if room is not part:
+                    room.copy_(part[: room.numel()])
         return everyones
 
     def agree(self, choose: Callable[[], Any]) -> Any:
