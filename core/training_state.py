@@ -72,6 +72,9 @@ class TrainingState:
         self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
         self._everyones = world.to_first(self._fragments) if stage > 0 else []
+        if self._everyones:  # on rank 0
+            found = sum(fragment.numel for fragments in self._everyones for fragment in fragments)
+            assert found == sum(shape.numel() for shape in self._shapes.values()), "DeepSpeed keeps some elsewhere"
 
     @property
     def trained(self) -> list[str]:
