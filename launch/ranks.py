@@ -18,6 +18,7 @@ from .rank import Place, Rank
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # for the other ranks to end by themselves, with what they still write, after one has failed
+KILL_SECONDS = 5.0  # for the actors to have killed their ranks
 START_SECONDS = 120.0  # for actors whose resources are there
 MISTAKE = 2  # exit status of `ddetr` for what the user can mend
 
@@ -249,7 +250,7 @@ def _end(actors: list[Any]) -> None:
     """Kill what still runs. A rank without its fellows waits in a collective operation and hears nothing else."""
     import ray
 
-    ray.wait([actor.send.remote(signal.SIGKILL) for actor in actors], num_returns=len(actors), timeout=5)
+    ray.wait([actor.send.remote(signal.SIGKILL) for actor in actors], num_returns=len(actors), timeout=KILL_SECONDS)
     for actor in actors:
         ray.kill(actor)
 

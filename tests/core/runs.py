@@ -1,12 +1,16 @@
 """How tests start `ddetr train` on a small model, and what such a run leaves."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 # Half a million parameters, everything switched on; batches of 4 of the 24 images of `synthetic_shards`.
 SMALL = (
@@ -99,3 +103,34 @@ def steps_of_each_start(run_directory: Path) -> list[tuple[int, int]]:
         (event["ranks"], sum(event["time"] <= time < end for time in times))
         for event, end in zip(begun, ends, strict=True)
     ]
+
+
+def until_restarted(run_directory: Path, process: subprocess.Popen[str], seconds: float) -> list[tuple[int, int]]:
+    """`steps_of_each_start`, when the ranks have begun a second time and taken three steps."""
+    deadline = time.monotonic() + seconds
+    while len(begun := steps_of_each_start(run_directory)) < 2 or begun[1][1] < 3:
+        assert time.monotonic() < deadline, begun
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    return begun
+
+
+def assert_no_step_is_left_out(run: Run) -> None:
+    """Those since a checkpoint may have been taken twice."""
+    steps = {step["step"] for step in run.steps}
+    assert steps == set(range(1, max(steps) + 1))
+
+
+def kill(process: subprocess.Popen) -> None:
+    """A process and all that it started, such as a launcher's ranks, which are process groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -17,7 +17,7 @@ from ddetr.core.checkpoint import load_detector
 from ddetr.core.heartbeat import TRY_AGAIN
 from ddetr.core.manifest import is_evaluated
 
-from tests.core.runs import SMALL, collect, command, succeeded, wait_for
+from tests.core.runs import SMALL, collect, command, free_port, kill, succeeded, wait_for
 from tests.data import file_server
 
 HOST = socket.gethostname()
@@ -27,9 +27,7 @@ class Ranks:
     """Two ranks without a launcher that would end one after the other; each writes into a file of its own."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.directory = folder / "run"
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(2)]
         self.processes: list[subprocess.Popen[str]] = []
@@ -74,10 +72,7 @@ def ranks(synthetic_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Rank
 
     yield start
     for process in (process for those in started for process in those.processes):
-        if process.poll() is None:
-            for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                victim.kill()
-        process.wait()
+        kill(process)
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -7,7 +7,6 @@ import socket
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from ddetr.core.checkpoint import find_checkpoint, load_detector
@@ -16,7 +15,7 @@ from ddetr.core.detector import DeformableDetr
 from ddetr.core.optimizer import learning_rate
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Run, Train, collect, command, start, succeeded, wait_for
+from tests.core.runs import SMALL, Run, Train, collect, command, kill, start, succeeded, wait_for
 
 
 def assert_same_losses(run: Run, reference: Run, rel: float) -> None:
@@ -113,9 +112,7 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
     process = start(command(ranks, *arguments))
     directory = tmp_path / "killed"
     wait_for(directory / "checkpoints/step_00000004", process)
-    for victim in [process, *psutil.Process(process.pid).children(recursive=True)]:
-        victim.kill()
-    process.communicate()
+    kill(process)
     before = collect(directory, "", 0)
     assert before.steps[-1]["step"] < 24, "the run ended before it could be killed"
 

@@ -1,10 +1,12 @@
-"""A run directory with small detectors of random weights, and shards on which their AP is neither 0 nor 1."""
+"""Two nodes, a run directory with small detectors of random weights, shards on which their AP is neither 0 nor 1."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.launch.nodes import joined
 
 SMALL = (
     "model.backbone=resnet18.a1_in1k",
@@ -17,6 +19,12 @@ SMALL = (
     "train.device=cpu",
     "eval.top_k=30",
 )
+
+
+@pytest.fixture
+def nodes() -> Iterator[dict[str, str]]:
+    with joined() as namespaces:
+        yield namespaces
 
 
 @pytest.fixture(scope="session")

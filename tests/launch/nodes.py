@@ -1,4 +1,4 @@
-"""Nodes of our own on one machine: network namespaces joined by a virtual cable."""
+"""Nodes of our own on one machine: network namespaces joined by a virtual cable, and Ray's on loopback."""
 
 import contextlib
 import os
@@ -34,3 +34,17 @@ def joined() -> Iterator[dict[str, str]]:
 
 def on(node: str) -> list[str]:
     return ["ip", "netns", "exec", node]
+
+
+@contextlib.contextmanager
+def two_ray_nodes(**head: float) -> Iterator[str]:
+    """Address of a Ray cluster on loopback; each node offers one CPU, the first one also `head`."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **head})
+    try:
+        cluster.add_node(num_cpus=1, include_dashboard=False)
+        cluster.wait_for_nodes()
+        yield str(cluster.address)
+    finally:
+        cluster.shutdown()

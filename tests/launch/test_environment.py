@@ -12,7 +12,7 @@ from pathlib import Path
 import ddetr.core
 import pytest
 
-from tests.core.runs import SMALL
+from tests.core.runs import SMALL, free_port
 
 HOST = socket.gethostname()
 PACKAGE = Path(ddetr.core.__path__[0]).parent
@@ -37,9 +37,7 @@ def pair(
     environment_of_second: Mapping[str, str] | None = None,
 ) -> list[tuple[int, str]]:
     """Exit status and output of two ranks, of which the second has further arguments and another environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     processes = []
     for rank in range(2):
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

@@ -20,6 +20,8 @@ from ddetr.launch.workers import ShardWorkers
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from tests.launch.nodes import two_ray_nodes
+
 
 def by_hand(folder: Path) -> list[float]:
     """pycocotools on the written files, as anyone would use it."""
@@ -77,15 +79,8 @@ class TestTwoNodes:
 
     @pytest.fixture(scope="class")
     def address(self) -> Iterator[str]:
-        from ray.cluster_utils import Cluster
-
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        try:
-            nodes.add_node(num_cpus=1, include_dashboard=False)
-            nodes.wait_for_nodes()
-            yield str(nodes.address)
-        finally:
-            nodes.shutdown()
+        with two_ray_nodes() as address:
+            yield address
 
     def test_same_files_as_local(
         self, address: str, run_directory: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

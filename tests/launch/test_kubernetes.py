@@ -4,7 +4,6 @@ The schemas are Kubernetes' own. No package carries KubeRay's: of a RayCluster t
 pod's, and the few fields around them against the table below.
 """
 
-import contextlib
 import copy
 import json
 import os
@@ -14,14 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from ddetr.core.config import load
 
-from tests.core.runs import SMALL, collect
+from tests.core.runs import SMALL, collect, kill
 from tests.launch.nodes import DEVICES, FIRST, NODES, on
-from tests.launch.test_nodes import nodes  # noqa: F401 (a fixture)
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 VERSIONS = ("1.29", "1.37")  # the oldest that these manifests are meant for, and the newest that is known here
@@ -158,7 +155,7 @@ def test_all_containers_run_the_image_of_this_version() -> None:
 
 
 @pytest.fixture
-def pod_names(nodes: dict[str, str]) -> Iterator[None]:  # noqa: F811
+def pod_names(nodes: dict[str, str]) -> Iterator[None]:
     """What the cluster's DNS does: pod 0 has a name inside the headless Service. `ip netns exec` mounts these files."""
     folders = [Path("/etc/netns") / name for name in nodes]
     was_there = folders[0].parent.is_dir()
@@ -227,11 +224,7 @@ def test_the_pods_train_and_resume_after_an_eviction(pod_names: None, synthetic_
         output = ended(pods)
     finally:
         for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-            process.kill()
-            process.wait()
+            kill(process)
     assert [process.returncode for process in pods] == [0, 0], output
     resumed = collect(run, "", 0)
     assert [event["ranks"] for event in resumed.events if event["event"] == "resume"] == [2]

@@ -15,8 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.core.runs import SMALL, collect, command, start, steps_of_each_start, wait_for
-from tests.launch.nodes import DEVICES, FIRST, NODES, SECOND, joined, on
+from tests.core.runs import (
+    SMALL,
+    assert_no_step_is_left_out,
+    collect,
+    command,
+    kill,
+    start,
+    steps_of_each_start,
+    until_restarted,
+    wait_for,
+)
+from tests.launch.nodes import DEVICES, FIRST, NODES, SECOND, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -24,20 +34,6 @@ RAY_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a token of these tests
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def nodes() -> Iterator[dict[str, str]]:
-    with joined() as namespaces:
-        yield namespaces
-
-
-def kill(process: subprocess.Popen) -> None:
-    """A launcher and its ranks, which are process groups of their own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            victim.kill()
-    process.wait()
 
 
 def two_steps(shards: Path, output: Path) -> list[str]:
@@ -126,10 +122,10 @@ def test_a_lost_node_is_done_without_and_taken_back(
     finally:
         for process in started:
             kill(process)
-    steps = [json.loads(line)["step"] for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
-    assert set(range(1, max(steps) + 1)) == set(steps)  # none is left out
+    run = collect(run_directory, "", 0)
+    assert_no_step_is_left_out(run)
     # At most those since a checkpoint, and those taken while it was written, are taken twice.
-    assert len(steps) - len(set(steps)) <= 2 * 4
+    assert len(run.steps) - max(step["step"] for step in run.steps) <= 2 * 4
 
 
 def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> None:
@@ -235,11 +231,7 @@ def test_ray_goes_on_without_a_lost_node(
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
         assert psutil.wait_procs([rank], timeout=60)[0], "the rank outlives Ray on its node"
-        deadline = time.monotonic() + 200
-        while len(begun := steps_of_each_start(tmp_path / "run")) < 2 or begun[1][1] < 3:
-            assert time.monotonic() < deadline, begun
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.5)
+        begun = until_restarted(tmp_path / "run", process, 200)
         process.terminate()
         output, _ = process.communicate(timeout=120)
     finally:
@@ -247,5 +239,4 @@ def test_ray_goes_on_without_a_lost_node(
     assert process.returncode == 0, output
     assert [ranks for ranks, _ in begun] == [2, 1]
     assert "all ranks start again (restart 1 of 3)" in output
-    steps = [step["step"] for step in collect(tmp_path / "run", "", 0).steps]
-    assert set(steps) == set(range(1, max(steps) + 1))
+    assert_no_step_is_left_out(collect(tmp_path / "run", "", 0))

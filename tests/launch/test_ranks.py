@@ -13,7 +13,17 @@ import pytest
 from ddetr.core.config import load
 from ddetr.launch.placement import Request
 
-from tests.core.runs import SMALL, collect, command, start, steps_of_each_start, succeeded, wait_for
+from tests.core.runs import (
+    SMALL,
+    assert_no_step_is_left_out,
+    collect,
+    command,
+    start,
+    succeeded,
+    until_restarted,
+    wait_for,
+)
+from tests.launch.nodes import two_ray_nodes
 
 GPU_NODES = [{"GPU": 4.0, "CPU": 32.0}, {"GPU": 2.0, "CPU": 32.0}]
 CPU_NODES = [{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1e9}]
@@ -75,16 +85,11 @@ class TestCluster:
 
     @pytest.fixture(scope="class")
     def address(self) -> Iterator[str]:
-        from ray.cluster_utils import Cluster
-
         os.environ["DDETR_TEST"] = "cluster"  # for Ray's workers and the ranks that they start
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
         try:
-            nodes.add_node(num_cpus=1, include_dashboard=False)
-            nodes.wait_for_nodes()
-            yield str(nodes.address)
+            with two_ray_nodes(num_gpus=2) as address:
+                yield address
         finally:
-            nodes.shutdown()
             del os.environ["DDETR_TEST"]
 
     @pytest.fixture
@@ -145,11 +150,7 @@ class TestCluster:
         try:
             wait_for(tmp_path / "run/checkpoints/step_00000002/checkpoint.json", process)
             ranks_of("cluster")[1].send_signal(signal.SIGKILL)
-            deadline = time.monotonic() + 120
-            while len(begun := steps_of_each_start(tmp_path / "run")) < 2 or begun[1][1] < 3:
-                assert time.monotonic() < deadline, begun
-                assert process.poll() is None, process.communicate()[0]
-                time.sleep(0.2)
+            begun = until_restarted(tmp_path / "run", process, 120)
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=120)
         finally:
@@ -157,8 +158,7 @@ class TestCluster:
         assert process.returncode == 0, output
         assert [ranks for ranks, _ in begun] == [2, 2]
         assert "was killed by SIGKILL; all ranks start again (restart 1 of 3)" in output
-        steps = [step["step"] for step in collect(tmp_path / "run", "", 0).steps]
-        assert set(steps) == set(range(1, max(steps) + 1))
+        assert_no_step_is_left_out(collect(tmp_path / "run", "", 0))
 
     def test_without_auto_resume_a_killed_rank_ends_the_run(self, line: Callable, tmp_path: Path) -> None:
         process = start(line("--ranks", "2", "train.epochs=10000"))
