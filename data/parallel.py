@@ -18,7 +18,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.2  # how often somebody who waits looks up
-_END_SECONDS = 4.0  # for worker processes to end by themselves
+_END_SECONDS = 4.0  # for what makes the items to end by itself
 
 
 def available_cores() -> int:
@@ -101,16 +101,17 @@ def threaded_map(
             waiting.put(None)
 
 
-def until(stop: Callable[[], bool], items: Generator[Item, None, None]) -> Generator[Item, None, None]:
+def until(
+    stop: Callable[[], bool], items: Generator[Item, None, None], abandon: Callable[[], object] = lambda: None
+) -> Generator[Item, None, None]:
     """`items` in order, ending early when `stop()` says so, also while the next one is long in coming.
 
-    Each is made in another thread, while this one waits. Worker processes that `items` has started and that do not end
-    with it are killed.
+    Each is made in another thread, while this one waits. abandon: called when `items` does not end soon after it
+    should, because the next one is still being made or what makes it is slow to end.
     """
     asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
     made: queue.SimpleQueue[Future[Item]] = queue.SimpleQueue()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None  # each thread has its own
-    children = set(multiprocessing.active_children())
 
     def make() -> None:
         if device is not None:
@@ -146,5 +147,5 @@ def until(stop: Callable[[], bool], items: Generator[Item, None, None]) -> Gener
         asked.put(False)
         if not outstanding:
             maker.join(_END_SECONDS)
-        for child in set(multiprocessing.active_children()) - children:
-            child.kill()
+        if maker.is_alive():
+            abandon()

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from webdataset import filters
-from webdataset.compat import WebLoader
 from webdataset.pipeline import DataPipeline
 
 from .batch import Batch, PackedBatch, Sample, collate, nothing
 from .config import DataConfig
 from .index import SampleError, ShardIndex, ShardReader
+from .loader import Loader
 from .parallel import threaded_map, until
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
@@ -127,18 +127,19 @@ class TrainStream:
         if fetch := self._index.fetch:
             shards = self._index.shards
             self._prefetch = Prefetch(self._plan.windows(epoch, first_step), lambda shard: fetch(shards[shard]))
-        loader = WebLoader(
-            training_pipeline(self._index, self._plan, self._config, epoch, first_step),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals if workers else None,
-            # Its own generator: by default the loader draws a seed from the global one, which would make the
-            # model's random numbers depend on when the loader was opened.
-            generator=torch.Generator(),
+        loader: Loader[PackedBatch | SourceError] = Loader(
+            DataLoader(
+                training_pipeline(self._index, self._plan, self._config, epoch, first_step),
+                batch_size=None,
+                num_workers=workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_ignore_signals if workers else None,
+                # Its own generator: by default the loader draws a seed from the global one, which would make the
+                # model's random numbers depend on when the loader was opened.
+                generator=torch.Generator(),
+            )
         )
-        batches: Any = iter(loader)  # a generator
-        self._batches = until(stop, batches)
+        self._batches = until(stop, loader.batches(), loader.kill)
         self._position = (epoch, first_step)
 
     def _checked(self, batch: PackedBatch | SourceError) -> Batch:

@@ -1,0 +1,63 @@
+"""The worker processes of a torch DataLoader, ended in an order at which nothing can take one for lost.
+
+torch looks after the workers of all loaders of a program at every SIGCHLD, and raises in the main thread, wherever that
+is, when one of them was killed. Here it forgets them as soon as they run: a worker that dies is found by the loader
+itself, within seconds, when its batch is waited for; and one that does not end when it should can be killed.
+"""
+
+import signal
+from collections.abc import Generator
+from typing import Any, Generic, TypeVar
+
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+
+Item = TypeVar("Item")
+_REAP_SECONDS = 4.0  # for a killed process to be gone; one that hangs in a system call stays
+
+
+class Loader(Generic[Item]):
+    """The batches of a loader, once, and its workers."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+        self._workers: list[Any] = []  # multiprocessing's processes
+        self._killed = False
+
+    def batches(self) -> Generator[Item, None, None]:
+        """Starts the workers; when it is closed they are asked to end, and waited for.
+
+        Raises OSError when a worker was killed from outside, and what was raised in one.
+        """
+        iterator: Any = iter(self._loader)
+        self._workers = getattr(iterator, "_workers", [])  # none where this process does the work
+        if self._workers:
+            signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+        try:
+            if not self._killed:  # while they were started
+                yield from iterator
+        except RuntimeError as error:
+            if lost := [worker for worker in self._workers if worker.exitcode]:
+                how = ", ".join(f"pid {worker.pid} {_how(worker.exitcode)}" for worker in lost)
+                raise OSError(
+                    f"a loader process was lost ({how}). If memory ran out, set data.workers to fewer; then start again"
+                ) from error
+            raise
+        finally:
+            if self._workers:
+                if self._killed:
+                    self.kill()
+                iterator._shutdown_workers()
+
+    def kill(self) -> None:
+        """End the workers at once, from any thread; who waits for a batch of theirs gets an error."""
+        self._killed = True
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join(_REAP_SECONDS)
+
+
+def _how(exit_code: int) -> str:
+    return f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with status {exit_code}"
