@@ -1,0 +1,61 @@
+"""What a run listens on: the TCP sockets of its processes, whatever network namespace each is in."""
+
+import ipaddress
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+Socket = tuple[str, int, str]  # address ("0.0.0.0" and "::" for all), port, the process's name
+
+
+def listening(pid: int) -> set[Socket]:
+    """What the process and its descendants listen on, by iproute2's ss. Skips the test where that is missing."""
+    if shutil.which("ss") is None or shutil.which("nsenter") is None:
+        pytest.skip("ss is missing: apt-get install iproute2 util-linux")
+    names: dict[int, str] = {}
+    networks: dict[str, int] = {}
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return set()
+    for process in family:
+        try:
+            networks.setdefault(os.readlink(f"/proc/{process.pid}/ns/net"), process.pid)
+            names[process.pid] = process.name()
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+    found = set()
+    for member in networks.values():
+        line = ["nsenter", f"--net=/proc/{member}/ns/net", "ss", "--no-header", "-ltnp"]
+        result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+        if result.returncode and not psutil.pid_exists(member):
+            continue
+        assert result.returncode == 0, result.stderr
+        for row in result.stdout.splitlines():
+            address, _, port = row.split()[3].rpartition(":")
+            address = address.strip("[]").partition("%")[0].replace("*", "::")
+            owners = [int(number) for number in re.findall(r"pid=(\d+)", row)]
+            found |= {(address, int(port), names[owner]) for owner in owners if owner in names}
+    return found
+
+
+def listening_until(pid: int, done: Callable[[], object], seconds: float = 300) -> set[Socket]:
+    """All that it listened on at any of many looks, until `done()` or its end."""
+    found, deadline = set(), time.monotonic() + seconds
+    while True:
+        found |= listening(pid)
+        if done() or not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return found
+        assert time.monotonic() < deadline, f"not done after {seconds} s; it listens on {found}"
+        time.sleep(0.1)
+
+
+def beyond_loopback(sockets: set[Socket]) -> set[Socket]:
+    return {item for item in sockets if not ipaddress.ip_address(item[0]).is_loopback}
