@@ -1,0 +1,36 @@
+"""JSON and YAML that may come from a stranger: whatever is wrong with it is a ValueError."""
+
+import json
+from typing import Any
+
+import yaml
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for what is no JSON, and for brackets within brackets without end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """A few lines of aliases of aliases stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has aliases (*name), which stand for more than is written: write them out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
+    """Raises ValueError for what is no YAML, for nesting without end, and for aliases unless they are allowed.
+
+    No tag of it makes an object, let alone runs anything.
+    """
+    try:
+        return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
