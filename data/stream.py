@@ -22,13 +22,14 @@ from webdataset.pipeline import DataPipeline
 
 from .batch import Batch, PackedBatch, Sample, collate, nothing
 from .config import DataConfig
+from .images import load_image
 from .index import SampleError, ShardIndex, ShardReader
 from .loader import Loader
 from .parallel import threaded_map, until
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
 from .sources import SourceError
-from .transforms import annotated_sample, load_for, load_image
+from .transforms import annotated_sample, load_for
 from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
 
 Result = TypeVar("Result")
@@ -170,7 +171,9 @@ def training_pipeline(
         stored = [sample for sample in found if isinstance(sample, StoredSample)]
         views = iter(seen_views([sample.entry for sample in stored], config, plan.seed, epoch))
         return [
-            _or_error(_seen, reader, sample, index, next(views), True) if isinstance(sample, StoredSample) else sample
+            _or_error(_seen, reader, sample, index, next(views), config.most_pixels, True)
+            if isinstance(sample, StoredSample)
+            else sample
             for sample in found
         ]
 
@@ -227,7 +230,7 @@ def evaluation_batches(
 
     def decode(stored: StoredSample) -> Sample:
         view = evaluation_view(stored.entry["height"], stored.entry["width"], config)
-        return _seen(reader, stored, index, view, False)
+        return _seen(reader, stored, index, view, config.most_pixels, False)
 
     pipeline = DataPipeline(
         lambda: (row for rows in batches for row in rows),
@@ -242,13 +245,19 @@ def evaluation_batches(
         reader.close()
 
 
-def _seen(reader: ShardReader, stored: StoredSample, index: ShardIndex, view: View, reduced: bool) -> Sample:
+def _seen(
+    reader: ShardReader, stored: StoredSample, index: ShardIndex, view: View, most_pixels: int, reduced: bool
+) -> Sample:
     entry = stored.entry
+    height, width = entry["height"], entry["width"]
     try:
-        image = load_for(stored.image, entry["height"], entry["width"], view) if reduced else load_image(stored.image)
+        if reduced:
+            image = load_for(stored.image, height, width, view, most_pixels)
+        else:
+            image = load_image(stored.image, most_pixels=most_pixels, stated=(height, width))
+        return annotated_sample(image, view, entry, index.categories)
     except ValueError as error:
         raise reader.error(stored.shard, stored.row, error) from error
-    return annotated_sample(image, view, entry, index.categories)
 
 
 def _or_error(function: Callable[..., Result], *arguments: Any) -> Result | SampleError:

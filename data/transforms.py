@@ -1,63 +1,32 @@
-"""From a file's bytes to a training or evaluation sample: decode, resample once to a view, carry the boxes along.
+"""From a decoded image to a training or evaluation sample: resample once to a view, carry the boxes along.
 
 Images are read as stored: COCO's boxes refer to the stored pixels, so an EXIF rotation is not applied.
 """
 
-import contextlib
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import boxes
 from .batch import Sample
 from .categories import Categories
-from .config import DataConfig
+from .config import MOST_PIXELS, DataConfig
+from .images import load_image
 from .views import View, evaluation_view
 
 REDUCED = 2.0  # a JPEG is decoded smaller while it stays so many times as large as it is seen (docs/data.md)
 
 
-def load_image(data: bytes, smallest: tuple[float, float] = (np.inf, np.inf)) -> np.ndarray:
-    """Any image file (grayscale, palette, CMYK, 16-bit, ...) as (height, width, 3) uint8 RGB.
-
-    A JPEG may come at half its size or less, no smaller than `smallest`, (height, width); by default at its full size.
-    Raises ValueError for data that is no image or is cut short.
-    """
-    if data.startswith(b"\xff\xd8"):
-        # What libjpeg-turbo objects to, PIL judges below: it reads on over harmless oddities, and says what is wrong.
-        with contextlib.suppress(ValueError):
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours not in ("CMYK", "YCCK"):
-                least_height, least_width = min(smallest[0], int(height)), min(smallest[1], int(width))
-                return simplejpeg.decode_jpeg(
-                    data, min_height=int(least_height), min_width=int(least_width), min_factor=2
-                )
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would saturate at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"not an image in a known format ({len(data)} bytes)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image cannot be decoded: {error}") from error
-
-
-def load_for(data: bytes, height: int, width: int, view: View) -> np.ndarray:
+def load_for(data: bytes, height: int, width: int, view: View, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """The image of this stored size, as small as the view allows without visible loss. Raises as `load_image`."""
     left, top, right, bottom = view.window_xyxy
     seen_height, seen_width = view.size
-    return load_image(
-        data, (REDUCED * seen_height * height / (bottom - top), REDUCED * seen_width * width / (right - left))
-    )
+    smallest = REDUCED * seen_height * height / (bottom - top), REDUCED * seen_width * width / (right - left)
+    return load_image(data, smallest, most_pixels=most_pixels, stated=(height, width))
 
 
 def view_pixels(image: np.ndarray, view: View, stored_size: tuple[int, int]) -> Tensor:

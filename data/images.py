@@ -1,0 +1,189 @@
+"""Image files that somebody else made: read, looked at and decoded within limits.
+
+What a header states is held against a limit before a byte of it is decoded: a few hundred bytes can state 65500 x 65500
+pixels, which would take 12 GiB.
+"""
+
+import contextlib
+import io
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from .config import MOST_PIXELS
+from .text import visible
+
+# Decoded by libraries made for it. Of PIL's other formats one (EPS) would be run as a program, by Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")
+MOST_FILE_BYTES = 1 << 30  # of an image file, and of any other that is read at once
+_BAND_PIXELS = 1 << 24  # converted to RGB at a time, so that a large image is not in memory several times
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
+
+Result = TypeVar("Result")
+
+_pil_limit = threading.Lock()
+# A process forked while another thread holds the lock would wait for it for ever.
+os.register_at_fork(before=_pil_limit.acquire, after_in_parent=_pil_limit.release, after_in_child=_pil_limit.release)
+
+
+class SizeError(ValueError):
+    """An image whose header states another size than it should."""
+
+
+class TooManyPixels(SizeError):
+    """An image whose header states more pixels than the limit."""
+
+
+def load_image(
+    data: bytes,
+    smallest: tuple[float, float] = (np.inf, np.inf),
+    *,
+    most_pixels: int = MOST_PIXELS,
+    stated: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Any image file (grayscale, palette, CMYK, 16-bit, ...) as (height, width, 3) uint8 RGB.
+
+    A JPEG may come at half its size or less, no smaller than `smallest`, (height, width); by default at its full size.
+    most_pixels: as data.most_pixels. stated: the (height, width) that it must have.
+    Raises SizeError, and ValueError for data that is no image or is cut short.
+    """
+    if data.startswith(b"\xff\xd8"):
+        # What libjpeg-turbo objects to, PIL judges below: it reads on over harmless oddities, and says what is wrong.
+        header = None
+        with contextlib.suppress(ValueError):
+            header = simplejpeg.decode_jpeg_header(data)
+        if header and header[2] not in ("CMYK", "YCCK"):
+            height, width = int(header[0]), int(header[1])
+            _check_size(height, width, most_pixels, stated)
+            least_height, least_width = min(smallest[0], height), min(smallest[1], width)
+            with contextlib.suppress(ValueError):
+                return simplejpeg.decode_jpeg(
+                    data, min_height=int(least_height), min_width=int(least_width), min_factor=2
+                )
+
+    def decode(image: Image.Image) -> np.ndarray:
+        _check_size(image.height, image.width, most_pixels, stated)
+        # PIL looks again at the size of a TIFF, and at that of a band.
+        again = image.format == "TIFF" or image.width * image.height > _BAND_PIXELS
+        with _pil_allows(most_pixels) if again else contextlib.nullcontext():
+            image.load()
+            return _rgb(image)
+
+    return _opened(io.BytesIO(data), most_pixels, decode)
+
+
+def image_size(path: Path, most_pixels: int = MOST_PIXELS) -> tuple[int, int]:
+    """(height, width) that an image file states; nothing is decoded. Raises as `load_image`, and OSError."""
+    with open_file(path) as file:
+        return _opened(file, most_pixels, lambda image: (image.height, image.width))
+
+
+def image_suffix(data: bytes, most_pixels: int = MOST_PIXELS) -> str:
+    """The suffix by content, as WebDataset's readers know it."""
+    name = _opened(io.BytesIO(data), most_pixels, lambda image: (image.format or "img").lower())
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """An ordinary file, opened to read. Raises OSError for a pipe, which would wait for a writer, or a device."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not an ordinary file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # replaced since
+        os.close(descriptor)
+        raise OSError(f"{path}: not an ordinary file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path, most_bytes: int = MOST_FILE_BYTES) -> bytes:
+    """The bytes of an ordinary file. Raises OSError as `open_file`, and ValueError when they are more than that."""
+    with open_file(path) as file:
+        data = file.read(most_bytes + 1) if os.fstat(file.fileno()).st_size <= most_bytes else None
+    if data is None or len(data) > most_bytes:
+        raise ValueError(f"{path}: the file has more than {most_bytes} bytes")
+    return data
+
+
+def _opened(file: BinaryIO, most_pixels: int, use: Callable[[Image.Image], Result]) -> Result:
+    """What `use` makes of the image, which is not decoded yet. What goes wrong in PIL is a ValueError."""
+    try:
+        _check_size(*_canvas(file.read(30)), most_pixels)
+        file.seek(0)
+        with _pil_allows(most_pixels):
+            image = Image.open(file, formats=FORMATS)
+        with image:
+            _check_size(image.height, image.width, most_pixels)
+            if image.format == "TIFF":  # a tile is decoded whole, however little of it belongs to the image
+                tags = getattr(image, "tag_v2", {})
+                _check_size(tags.get(_TILE_LENGTH, 0), tags.get(_TILE_WIDTH, 0), most_pixels)
+            return use(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image in a known format ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:  # of formats whose size PIL looks at itself
+        raise TooManyPixels(f"the image states far more pixels than data.most_pixels={most_pixels}") from None
+    except SizeError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever they stumble over in a broken file
+        raise ValueError(f"the image cannot be decoded: {visible(str(error) or repr(error))}") from error
+
+
+def _canvas(head: bytes) -> tuple[int, int]:
+    """(height, width) of a WebP, whose decoder makes room for it as soon as it is opened; (0, 0) of anything else."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[27:30], "little"), 1 + int.from_bytes(head[24:27], "little")
+    if head[12:16] == b"VP8L":
+        sides = int.from_bytes(head[21:25], "little")
+        return 1 + (sides >> 14 & 0x3FFF), 1 + (sides & 0x3FFF)
+    return int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF
+
+
+def _check_size(height: int, width: int, most_pixels: int, stated: tuple[int, int] | None = None) -> None:
+    if height * width > most_pixels:
+        raise TooManyPixels(
+            f"the image states {width} x {height} pixels, more than data.most_pixels={most_pixels} allows; "
+            "if it is meant to be so large, raise it"
+        )
+    if stated is not None and (height, width) != stated:
+        raise SizeError(f"stated as {stated[1]} x {stated[0]}, the file holds {width} x {height} pixels")
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8, converted in bands."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    if rows >= image.height:
+        return np.array(_rgb_band(image))
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = _rgb_band(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _rgb_band(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would saturate at 255
+        gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _pil_allows(pixels: int) -> Iterator[None]:
+    """PIL's own limit is one for the whole process. It warns beyond it and refuses beyond twice as many.
+
+    Until this ends, in one thread at a time, it does neither for what our limit allows, nor warns of what we refuse.
+    """
+    with _pil_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2 * pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
