@@ -5,26 +5,32 @@ our names, with configuration, categories, step and epoch in its metadata; train
 beside that, whole and by parameter; and checkpoint.json, the manifest. Nothing here executes a pickle.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.categories import Categories
-from .config import Config, EvalConfig, dump
+from ..data.documents import parse_json
+from ..data.text import visible
+from .config import Config, ConfigError, EvalConfig, changed, dump, parse
 from .detector import Detector, build
+from .ownership import check_own
 from .published import from_published, published_arguments, published_config, read_published, to_published
 
 WEIGHTS = "model.safetensors"
 TRAINING = "training.safetensors"
 _STEP = re.compile(r"step_(\d{8})")
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
     a model on the meta device nothing but that is checked.
     """
     file = _weights_file(path)
-    weights = _read_safetensors(file)[0] if file.suffix == ".safetensors" else from_published(read_published(file)[0])
+    weights = _read_safetensors(file) if file.suffix == ".safetensors" else from_published(read_published(file)[0])
     ours = model.state_dict()
     resized = [
         name
@@ -97,7 +103,12 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
     ]
     if new_class_head:
         weights |= {name: ours[name] for name in resized}
-    _check(ours, weights, file, ", or start the class heads anew with train.new_class_head=true" if resized else "")
+    _check(
+        model,
+        _shapes(weights),
+        file,
+        ", or start the class heads anew with train.new_class_head=true" if resized else "",
+    )
     if not any(tensor.is_meta for tensor in ours.values()):
         model.load_state_dict(weights)
     return resized
@@ -118,27 +129,80 @@ def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in trained}
 
 
-def load_detector(path: str | Path, device: str | torch.device = "cpu") -> TrainedDetector:
-    """Build the model that the checkpoint describes, with its weights, on `device`, ready for inference.
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint says of itself. shapes: of its tensors, under our names."""
 
-    For a published checkpoint the configuration is read off the tensors' shapes.
-    Raises what `load_weights` raises, and ValueError for a safetensors file that `ddetr` did not write.
+    file: Path
+    config: Config
+    categories: Categories | None
+    step: int | None
+    epoch: int | None
+    shapes: Shapes
+    weights: dict[str, Tensor] | None  # where they had to be read for that
+
+
+def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
+    """Read a checkpoint's description, with overrides applied to its configuration; nothing is built or acted on.
+
+    For a published checkpoint the configuration is read off the tensors' shapes. Raises FileNotFoundError without a
+    checkpoint, ConfigError for mistakes in configuration or overrides, and ValueError for a file that is no
+    checkpoint, and for overrides of the model, which the weights have fixed.
     """
     file = _weights_file(path)
     if file.suffix != ".safetensors":
         published, arguments = read_published(file)
         model_config = published_config(published, arguments, file)
         top_k = min(EvalConfig().top_k, model_config.queries * model_config.num_classes)
-        config = Config(model=model_config, eval=EvalConfig(top_k=top_k))
-        model = _build(config, from_published(published), file, device)
-        return TrainedDetector(model, config, None, None, None, file)
-    weights, metadata = _read_safetensors(file)
-    if metadata.get("format") != "ddetr":
-        raise ValueError(f"{file}: was not written by ddetr; its metadata names no configuration")
-    config = Config.model_validate(yaml.safe_load(metadata["config"]))
-    categories = Categories.from_json(json.loads(metadata["categories"]))
-    model = _build(config, weights, file, device)
-    return TrainedDetector(model, config, categories, int(metadata["step"]), int(metadata["epoch"]), file)
+        stored, categories, step, epoch = Config(model=model_config, eval=EvalConfig(top_k=top_k)), None, None, None
+        weights = from_published(published)
+        shapes = _shapes(weights)
+    else:
+        weights = None
+        with _opened(file) as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+        if metadata.get("format") != "ddetr":
+            raise ValueError(f"{file}: was not written by ddetr; its metadata names no configuration")
+        try:
+            stored = parse(metadata["config"], str(file))
+            categories = Categories.from_json(parse_json(metadata["categories"]))
+            step, epoch = int(metadata["step"]), int(metadata["epoch"])
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: its metadata cannot be used: {type(error).__name__}: {error}") from error
+    config = changed(stored, overrides, str(path))
+    fixed = [f"model.{name}" for name, value in stored.model if getattr(config.model, name) != value]
+    if fixed:
+        raise ValueError(f"{', '.join(fixed)}: the weights in {file} fix the model; leave the override out")
+    return Contents(file, config, categories, step, epoch, shapes, weights)
+
+
+def load_detector(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    overrides: Sequence[str] = (),
+    config: Config | None = None,
+) -> TrainedDetector:
+    """Build the model that the checkpoint describes, with its weights, on `device`, ready for inference.
+
+    overrides: of its configuration, section.key=value. config: what to take for that configuration, the user's own;
+    for checkpoints of the run that asks. Raises what `contents` raises; ForeignSettingError for a backbone to be
+    fetched from elsewhere that is not the user's word; ValueError, before any memory is taken, when the configuration
+    describes another or a larger model than the tensors are.
+    """
+    found = contents(path, overrides)
+    if config is None:
+        config = found.config
+        check_own(config, ("model.backbone",), overrides, found.file)
+    without_download = config.model.model_copy(update={"pretrained_backbone": False})
+    with torch.device("meta"):
+        _check(build(without_download), found.shapes, found.file)
+    model = build(without_download)
+    model.load_state_dict(_read_safetensors(found.file) if found.weights is None else found.weights)
+    model.to(device).eval().requires_grad_(False)
+    return TrainedDetector(model, config, found.categories, found.step, found.epoch, found.file)
 
 
 def export_published(model: Detector, path: str | Path) -> None:
@@ -149,24 +213,17 @@ def export_published(model: Detector, path: str | Path) -> None:
     torch.save({"model": to_published(model), "args": published_arguments(model)}, path)
 
 
-def _build(config: Config, weights: dict[str, Tensor], file: Path, device: str | torch.device) -> Detector:
-    without_download = config.model.model_copy(update={"pretrained_backbone": False})
-    model = build(without_download)
-    _check(model.state_dict(), weights, file)
-    model.load_state_dict(weights)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _check(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path, hint: str = "") -> None:
-    mistakes = [f"missing: {name}" for name in ours if name not in weights]
-    mistakes += [f"unexpected: {name}" for name in weights if name not in ours]
+def _check(model: Detector, stored: Shapes, file: Path, hint: str = "") -> None:
+    ours = _shapes(model.state_dict())
+    mistakes = [f"missing: {name}" for name in ours if name not in stored]
+    mistakes += [f"unexpected: {name}" for name in stored if name not in ours]
     mistakes += [
-        f"re-shaped: {name} is {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-        for name, tensor in ours.items()
-        if name in weights and weights[name].shape != tensor.shape
+        f"re-shaped: {name} is {stored[name]} in the file, {shape} in the model"
+        for name, shape in ours.items()
+        if name in stored and stored[name] != shape
     ]
     if mistakes:
-        shown = "\n".join(f"  {mistake}" for mistake in mistakes[:12])
+        shown = "\n".join(f"  {visible(mistake)}" for mistake in mistakes[:12])
         more = f"\n  and {len(mistakes) - 12} more" if len(mistakes) > 12 else ""
         raise ValueError(
             f"{file}: holds another architecture than the configuration describes; {len(mistakes)} tensor(s) "
@@ -179,9 +236,19 @@ def _weights_file(path: str | Path) -> Path:
     return path if path.is_file() else find_checkpoint(path) / WEIGHTS
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    with _opened(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            yield opened
     except SafetensorError as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from error

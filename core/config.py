@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..data.config import DataConfig
+from ..data.documents import parse_yaml
+from ..data.text import visible
+from .ownership import ORDERS, check_own
 
+LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
 
 
@@ -33,17 +37,17 @@ class ModelConfig(_Section):
         default="frozen_batch", description="frozen_batch needs pretrained weights; group trains from scratch"
     )
     dilation: bool = Field(default=False, description="C5 at stride 16 instead of 32 (the published DC5)")
-    hidden_dim: int = Field(default=256, gt=0)
-    heads: int = Field(default=8, gt=0)
-    levels: int = Field(default=4, ge=1)
-    points: int = Field(default=4, ge=1)
+    hidden_dim: int = Field(default=256, gt=0, le=4096)
+    heads: int = Field(default=8, gt=0, le=1024)
+    levels: int = Field(default=4, ge=1, le=16)
+    points: int = Field(default=4, ge=1, le=256)
     multi_scale_attention: bool = Field(
         default=True, description="false: a token of the encoder sees its own level only (the paper's table 2)"
     )
-    encoder_layers: int = Field(default=6, ge=1)
-    decoder_layers: int = Field(default=6, ge=1)
-    feedforward_dim: int = Field(default=1024, gt=0)
-    queries: int = Field(default=300, gt=0)
+    encoder_layers: int = Field(default=6, ge=1, le=128)
+    decoder_layers: int = Field(default=6, ge=1, le=128)
+    feedforward_dim: int = Field(default=1024, gt=0, le=65536)
+    queries: int = Field(default=300, gt=0, le=100_000)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     box_refine: bool = False
     two_stage: bool = False
@@ -53,7 +57,7 @@ class ModelConfig(_Section):
         lt=0.99,
         description="side of the first stage's boxes on the finest level, in image sides; doubles with each level",
     )
-    num_classes: int = Field(default=80, gt=0)
+    num_classes: int = Field(default=80, gt=0, le=1_000_000)
     classification: Literal["sigmoid", "softmax"] = Field(
         default="sigmoid", description='sigmoid: focal loss; softmax: cross entropy with "no object" (DETR)'
     )
@@ -160,6 +164,24 @@ class TrainConfig(_Section):
     evaluate_every_epochs: int = Field(default=1, ge=0, description="0 never evaluates while training")
     log_every_steps: int = Field(default=10, gt=0)
 
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str | None) -> str | None:
+        if name is not None and (
+            not name
+            or name != name.strip()
+            or name[0] in ".-"
+            or "/" in name
+            or "\\" in name
+            or name != visible(name)
+            or len(name.encode()) > LONGEST_NAME
+        ):
+            raise ValueError(
+                f"expected the name of one folder, without / and \\ and signs that are not drawn, that starts with "
+                f"neither . nor - nor a space and is at most {LONGEST_NAME} bytes long, got {name!r}"
+            )
+        return name
+
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         if self.new_class_head and not self.initial_weights:
@@ -174,8 +196,10 @@ class TrainConfig(_Section):
 class EvalConfig(_Section):
     """Evaluation and prediction."""
 
-    batch_size: int = Field(default=4, gt=0, description="images of one exact size per forward pass")
-    top_k: int = Field(default=100, gt=0, description="most detections of an image, over all queries and classes")
+    batch_size: int = Field(default=4, gt=0, le=1024, description="images of one exact size per forward pass")
+    top_k: int = Field(
+        default=100, gt=0, le=100_000, description="most detections of an image, over all queries and classes"
+    )
     score_threshold: float = Field(default=0.4, ge=0, le=1, description="least score that `ddetr predict` draws")
 
 
@@ -215,9 +239,25 @@ def load(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a preset (by name) or a YAML file, apply `section.key=value` overrides, check everything.
 
     Values of overrides are YAML: `model.queries=100`, `optim.drop_epochs=[30,40]`, `data.train=null`.
-    Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one.
+    Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one, and
+    ForeignSettingError when the file lies in a run directory and gives orders that are not the user's.
     """
-    return _checked(_read(preset_or_path), overrides, str(preset_or_path))
+    overrides = list(overrides)
+    path = _path(preset_or_path)
+    belongs_to_run = path.parent != PRESETS and any(map(_is_run_directory, path.resolve().parents[:3]))
+    config = _checked(_read(path, aliases=not belongs_to_run), overrides, str(preset_or_path))
+    if belongs_to_run:
+        check_own(config, ORDERS, overrides, path)
+    return config
+
+
+def parse(text: str, source: str, overrides: Iterable[str] = ()) -> Config:
+    """What `dump` has written, perhaps in a stranger's file; `source` names it in the error. Raises ConfigError."""
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: its configuration cannot be read: {error}") from error
+    return _checked(_sections(values, source), overrides, source)
 
 
 def changed(config: Config, overrides: Iterable[str], source: str) -> Config:
@@ -237,7 +277,12 @@ def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> C
         if not equals or path.count(".") < 1:
             mistakes.append(f"{override!r}: an override is written section.key=value")
             continue
-        _assign(values, path.strip().split("."), yaml.safe_load(text) if text else "", mistakes)
+        try:
+            value = parse_yaml(text) if text else ""
+        except ValueError as error:
+            mistakes.append(f"{override!r}: {error}")
+            continue
+        _assign(values, path.strip().split("."), value, mistakes)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -247,7 +292,7 @@ def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> C
     return config
 
 
-def _read(preset_or_path: str | Path) -> dict[str, Any]:
+def _path(preset_or_path: str | Path) -> Path:
     path = PRESETS / f"{preset_or_path}.yaml"
     if not path.is_file():
         path = Path(preset_or_path)
@@ -255,13 +300,28 @@ def _read(preset_or_path: str | Path) -> dict[str, Any]:
         near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{preset_or_path}: no such preset or file.{hint} Presets: {', '.join(preset_names())}")
+    return path
+
+
+def _read(path: Path, *, aliases: bool) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        values = parse_yaml(path.read_text(), aliases=aliases)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return _sections(values, str(path))
+
+
+def _sections(values: Any, source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections ({', '.join(Config.model_fields)}), got {type(values).__name__}")
+        raise ConfigError(
+            f"{source}: expected sections ({', '.join(Config.model_fields)}), got {type(values).__name__}"
+        )
     return values
+
+
+def _is_run_directory(folder: Path) -> bool:
+    records = ("metrics.jsonl", "events.jsonl")
+    return any((folder / name).exists() for name in records) or any(folder.glob("checkpoints/step_*"))
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, mistakes: list[str]) -> None:

@@ -33,6 +33,8 @@ PARTS = {
     "box heads": ("bbox_embed.",),
 }
 
+OTHERS = "others"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -106,8 +108,11 @@ def _deformable_attention_flops(
 
 
 def part_of(name: str, config: ModelConfig) -> str:
-    """The part of a parameter or module; the heads after those of the decoder's layers are the first stage's."""
+    """The part of a parameter or module; the heads after those of the decoder's layers are the first stage's.
+
+    A name that no detector has is one of OTHERS.
+    """
     name = f"{name}."
     if name.startswith((f"class_embed.{config.decoder_layers}.", f"bbox_embed.{config.decoder_layers}.")):
         return _FIRST_STAGE
-    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
+    return next((part for part, beginnings in PARTS.items() if name.startswith(beginnings)), OTHERS)

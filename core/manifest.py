@@ -14,6 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..data.documents import parse_json
+
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 EVALUATION = "evaluation.json"
@@ -29,7 +31,7 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
     unfinished, replaced = final.with_name(f".{final.name}"), final.with_name(f".{final.name}.replaced")
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".step_*"):  # of saves that were killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(final.parent).free
     if free < needed_bytes:
         raise OSError(
@@ -39,7 +41,7 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
             str(final),
         )
     try:
-        unfinished.mkdir(exist_ok=True)
+        unfinished.mkdir()
         write(unfinished)
         files = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
         text = json.dumps({"version": _VERSION, **values, "files": files}, indent=1)
@@ -69,13 +71,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise ValueError(f"{checkpoint}: no {MANIFEST} in it, so it can be evaluated but not resumed")
-    values = json.loads(path.read_text())
-    if values["version"] != _VERSION:
-        raise ValueError(f"{path}: version {values['version']}, this release reads {_VERSION}")
-    for name, described in values["files"].items():
+    try:
+        values = parse_json(path.read_bytes())
+        if values["version"] != _VERSION:
+            raise ValueError(f"version {values['version']}, this release reads {_VERSION}")
+        sizes = {name: described["bytes"] for name, described in values["files"].items()}
+        if away := [name for name in sizes if Path(name).name != name]:
+            raise ValueError(f"{away[0]!r} is no file name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a usable manifest ({type(error).__name__}: {error})") from error
+    for name, expected in sizes.items():
         size = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
-        if size != described["bytes"]:
-            what = "is missing" if size is None else f"has {size} bytes instead of {described['bytes']}"
+        if size != expected:
+            what = "is missing" if size is None else f"has {size} bytes instead of {expected}"
             raise ValueError(_damaged(checkpoint, f"{name} {what}"))
     return values
 

@@ -7,13 +7,16 @@ import argparse
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from ..data.text import visible
 from .config import ModelConfig
 from .detector import Detector
 
@@ -58,7 +61,12 @@ def published_arguments(model: Detector) -> dict[str, Any]:
 
 
 def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict and the arguments, if the file holds them. Raises ValueError when its layout is another one."""
+    """The state_dict and the arguments, if the file holds them.
+
+    Raises ValueError when its layout is another one, or when it asks for more memory than it has bytes.
+    """
+    if zipfile.is_zipfile(file) and _is_compressed(file):
+        raise ValueError(f"{file}: its members are compressed, which torch never does; not a checkpoint")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the published files hold their arguments so
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -67,8 +75,26 @@ def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{file}: neither safetensors nor a checkpoint of plain tensors ({reason})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{file}: expected the published layout, a dictionary with a state_dict under 'model'")
+    for name, tensor in content["model"].items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not (isinstance(name, str) and plain):
+            raise ValueError(f"{file}: {visible(str(name))[:80]} in its 'model' is no plain tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{file}: {visible(name)} claims the shape {tuple(tensor.shape)}, but has fewer values")
     arguments = content.get("args", {})  # a Namespace in the published files, a plain dictionary in ours
-    return content["model"], arguments if isinstance(arguments, dict) else vars(arguments)
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{file}: its 'args' are no arguments but {type(arguments).__name__}")
+    return content["model"], arguments
+
+
+def _is_compressed(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{file}: not a readable archive ({error})") from error
 
 
 def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,11 +139,16 @@ def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, An
     try:
         settings |= _detr(published, arguments) if _is_detr(published) else _deformable(published, arguments)
         settings["feedforward_dim"] = published["transformer.encoder.layers.0.linear1.bias"].shape[0]
+        return ModelConfig.model_validate(settings)
+    except ValidationError as error:
+        mistakes = "; ".join(f"{item['loc'][0] if item['loc'] else 'model'}: {item['msg']}" for item in error.errors())
+        raise ValueError(f"{file}: describes no model that can be built: {mistakes}") from error
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: its tensors or arguments fit no model ({error})") from error
     except KeyError as error:
         raise ValueError(
             f"{file}: neither a Deformable DETR nor a DETR checkpoint, it has no {error.args[0]}"
         ) from error
-    return ModelConfig.model_validate(settings)
 
 
 def _is_detr(published: Mapping[str, Tensor]) -> bool:

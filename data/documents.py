@@ -1,4 +1,4 @@
-"""JSON and YAML that may come from a stranger: whatever is wrong with it is a ValueError."""
+"""JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
 
 import json
 from typing import Any
@@ -34,3 +34,8 @@ def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
         raise ValueError(f"not valid YAML: {error}") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def in_one_line(value: Any) -> str:
+    """YAML of a value, as the right side of an override has it."""
+    return yaml.safe_dump([value], default_flow_style=True, width=2**31).strip()[1:-1]

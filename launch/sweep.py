@@ -26,12 +26,12 @@ import random
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.config import Config, ConfigError, changed, load
 from ..core.evaluator import METRICS
 from ..data.cache import open_shards
+from ..data.documents import in_one_line, parse_yaml
 
 RESERVED = ("train.output", "train.name")  # the sweep gives each trial its own directory
 
@@ -116,9 +116,9 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     Raises ConfigError that lists every mistake.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        values = parse_yaml(path.read_text(), aliases=True)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys ({', '.join(Sweep.model_fields)}), got {type(values).__name__}")
     try:
@@ -181,4 +181,4 @@ def _describe(item: Any) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    return f"{key}={yaml.safe_dump([value], default_flow_style=True, width=2**20).strip()[1:-1]}"
+    return f"{key}={in_one_line(value)}"

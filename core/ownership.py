@@ -1,0 +1,133 @@
+"""Settings that are orders, and whose word it takes to carry them out.
+
+A configuration also comes with weights or in a run directory, perhaps a stranger's. Most of it is data: sizes, rates,
+folders to read. A few settings make a command run a program, open a connection or a port, or write a folder. Those are
+carried out when the user gives them, on the command line or in a file of the user's, and not because a checkpoint or a
+run directory says so. They need not be given twice: what a run of this user was trained with is remembered, by digest,
+in a file of this account, and is the user's own from then on.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..data.documents import in_one_line
+from ..data.text import visible
+
+log = logging.getLogger("ddetr")
+
+
+class ForeignSettingError(ValueError):
+    """Orders that came with a file and are not the user's."""
+
+
+# What each setting orders.
+ORDERS = {
+    "model.backbone": "fetches a model from elsewhere",
+    "data.train": "runs a command or opens a connection",
+    "data.validation": "runs a command or opens a connection",
+    "data.cache": "writes and deletes files in a folder",
+    "train.initial_weights": "opens a connection",
+    "train.output": "writes a folder",
+    "train.deepspeed_extra": "tells DeepSpeed what to load and write",
+    "monitor.host": "opens a port to others",
+    "monitor.port": "opens a port",
+}
+# These are orders where they name something elsewhere (pipe:..., https://..., hf-hub:...), all others where they are
+# not the default.
+_PLACES = ("data.train", "data.validation", "train.initial_weights", "model.backbone")
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:")
+
+
+def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict[str, Any]:
+    """Those of the settings whose values are orders, and the values. config: the whole configuration."""
+    values, defaults = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
+    found = {}
+    for setting in settings:
+        section, key = setting.split(".")
+        value = values[section][key]
+        if value != defaults[section][key] and (setting not in _PLACES or _ELSEWHERE.match(value or "")):
+            found[setting] = value
+    return found
+
+
+def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[str], source: str | Path) -> None:
+    """Refuse orders among `settings` that came with `source` and that the user has not given.
+
+    settings: those that the command at hand is about to act on. overrides: section.key=value, as the user gave them.
+    Raises ForeignSettingError that shows each with what it would do and how to allow it.
+    """
+    given = {override.partition("=")[0].strip() for override in overrides}
+    own = _remembered()
+    foreign = {
+        key: value
+        for key, value in orders(config, settings).items()
+        if key not in given and _digest(key, value) not in own
+    }
+    if foreign:
+        lines = [f"  {_written(key, value)}  ({ORDERS[key]})" for key, value in foreign.items()]
+        repeated = " ".join(shlex.quote(_written(key, value)) for key, value in foreign.items())
+        raise ForeignSettingError(
+            f"{source} comes with {len(foreign)} setting(s) that are carried out only when you give them:\n"
+            + "\n".join(lines)
+            + f"\nIf you want just that, add to the command: {repeated}\nOtherwise add the same settings with values "
+            "of your own (docs/operations.md, what is trusted)"
+        )
+
+
+def check_links(run_directory: Path, *written: Path) -> None:
+    """Refuse to write to, or to delete in, what a run directory holds as a link to a place outside of it.
+
+    Raises ForeignSettingError that names the link and where it leads.
+    """
+    for path in written:
+        if path.is_symlink() and not path.resolve().is_relative_to(run_directory.resolve()):
+            raise ForeignSettingError(
+                f"{path} is a link to {path.resolve()}, where this command would write: put a folder or file of its "
+                f"own in its place (the whole of {run_directory} may be a link)"
+            )
+
+
+def remember(config: BaseModel) -> None:
+    """Take the orders of a run that this user starts down as the user's own."""
+    if new := {_digest(key, value) for key, value in orders(config).items()} - _remembered():
+        file = own_settings_file()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with os.fdopen(descriptor, "w") as opened:  # one write: ranks of this machine do the same
+                opened.write("".join(f"{digest}\n" for digest in sorted(new)))
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): --resume and eval of this run will ask for %s again",
+                *(file, error.strerror, ", ".join(orders(config))),
+            )
+
+
+def own_settings_file() -> Path:
+    """$XDG_STATE_HOME/ddetr/own-settings, by default below ~/.local/state; it may be deleted."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "ddetr/own-settings"
+
+
+def _remembered() -> set[str]:
+    try:
+        return set(own_settings_file().read_text().split())
+    except FileNotFoundError:
+        return set()
+
+
+def _digest(key: str, value: Any) -> str:
+    """Of a setting: what it says, a password perhaps, is nobody's business."""
+    return hashlib.sha256(f"{key}={json.dumps(value, sort_keys=True)}".encode()).hexdigest()
+
+
+def _written(key: str, value: Any) -> str:
+    return visible(f"{key}={in_one_line(value)}")
