@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from ..data.text import visible
 from .config import Config
 from .criterion import PARTS
 
@@ -131,9 +132,9 @@ class Progress:
         if report.skipped and not self.quiet:
             log.warning("step %d skipped: %s", report.step, report.not_finite)
         for message in report.slow_ranks if not self.quiet else ():
-            log.warning("%s: all wait for it", message)
+            log.warning("%s: all wait for it", visible(message))
         for message in report.bad_samples if not self.quiet else ():
-            log.warning("left out in step %d: %s", report.step, message)
+            log.warning("left out in step %d: %s", report.step, visible(message))
         if report.step % self.config.train.log_every_steps and report.step != self.last_step:
             return
         now, (then, step) = time.perf_counter(), self._since

@@ -1,7 +1,9 @@
-"""Text from a file, a server or a stranger, made fit for a terminal, a line of a log and a cell of a table."""
+"""Text from a file, a server or a stranger, made fit for a terminal, one line of a log, one cell, a file name."""
 
+import os
 import unicodedata
 
+LONGEST_FILE_NAME = 255  # bytes, on nearly every file system
 JOINERS = "\u200c\u200d"  # zero-width non-joiner and joiner
 FIRST_JOINED_SCRIPT = 0x600  # Arabic; Latin, Greek, Cyrillic, Armenian and Hebrew below it need no joiner
 # Letters and marks by their category, but nothing is drawn for them.
@@ -26,6 +28,13 @@ def visible(text: str) -> str:
         character if _stays(text, position) else character.encode("unicode_escape").decode()
         for position, character in enumerate(text)
     )
+
+
+def file_name(stem: str, ending: str) -> str:
+    """`stem` and `ending` together, the stem cut where a file system takes no name as long."""
+    while len(os.fsencode(stem + ending)) > LONGEST_FILE_NAME:
+        stem = stem[:-1]
+    return stem + ending
 
 
 def _stays(text: str, position: int) -> bool:

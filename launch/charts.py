@@ -3,11 +3,12 @@
 Coordinates: x and y are data, px and py are units of the SVG's view box.
 """
 
-import html
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from .page import escaped
 
 WIDTH, HEIGHT = 640, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 106, 24, 40
@@ -66,7 +67,7 @@ def chart(
     points = [point for _, line in drawn for point in line]
     shown = [p for p in points if math.isfinite(p.mean) and (p.low > 0 or not log)]
     if not shown:
-        return f'<p class="empty">No finite value of {html.escape(title.lower())} yet.</p>'
+        return f'<p class="empty">No finite value of {escaped(title.lower())} yet.</p>'
     x_low, x_high = min(p.x for p in points), max(p.x for p in points)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
@@ -79,7 +80,7 @@ def chart(
         share = math.log(y / y_low) / math.log(y_high / y_low) if log else (y - y_low) / (y_high - y_low)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    words = html.escape(_in_words(title, lines))
+    words = escaped(_in_words(title, lines))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">']
     for tick in y_ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {py(tick):.1f}H{WIDTH - RIGHT}"/>')
@@ -103,7 +104,7 @@ def chart(
     for y, (_, name, color) in zip(_apart([end[0] for end in ends]), ends, strict=True):
         x = WIDTH - RIGHT + 10
         parts.append(f'<circle class="dot c{color}" cx="{x}" cy="{y - 4:.1f}" r="4"/>')
-        parts.append(f'<text class="name" x="{x + 9}" y="{y:.1f}">{html.escape(name)}</text>')
+        parts.append(f'<text class="name" x="{x + 9}" y="{y:.1f}">{escaped(name)}</text>')
     parts += _readings(drawn, px, x_name)
     return "".join([*parts, "</svg>"])
 
@@ -185,7 +186,7 @@ def _stretch(points: Sequence[Point], color: int, px: Callable[[float], float], 
 
 
 def _tick(px: float, py: float, text: str, anchor: str) -> str:
-    return f'<text class="tick" x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+    return f'<text class="tick" x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
@@ -212,7 +213,7 @@ def _readings(drawn: Sequence[tuple[str, list[Point]]], px: Callable[[float], fl
     rectangles = []
     for x, (left, right) in zip(places, itertools.pairwise(edges), strict=True):
         place = f'x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.5):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
-        values = html.escape("\n".join([f"{x_name} {x:g}", *columns[x]]))
+        values = "\n".join(map(escaped, [f"{x_name} {x:g}", *columns[x]]))
         rectangles.append(f'<rect class="reading" {place}><title>{values}</title></rect>')
     return rectangles
 

@@ -6,9 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..core.config import Config
 from ..data.batch import Batch
@@ -20,8 +19,11 @@ from ..data.index import ShardIndex
 from ..data.shards import pack as pack_shards
 from ..data.stream import TrainStream
 from ..data.synthetic import draw_set
+from .console import Terminal, brief, progress_bar, say
+from .drawing import fitted_text
 
 ROWS_PER_KIND = 20
+CELL_LENGTH = 300  # characters of a finding in the table of `check`
 CELL = 400  # pixels of one sample's side in `show`
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6324")
 
@@ -41,12 +43,12 @@ def pack(
             progress=progress,
         )
     megabytes = sum(shard.bytes for shard in index.shards) / 2**20
-    print(
+    say(
         f"{output}: {index.num_samples} images with {index.source['boxes']} boxes of {len(index.categories)} "
         f"categories in {len(index.shards)} shards, {megabytes:.1f} MiB"
     )
     if index.source["dropped_boxes"]:
-        print(f"{index.source['dropped_boxes']} boxes without area were left out")
+        say(f"{index.source['dropped_boxes']} boxes without area were left out")
 
 
 def check(path: Path, images: Path | None) -> bool:
@@ -62,7 +64,7 @@ def check(path: Path, images: Path | None) -> bool:
     errors = sum(finding.severity == "error" for finding in findings)
     if findings:
         _print_findings(findings)
-    print(f"{path}: {errors} error(s), {len(findings) - errors} warning(s)")
+    say(f"{path}: {errors} error(s), {len(findings) - errors} warning(s)")
     return errors == 0
 
 
@@ -70,7 +72,7 @@ def synth(output: Path, images: int, size: int, classes: int, seed: int) -> None
     """Draw a procedural COCO-format set."""
     with progress_bar() as progress:
         path = draw_set(output, images=images, size=size, classes=classes, seed=seed, progress=progress)
-    print(f"{path} and {images} images in {output / 'images'}; next: ddetr data pack {path} {output / 'images'} SHARDS")
+    say(f"{path} and {images} images in {output / 'images'}; next: ddetr data pack {path} {output / 'images'} SHARDS")
 
 
 def show(shards: Path, output: Path, count: int, config: Config) -> None:
@@ -86,7 +88,7 @@ def show(shards: Path, output: Path, count: int, config: Config) -> None:
         sheet.paste(_cell(batch, index.categories), (number % columns * CELL, number // columns * CELL))
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(output, format="PNG")
-    print(f"{output}: {count} samples of {shards}")
+    say(f"{output}: {count} samples of {shards}")
 
 
 def _cell(batch: Batch, categories: Categories) -> Image.Image:
@@ -108,7 +110,7 @@ def _cell(batch: Batch, categories: Categories) -> Image.Image:
         x0, y0, x1, y1 = (value + offset for value, offset in zip(boxes[i].tolist(), (left, top) * 2, strict=True))
         colour = COLOURS[label % len(COLOURS)]
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=2 if min(x1 - x0, y1 - y0) > 24 else 1)
-        name = categories.names[label]
+        name = fitted_text(categories.names[label], CELL - 8, font)
         corner = (min(x0 + 2, CELL - 4 - draw.textlength(name, font=font)), max(top, y0 - 13))
         text_box = draw.textbbox(corner, name, font=font)
         draw.rectangle((text_box[0] - 2, text_box[1] - 1, text_box[2] + 2, text_box[3] + 1), fill=colour)
@@ -126,14 +128,11 @@ def _print_findings(findings: list[Finding]) -> None:
         shown[finding.kind] += 1
         if shown[finding.kind] <= ROWS_PER_KIND:
             style = "red" if finding.severity == "error" else "yellow"
-            table.add_row(f"[{style}]{finding.kind}[/]", finding.where, finding.what)
-    console = Console()
+            table.add_row(
+                Text(finding.kind, style), brief(finding.where, CELL_LENGTH), brief(finding.what, CELL_LENGTH)
+            )
+    console = Terminal()
     console.print(table)
     for kind, total in shown.items():
         console.print(f"{kind}: {total}" + (f" ({ROWS_PER_KIND} shown)" if total > ROWS_PER_KIND else ""))
         console.print(f"  fix: {FIXES[kind]}")
-
-
-def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ..ops import deform_attn, fused_deform_attn, library, reference
+from .console import Terminal, paragraph
 
 DRIVER = Path("/proc/driver/nvidia/version")
 SPEED_SECONDS = 2.0  # of measuring, on each kind of device
@@ -39,13 +39,14 @@ def doctor() -> bool:
     findings = [*packages(), *operators(), *driver(), *devices(), *parity(), *speed(), *deepspeed_cache()]
     table = Table("", "state", "finding", title="ddetr doctor", title_justify="left")
     for finding in findings:
-        style = _STYLES[finding.state]
-        table.add_row(finding.subject, f"[{style}]{finding.state}[/]", escape(finding.result))
-    console = Console(width=None if os.isatty(1) else 120)
+        table.add_row(finding.subject, Text(finding.state, _STYLES[finding.state]), finding.result)
+    console = Terminal(width=None if os.isatty(1) else 120)
     console.print(table)
     for finding in findings:
         if finding.fix:
-            console.print(f"[{_STYLES[finding.state]}]{finding.subject}[/]: {escape(finding.fix)}", soft_wrap=True)
+            text = Text(paragraph(f"{finding.subject}: {finding.fix}"))
+            text.stylize(_STYLES[finding.state], 0, len(finding.subject))
+            console.print(text, soft_wrap=True)
     broken = sum(finding.state == "broken" for finding in findings)
     console.print(f"{broken} broken" if broken else "nothing essential is broken")
     return not broken

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .console import brief
+
 SMALLEST_SIDE = 800  # of the longer side of a drawn image; smaller images are enlarged to it
+LONGEST_TEXT = 120  # characters; measured in pixels after that
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,26 @@ def colour(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def fitted_text(text: str, width: float, font: Font) -> str:
+    """One line of text that is drawn on at most `width` pixels: the end of a longer one is an ellipsis."""
+    text = shown = brief(text, LONGEST_TEXT)
+    while text and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = text + "…"
+    return shown
+
+
 def _draw_text(
     draw: ImageDraw.ImageDraw,
     size: tuple[int, int],
     corner: tuple[float, float],
     text: str,
     background: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     padding: int,
 ) -> None:
     """Text on a filled rectangle above the box's upper left corner, moved inside the image where it would leave it."""
+    text = fitted_text(text, size[0] - 2 * padding, font)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 2 * padding, bottom - top + 2 * padding
     x = min(max(corner[0], 0), max(size[0] - width, 0))

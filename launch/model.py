@@ -1,10 +1,11 @@
 """`ddetr model`: what a detector costs, part by part."""
 
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from ..core.config import Config
 from ..core.cost import IMAGE_SIZE, Cost, costs
+from .console import Terminal
 
 
 def model(config: Config, image_size: tuple[int, int] | None = None) -> None:
@@ -17,22 +18,20 @@ def model(config: Config, image_size: tuple[int, int] | None = None) -> None:
     total = sum(parts.values(), Cost(0, 0, 0))
     table = Table(
         "part",
-        "trained\n(parameters)",
-        "frozen\n(parameters)",
-        "compute\n(GFLOPs)",
-        "share\n(%)",
+        *(
+            Column(Text(head), justify="right")
+            for head in ("trained\n(parameters)", "frozen\n(parameters)", "compute\n(GFLOPs)", "share\n(%)")
+        ),
         title=f"{config.model.architecture}, {config.model.backbone}, one image of {height} x {width} pixels",
         title_justify="left",
         caption="GFLOPs as the paper counts them: 10^9 multiply-adds of one forward pass",
         caption_justify="left",
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
     for title, cost in parts.items():
         table.add_row(title, *_numbers(cost, total))
     table.add_section()
     table.add_row("total", *_numbers(total, total))
-    Console(soft_wrap=True).print(table)
+    Terminal(soft_wrap=True).print(table)
 
 
 def _numbers(cost: Cost, total: Cost) -> list[str]:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.text import visible
+
+# No script runs and nothing is loaded, even if a text should ever reach the page as markup.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark;
   --page: #f6f6f4; --card: #ffffff; --ink: #1b1b19; --soft: #63625d; --rule: #e3e2dd; --bad: #c8332f;
@@ -73,11 +77,17 @@ svg .name { font-size: 13px; }
 PICTURE_PIXELS = 720  # of the longer side, once embedded
 
 
+def escaped(text: str) -> str:
+    """One line of text as HTML or SVG has it, between tags and in an attribute."""
+    return html.escape(visible(text))
+
+
 def page(title: str, body: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -88,37 +98,40 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
 
     def cell(tag: str, column: int, text: str) -> str:
         attributes = (' scope="col"' if tag == "th" else "") + (' class="n"' if column in numbers else "")
-        return f"<{tag}{attributes}>{html.escape(text)}</{tag}>"
+        return f"<{tag}{attributes}>{escaped(text)}</{tag}>"
 
     head = "".join(cell("th", column, text) for column, text in enumerate(heads))
     lines = []
     for row in rows:
         cells = "".join(cell("td", column, text) for column, text in enumerate(row[1:], start=1))
-        lines.append(f'<tr><th scope="row">{html.escape(row[0])}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{escaped(row[0])}</th>{cells}</tr>')
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def tile(name: str, value: str, unit: str = "", note: str = "") -> str:
-    unit = f" <small>{html.escape(unit)}</small>" if unit else ""
-    note = f'<dd class="soft">{html.escape(note)}</dd>' if note else ""
-    value = f'<dd class="value">{html.escape(value)}{unit}</dd>'
-    return f'<dl class="card tile"><dt>{html.escape(name)}</dt>{value}{note}</dl>'
+    unit = f" <small>{escaped(unit)}</small>" if unit else ""
+    note = f'<dd class="soft">{escaped(note)}</dd>' if note else ""
+    value = f'<dd class="value">{escaped(value)}{unit}</dd>'
+    return f'<dl class="card tile"><dt>{escaped(name)}</dt>{value}{note}</dl>'
 
 
 def figure(title: str, note: str, drawing: str) -> str:
-    caption = f"<h3>{html.escape(title)}</h3><figcaption>{html.escape(note)}</figcaption>"
+    caption = f"<h3>{escaped(title)}</h3><figcaption>{escaped(note)}</figcaption>"
     return f'<figure class="card">{caption}{drawing}</figure>'
 
 
 def picture(path: Path, caption: str) -> str:
-    """The picture made small enough to be part of the page. Raises OSError when it cannot be read."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-        encoded = io.BytesIO()
-        image.save(encoded, "JPEG", quality=88)
-        data = base64.b64encode(encoded.getvalue()).decode()
+    """The picture made small enough to be part of the page. Raises ValueError when it cannot be read."""
+    encoded = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+            image.save(encoded, "JPEG", quality=88)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error}); delete it, then report again") from error
+    data = base64.b64encode(encoded.getvalue()).decode()
     return (
         f'<figure class="card"><img src="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}" '
-        f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        f'alt="{escaped(caption)}"><figcaption>{escaped(caption)}</figcaption></figure>'
     )

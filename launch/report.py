@@ -1,10 +1,9 @@
 """`ddetr report`: one HTML page of a run, built from its config.yaml, metrics.jsonl, events.jsonl and eval/ alone."""
 
-import html
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +12,16 @@ from typing import Any
 import yaml
 
 from .charts import Line, chart, number
-from .page import figure, page, picture, table, tile
+from .console import brief
+from .page import escaped, figure, page, picture, table, tile
 
 PICTURES = 12
 PARTS = ("class", "l1", "giou")
+DETAIL_LENGTH = 2000  # characters of one value of an event
+COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have, beside their time
+AMOUNTS = ("learning_rate", "gradient_norm", "loss_scale", "memory_bytes")
+SPANS = ("step_seconds", "data_wait_seconds")
+LATEST = 4e9  # seconds since 1970: what is later is no time of a run
 SCORES = {
     "AP": "precision, IoU 0.50 to 0.95",
     "AP50": "precision, IoU 0.50",
@@ -43,11 +48,15 @@ class RunLog:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    unreadable: list[str]  # "FILE line N" of what is no JSON object, such as a line cut off by a crash
+    unreadable: list[str]  # "FILE line N" of what is no such record, as a line cut off by a crash
 
 
 def report(run_directory: Path) -> Path:
-    """Write RUN_DIR/report.html and return its path. Raises FileNotFoundError for a folder that is not a run's."""
+    """Write RUN_DIR/report.html and return its path.
+
+    Raises FileNotFoundError for a folder that is not a run's, and ValueError that names the file when config.yaml or a
+    picture cannot be read.
+    """
     run = read(Path(run_directory))
     body = [_head(run), _precision(run), _curves(run), _by_epoch(run), _pictures(Path(run_directory) / "eval")]
     body += [_events(run), _settings(run)]
@@ -68,7 +77,7 @@ def read(run_directory: Path) -> RunLog:
     unreadable: list[str] = []
     steps: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
-    for record in _json_lines(run_directory / "metrics.jsonl", unreadable):
+    for record in _json_lines(run_directory / "metrics.jsonl", _is_metric, unreadable):
         if record.get("kind") == "step":
             if steps and record["step"] <= steps[-1]["step"]:
                 steps = [earlier for earlier in steps if earlier["step"] < record["step"]]
@@ -77,32 +86,75 @@ def read(run_directory: Path) -> RunLog:
         elif record.get("kind") == "evaluation":
             evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
             evaluations.append(record)
-    text = settings.read_text()
+    text = settings.read_text(errors="replace")
     return RunLog(
         name=run_directory.resolve().name,
-        config=yaml.safe_load(text),
+        config=_config(settings, text),
         config_text=text,
         steps=steps,
         evaluations=evaluations,
-        events=_json_lines(run_directory / "events.jsonl", unreadable),
+        events=_json_lines(run_directory / "events.jsonl", _has_time, unreadable),
         unreadable=unreadable,
     )
 
 
-def _json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; the places of other lines are added to `unreadable`."""
+def _config(path: Path, text: str) -> dict[str, dict[str, Any]]:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    sections = values if isinstance(values, dict) else {}
+    return {name: section for name, section in sections.items() if isinstance(section, dict)}
+
+
+def _json_lines(path: Path, is_record: Callable[[dict[str, Any]], bool], unreadable: list[str]) -> list[dict[str, Any]]:
+    """The records of a file, one a line; the places of other lines are added to `unreadable`."""
     records = []
     if path.exists():
-        for place, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        for place, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict):
+            if isinstance(record, dict) and is_record(record):
                 records.append(record)
             elif line.strip():
                 unreadable.append(f"{path.name} line {place}")
     return records
+
+
+def _is_metric(record: dict[str, Any]) -> bool:
+    """Whether the report can work with the record of a step or an evaluation; one of another kind is not looked at."""
+    kind, losses, metrics = (record.get(name) for name in ("kind", "losses", "metrics"))
+    if kind not in ("step", "evaluation"):
+        return True
+    if not (_has_time(record) and all(_is_count(record.get(name)) for name in COUNTS)):
+        return False
+    if kind == "evaluation":
+        has_scores = isinstance(metrics, dict) and all(_is_amount(metrics.get(name)) for name in SCORES)
+        return has_scores and _is_span(record.get("seconds"))
+    has_losses = isinstance(losses, dict) and all(_is_amount(losses.get(name, "")) for name in ("total", *PARTS))
+    has_amounts = all(_is_amount(record.get(name, "")) for name in AMOUNTS)
+    return has_losses and has_amounts and all(_is_span(record.get(name)) for name in SPANS) and "skipped" in record
+
+
+def _has_time(record: dict[str, Any]) -> bool:
+    return _is_span(record.get("time"))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**53
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < LATEST
+
+
+def _is_amount(value: object) -> bool:
+    """A number that can be drawn, or marked as not finite: JSON written by others may hold null for that."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return True
+    return isinstance(value, int | float) and (value == 0 or 1e-99 < abs(value) < 1e99)
 
 
 def _weights(steps: Sequence[dict[str, Any]]) -> list[int]:
@@ -112,24 +164,26 @@ def _weights(steps: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def _head(run: RunLog) -> str:
-    parts = [f'<header><p class="soft">ddetr training run</p><h1>{html.escape(run.name)}</h1>']
-    parts.append(f"<p>{html.escape(_in_short(run.config))}</p>")
+    parts = [f'<header><p class="soft">ddetr training run</p><h1>{escaped(run.name)}</h1>']
+    parts.append(f"<p>{escaped(_in_short(run.config))}</p>")
     moments = [record["time"] for record in (*run.events, *run.steps, *run.evaluations)]
     if moments:
         times = f"{_date(min(moments))} to {_date(max(moments))}, {_state(run)}"
-        parts.append(f'<p class="soft">{html.escape(times)}{html.escape(_hardware(run))}</p>')
+        parts.append(f'<p class="soft">{escaped(times)}{escaped(_hardware(run))}</p>')
     if run.unreadable:
         places = ", ".join(run.unreadable[:5]) + (" and more" if len(run.unreadable) > 5 else "")
         count = f"{len(run.unreadable)} line{'s' if len(run.unreadable) > 1 else ''}"
-        parts.append(f'<p class="warning">{count} could not be read: {html.escape(places)}.</p>')
+        parts.append(f'<p class="warning">{count} could not be read: {escaped(places)}.</p>')
     parts.append("</header>")
     if not run.steps:
         return "".join([*parts, '<p class="card empty below">No step has been recorded yet.</p>'])
     last = run.steps[-1]
-    loss = last["losses"]["total"]
+    loss = _finite(last["losses"]["total"])
     weights = _weights(run.steps)
     images = sum(record["images"] * weight for record, weight in zip(run.steps, weights, strict=True))
-    seconds = sum(record["step_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True))
+    seconds = (
+        sum(record["step_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True)) or math.nan
+    )
     waited = sum(record["data_wait_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True))
     tiles = []
     if run.evaluations:
@@ -138,11 +192,15 @@ def _head(run: RunLog) -> str:
         tiles.append(tile("AP, last evaluation", _percent(metrics["AP"]), note=note))
     epochs = run.config.get("train", {}).get("epochs")
     tiles += [
-        tile("Steps", number(last["step"]), note=f"epoch {last['epoch'] + 1}" + (f" of {epochs}" if epochs else "")),
+        tile(
+            "Steps",
+            number(last["step"]),
+            note=f"epoch {last['epoch'] + 1}" + (f" of {brief(str(epochs))}" if epochs else ""),
+        ),
         tile("Images trained on", number(images)),
         tile("Throughput", number(images / seconds), "images/s", f"{_percent(waited / seconds)} waiting for data"),
         tile("Time in steps", _duration(seconds), note="training alone"),
-        tile("Loss, last step", number(loss), note=f"{number(run.steps[0]['losses']['total'])} at first"),
+        tile("Loss, last step", number(loss), note=f"{number(_finite(run.steps[0]['losses']['total']))} at first"),
     ]
     return "".join([*parts, f'<div class="tiles">{"".join(tiles)}</div>'])
 
@@ -156,18 +214,20 @@ def _in_short(config: dict[str, Any]) -> str:
         model.get("backbone"),
         f"{model['queries']} queries" if "queries" in model else None,
         f"batch {train['batch_size']}" if "batch_size" in train else None,
-        f"learning rate {number(optim['learning_rate'])}" if "learning_rate" in optim else None,
+        f"learning rate {_short(optim['learning_rate'])}" if "learning_rate" in optim else None,
         train.get("precision"),
         f"ZeRO {train['zero_stage']}" if "zero_stage" in train else None,
     ]
-    return " · ".join(fact for fact in facts if fact)
+    return " · ".join(brief(str(fact)) for fact in facts if fact)
 
 
 def _hardware(run: RunLog) -> str:
     """What the last start recorded of machine and software, such as device and number of ranks."""
     starts = [event for event in run.events if event.get("event") in ("start", "resume")]
     elsewhere = ("time", "event", "step", "path", "machines")
-    details = [f" · {key} {value}" for key, value in starts[-1].items() if key not in elsewhere] if starts else []
+    details = (
+        [f" · {brief(f'{key} {value}')}" for key, value in starts[-1].items() if key not in elsewhere] if starts else []
+    )
     return "".join(details)
 
 
@@ -185,7 +245,7 @@ def _precision(run: RunLog) -> str:
     last = run.evaluations[-1]
     rows = []
     for name, meaning in SCORES.items():
-        values = [(record["metrics"][name], record["epoch"] + 1) for record in run.evaluations]
+        values = [(_finite(record["metrics"][name]), record["epoch"] + 1) for record in run.evaluations]
         best, epoch = max(values)
         rows.append((name, meaning, _percent(values[-1][0]), _percent(best), str(epoch) if best >= 0 else "–"))
     scores = table(("", "COCO metric", "last", "best", "epoch"), rows, numbers=(2, 3, 4))
@@ -193,7 +253,7 @@ def _precision(run: RunLog) -> str:
 
     def lines(*names: str) -> list[Line]:
         """Names without any objects to be computed on are left out."""
-        values = {name: [record["metrics"][name] for record in run.evaluations] for name in names}
+        values = {name: [_finite(record["metrics"][name]) for record in run.evaluations] for name in names}
         return [
             Line(name, epochs, [100 * value if value >= 0 else math.nan for value in values[name]])
             for name in names
@@ -208,7 +268,7 @@ def _precision(run: RunLog) -> str:
         "A dash means that the images have no such objects."
     )
     return (
-        f'<h2>Precision</h2><div class="pair"><div class="card">{scores}<p class="note">{html.escape(note)}</p></div>'
+        f'<h2>Precision</h2><div class="pair"><div class="card">{scores}<p class="note">{escaped(note)}</p></div>'
         f'<div class="column">{figure("AP over epochs", "percent, by the overlap that counts as found", over_iou)}'
         f"{figure('AP by object size', 'percent, classes of area as in COCO', over_size)}</div></div>"
     )
@@ -266,10 +326,13 @@ def _by_epoch(run: RunLog) -> str:
     for epoch in sorted({record["epoch"] for record in run.steps}):
         steps = [record for record in run.steps if record["epoch"] == epoch]
         taken = [record for record in steps if not record["skipped"]] or steps
-        losses = [sum(record["losses"][part] for record in taken) / len(taken) for part in ("total", *PARTS)]
-        seconds = sum(record["step_seconds"] for record in steps)
+        losses = [sum(_finite(record["losses"][part]) for record in taken) / len(taken) for part in ("total", *PARTS)]
+        seconds = sum(record["step_seconds"] for record in steps) or math.nan
         row = [str(epoch + 1), number(steps[-1]["step"]), *(f"{value:.3f}" for value in losses)]
-        row += [number(steps[-1]["learning_rate"]), number(sum(record["images"] for record in steps) / seconds)]
+        row += [
+            number(_finite(steps[-1]["learning_rate"])),
+            number(sum(record["images"] for record in steps) / seconds),
+        ]
         row += [_percent(sum(record["data_wait_seconds"] for record in steps) / seconds)]
         rows.append([*row, _percent(precision[epoch]) if epoch in precision else ""])
     heads = ("epoch", "last step", "loss", "class", "l1", "giou", "learning rate", "images/s", "data wait", "AP")
@@ -283,7 +346,7 @@ def _pictures(folder: Path) -> str:
         return ""
     shown = "".join(picture(path, str(path.relative_to(folder))) for path in paths[:PICTURES])
     more = len(paths) - PICTURES
-    rest = f'<p class="note">{more} more in {html.escape(folder.name)}/.</p>' if more > 0 else ""
+    rest = f'<p class="note">{more} more in {escaped(folder.name)}/.</p>' if more > 0 else ""
     return f'<h2>Pictures</h2><div class="pictures">{shown}</div>{rest}'
 
 
@@ -292,20 +355,20 @@ def _events(run: RunLog) -> str:
         return ""
     rows = []
     for event in run.events:
-        details = (f"{key} {_short(value)}" for key, value in event.items() if key not in ("time", "event"))
-        rows.append((_date(event["time"]), str(event.get("event")), ", ".join(details)))
+        details = (f"{brief(key)} {_short(value)}" for key, value in event.items() if key not in ("time", "event"))
+        rows.append((_date(event["time"]), brief(str(event.get("event"))), ", ".join(details)))
     # A region that scrolls takes the focus, so that it can be scrolled from the keyboard.
     region = '<div class="card scroll" tabindex="0" role="region" aria-label="Events">'
     return f"<h2>Events</h2>{region}{table(('time', 'event', 'details'), rows)}</div>"
 
 
 def _settings(run: RunLog) -> str:
-    text = html.escape(run.config_text)
+    text = "\n".join(map(escaped, run.config_text.split("\n")))
     return f'<h2>Settings</h2><details class="card"><summary>config.yaml</summary><pre>{text}</pre></details>'
 
 
 def _short(value: object) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else brief(str(value), DETAIL_LENGTH)
 
 
 def _finite(value: float | None) -> float:
@@ -319,7 +382,7 @@ def _percent(share: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if not seconds >= 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     if minutes < 60:

@@ -5,8 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..core.config import Config
@@ -16,7 +14,7 @@ from ..data.plan import StepPlan
 from ..data.statistics import read_objects
 from ..data.stream import seen_sizes
 from ..data.views import evaluation_sizes
-from .data import progress_bar
+from .console import Terminal, brief, progress_bar
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # area in pixels, as COCO has them
 ASPECTS = ("below 1:2", "1:2 to 3:4", "3:4 to 1:1", "1:1 to 4:3", "4:3 to 2:1", "above 2:1")  # width to height
@@ -30,7 +28,7 @@ def stats(shards: Path, config: Config, ranks: int) -> None:
     index = ShardIndex.load(shards)
     with progress_bar() as progress:
         objects = read_objects(index, progress=progress)
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     console.print(_images(index, objects))
     console.print(_shapes(index))
     console.print(_classes(index, objects))
@@ -38,7 +36,7 @@ def stats(shards: Path, config: Config, ranks: int) -> None:
     suggested = suggestions(index, objects, config)
     console.print("settings to change:" if suggested else "no setting needs to be changed for this set")
     for setting, reason in suggested:
-        console.print(f"  {escape(setting)}: {reason}")
+        console.print(f"  {setting}: {reason}")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -86,7 +84,7 @@ def _classes(index: ShardIndex, objects: np.ndarray) -> Table:
         crowds = np.count_nonzero(objects["iscrowd"] & (objects["label"] == label))
         cells = len(np.unique(own["sample"])), len(own), 100 * len(own) / max(1, len(single)), *by_size(own), crowds
         shown = [f"{cell:.1f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells]
-        table.add_row(index.categories.names[label], str(index.categories.ids[label]), *shown)
+        table.add_row(brief(index.categories.names[label]), str(index.categories.ids[label]), *shown)
     table.add_section()
     total = [f"{number:,}" for number in (len(np.unique(single["sample"])), len(single))]
     sizes = [f"{number:,}" for number in (*by_size(single), int(objects["iscrowd"].sum()))]

@@ -48,7 +48,7 @@ def evaluation_record(step: int, time: float) -> dict[str, Any]:
     ap50 = 0.78 * (1 - math.exp(-step / 330))
     factors = (0.62, 1, 0.66, 0.31, 0.7, -1, 0.4, 0.85, 0.86, 0.5, 0.9, -1)
     metrics = {name: -1.0 if f < 0 else ap50 * f for name, f in zip(SCORES, factors, strict=True)}
-    epoch = step // STEPS_PER_EPOCH - 1
+    epoch = max(0, step // STEPS_PER_EPOCH - 1)
     return {
         "kind": "evaluation",
         "time": time,

@@ -1,0 +1,64 @@
+"""What is printed: names and messages come from files, servers and strangers, and none of it is an order to a terminal.
+
+`Terminal` is the console of every table and progress bar, `say` prints a line, `LogFormatter` formats the log. All of
+them print `data.text.visible` text, and nothing in it is markup: `[red]`, `[/]` and `:smile:` are printed as they are.
+"""
+
+import logging
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+from ..data.text import visible
+
+NAME_LENGTH = 60  # characters of a name in a table, a list or a picture
+
+
+class Terminal(Console):
+    """A console for which a string is one line of text, without markup. What has lines or a style of its own is a Text.
+
+    A Text is printed as it is, so names in it go through `visible` first.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+class _Description(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(visible(task.description))
+
+
+def progress_bar(*columns: ProgressColumn, console: Console | None = None) -> Progress:
+    """Description, bar, count, `columns` and time left; without `console` on the standard error."""
+    columns = (_Description(), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn())
+    return Progress(*columns, console=console or Terminal(stderr=True))
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print one line, at once; without `file` to the standard output."""
+    print(visible(line), file=file, flush=True)
+
+
+def brief(text: str, most: int = NAME_LENGTH) -> str:
+    """The text visible, and no longer than `most` characters: the end of a longer one is an ellipsis."""
+    text = visible(text[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def paragraph(text: str) -> str:
+    """The text visible, in lines as it has them, those after the first set in: none can pass for a line of its own."""
+    first, *more = (visible(line) for line in text.split("\n"))
+    return "\n".join([first, *(f"  {line}" if line[:1].strip() else line for line in more)])
+
+
+class LogFormatter(logging.Formatter):
+    """A record is a paragraph, whatever is in its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return paragraph(super().format(record))
