@@ -15,14 +15,15 @@ Ctrl-C saves a checkpoint on every rank and exits.
 HELP
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH # in a checkout: what make set up
 
 ranks=
-case ${1:-} in
-    --help | -h | "")
+[[ $# -gt 0 ]] || { usage >&2; exit 2; }
+case $1 in
+    --help | -h)
         usage
-        exit $(($# == 0))
+        exit
         ;;
     --ranks)
         ranks=${2:?--ranks needs a number}
@@ -33,9 +34,9 @@ if [[ -z $ranks ]]; then
     ranks=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
-python -m ddetr.launch.cli train "$@" --dry-run >/dev/null # a mistake is told once, not by every rank
+python -m ddetr.launch.cli train --dry-run "$@" >/dev/null # a mistake is told once, not by every rank
 # A rank that is told to stop saves first, for which torchrun would leave it 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # SIGUSR1, too, lets the ranks save and stop; by itself it would end torchrun and leave them behind.
-exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
-    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --module ddetr.launch.cli train "$@"
+exec python -m ddetr.launch.torchrun --standalone --nproc-per-node "$ranks" \
+    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" -- train "$@"

@@ -14,22 +14,22 @@ Needs pdsh here (apt-get install pdsh), ssh without a password to every node, an
 HELP
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH # in a checkout: what make set up
 
-case ${1:-} in
-    --help | -h | "")
+[[ $# -gt 0 ]] || { usage >&2; exit 2; }
+case $1 in
+    --help | -h)
         usage
-        exit $(($# == 0))
+        exit
         ;;
 esac
 hostfile=$1
 shift
 [[ -f $hostfile ]] || { echo "ssh.sh: $hostfile: no such hostfile" >&2; exit 2; }
-if [[ $(grep -cvE '^[[:space:]]*(#|$)' "$hostfile") -gt 1 ]] && ! command -v pdsh >/dev/null; then
+if [[ $(grep -cvE '^[[:space:]]*(#|$)' -- "$hostfile") -gt 1 ]] && ! command -v pdsh >/dev/null; then
     echo "ssh.sh: pdsh is missing: apt-get install pdsh" >&2
     exit 2
 fi
 
-exec python -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --no_local_rank \
-    --module ddetr.launch.cli train "$@"
+exec python -m ddetr.launch.pdsh "$hostfile" -- train "$@"

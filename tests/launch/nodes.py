@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,36 @@ def joined() -> Iterator[dict[str, str]]:
 
 def on(node: str) -> list[str]:
     return ["ip", "netns", "exec", node]
+
+
+@contextlib.contextmanager
+def ssh_servers(nodes: dict[str, str], folder: Path) -> Iterator[Path]:
+    """An ssh server in each namespace; a folder for the front of PATH, whose ssh gets into them."""
+    for tool in ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing: apt-get install openssh-server pdsh")
+    for key in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    client = folder / "bin/ssh"  # found first on the PATH, so that no file of the user's is touched
+    client.parent.mkdir()
+    options = f"-i {folder}/user_key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F none {options} "$@"\n')
+    client.chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd gives up its privileges
+    servers = []
+    try:
+        for (name, address), device in zip(nodes.items(), DEVICES, strict=True):
+            configuration = folder / f"{name}.sshd"
+            configuration.write_text(
+                f"ListenAddress {address}\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\n"
+                f"StrictModes no\nPermitRootLogin yes\nPidFile none\nSetEnv GLOO_SOCKET_IFNAME={device}\n"
+            )
+            servers.append(subprocess.Popen([*on(name), "/usr/sbin/sshd", "-D", "-e", "-f", configuration]))
+        yield client.parent
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
 
 
 @contextlib.contextmanager

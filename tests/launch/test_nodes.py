@@ -26,7 +26,7 @@ from tests.core.runs import (
     until_restarted,
     wait_for,
 )
-from tests.launch.nodes import DEVICES, FIRST, NODES, SECOND, on
+from tests.launch.nodes import DEVICES, FIRST, NODES, SECOND, on, ssh_servers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -130,39 +130,16 @@ def test_a_lost_node_is_done_without_and_taken_back(
 
 def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> None:
     """An ssh server in each namespace; DeepSpeed's launcher reaches both through pdsh."""
-    for tool in ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing: apt-get install openssh-server pdsh")
-    for key in ("host_key", "user_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
-    client = tmp_path / "bin/ssh"  # found first on the PATH, so that no file of the user's is touched
-    client.parent.mkdir()
-    options = f"-i {tmp_path}/user_key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-    client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F none {options} "$@"\n')
-    client.chmod(0o755)
-    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd gives up its privileges
-    servers = []
-    try:
-        for (name, address), device in zip(nodes.items(), DEVICES, strict=True):
-            configuration = tmp_path / f"{name}.sshd"
-            configuration.write_text(
-                f"ListenAddress {address}\nHostKey {tmp_path}/host_key\nAuthorizedKeysFile {tmp_path}/user_key.pub\n"
-                f"StrictModes no\nPermitRootLogin yes\nPidFile none\nSetEnv GLOO_SOCKET_IFNAME={device}\n"
-            )
-            servers.append(subprocess.Popen([*on(name), "/usr/sbin/sshd", "-D", "-e", "-f", configuration]))
+    with ssh_servers(nodes, tmp_path) as client:
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{address} slots=1\n" for address in nodes.values()))
         command = [*on(FIRST), REPOSITORY / "launch/ssh.sh", hostfile]
         command += two_steps(synthetic_shards, tmp_path / "runs")
-        environment = ENVIRONMENT | {"PATH": f"{client.parent}:{ENVIRONMENT['PATH']}"}
+        environment = ENVIRONMENT | {"PATH": f"{client}:{ENVIRONMENT['PATH']}"}
         result = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    finally:
-        for server in servers:
-            server.terminate()
-            server.wait()
     assert_two_steps_on_two_ranks(tmp_path / "runs")
 
 
