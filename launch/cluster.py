@@ -1,21 +1,38 @@
-"""A Ray cluster to run on: one that is there, or one that lives as long as the command."""
+"""A Ray cluster to run on: one that is there, or one that lives as long as the command.
+
+Whoever reaches a Ray's ports, with its token where it asks for one, runs code there. Those of a cluster of our own are
+therefore on loopback alone, its files in a folder that only this user may enter, and its token is made for it.
+"""
 
 import contextlib
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+import psutil
 
 REACHABLE_SECONDS = 5.0
+OBJECT_STORE_BYTES = 2 << 30  # of a cluster of our own; its largest objects are a detector's weights
 START = "Start one with `ray start --head` and join nodes with `ray start --address=HOST:PORT`"
-TOKEN = "A cluster with token authentication, Ray's default, wants its token in RAY_AUTH_TOKEN here and on every node"
+TOKEN = (
+    "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=TOKEN, the cluster's own, here and wherever `ray start` runs "
+    "(RAY_AUTH_TOKEN_PATH=FILE and ~/.ray/auth_token hold a token as well)"
+)
+# Asked without credentials, a Ray tells whether it wants any. Servers at ray:// addresses answer other questions.
+_QUESTION, _QUESTION_OF_CLIENTS = "/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.RayletDriver/ClusterInfo"
 
 
 @contextlib.contextmanager
 def cluster(address: str) -> Iterator[None]:
     """Connect to the Ray at `address` (HOST:PORT, ray://HOST:PORT or auto); `local` starts one and stops it again.
 
-    A connection that the caller already holds is used and kept. Raises ConnectionError when there is no Ray.
+    A connection that the caller already holds is used and kept. Raises ConnectionError when there is no Ray, or one
+    that wants a token which this process does not have.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
     import ray
@@ -23,26 +40,133 @@ def cluster(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or _running_here()
+    with _own() if address == "local" else _existing(address):
+        yield
+
+
+@contextlib.contextmanager
+def _own() -> Iterator[None]:
+    from ray._private import ray_constants
+
+    token = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))  # its sockets' paths are short
+    inside = os.path.join(folder, "ray")  # which Ray opens to everyone
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
+    # A Ray that cannot be joined by other machines takes 127.0.0.1 for its address, and then listens on that alone. As
+    # an argument of ray.init it would be replaced by the address that other machines know.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment(token):
+            memory = min(OBJECT_STORE_BYTES, int(0.3 * psutil.virtual_memory().available))  # at most Ray's own share
+            with _connected(address="local", include_dashboard=False, object_store_memory=memory, _temp_dir=inside):
+                yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        shutil.rmtree(folder, ignore_errors=True)  # one of Ray's processes may still end, and write there
+
+
+@contextlib.contextmanager
+def _existing(address: str) -> Iterator[None]:
     _check_reachable(address)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    with _environment({"RAY_AUTH_MODE": _authentication(address)}), _connected(address=address):
+        yield
+
+
+@contextlib.contextmanager
+def _connected(address: str, **options: Any) -> Iterator[None]:
+    import ray
+
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            if address == "local":
-                ray.init(address="local", include_dashboard=False, **quiet)
-            else:
-                ray.init(address=address, **quiet)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except ConnectionError as error:
-        raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}. {TOKEN}") from error
+        raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}") from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _authentication(address: str) -> str:
+    """RAY_AUTH_MODE for a cluster. Ray's default for an address is `disabled`, whether or not there is a token here.
+
+    The user's own setting stays. A token without need is not sent: a client that wants tokens itself, as it would then,
+    refuses the workers of a cluster without. Raises ConnectionError when the cluster refuses what it gets.
+    """
+    from ray._raylet import AuthenticationTokenLoader
+    from ray.exceptions import AuthenticationError
+
+    given = os.environ.get("RAY_AUTH_MODE")
+    if not _refused(address, "disabled"):
+        return given or "disabled"
+    wants = f"the Ray cluster at {address} wants a token"
+    if given is not None and given.lower() != "token":
+        raise ConnectionError(f"{wants}, but RAY_AUTH_MODE={given} sends none: {TOKEN}")
+    try:
+        found = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except AuthenticationError as error:
+        raise ConnectionError(f"{wants}, but {error.message}: {TOKEN}") from error
+    if not found:
+        raise ConnectionError(f"{wants}, and there is none here: {TOKEN}")
+    if _refused(address, "token"):
+        raise ConnectionError(f"{wants}, and refuses the one that it gets from here: {TOKEN}")
+    return "token"
+
+
+def _refused(address: str, mode: str) -> bool:
+    """Whether the cluster does not answer a client with this RAY_AUTH_MODE for want of the right token."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    question = _QUESTION_OF_CLIENTS if address.startswith("ray://") else _QUESTION
+    with _environment({"RAY_AUTH_MODE": mode}):
+        options = [("grpc.enable_http_proxy", 0)]  # as for all of Ray's connections
+        with init_grpc_channel(address.removeprefix("ray://"), options) as channel:
+            try:
+                channel.unary_unary(question)(b"", timeout=REACHABLE_SECONDS)
+            except grpc.RpcError as error:  # of others Ray tells more when it connects
+                return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for Ray, in this process and those that it starts; as they were in the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    try:
+        os.environ.update(variables)
+        _read_again()
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _read_again()
+
+
+def _read_again() -> None:
+    """Ray reads the variables when it is imported, and the token once."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _running_here() -> str:
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        return canonicalize_bootstrap_address_or_die("auto")
+    except ConnectionError as error:
+        raise ConnectionError(f"no Ray cluster runs on this machine. {START}") from error
+
+
 def _check_reachable(address: str) -> None:
     """Ask the port first: Ray itself retries an address without a cluster for minutes, then ends the process."""
-    if address in ("local", "auto"):
-        return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         raise ValueError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT, auto or local")

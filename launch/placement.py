@@ -5,12 +5,21 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..core.config import Config
+from ..data.sources import is_remote
 
 Bundle = dict[str, float]
 RETRY_SECONDS = 1.0
+PATHS = (
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "cache"),
+    ("train", "output"),
+    ("train", "initial_weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,16 @@ def requested(config: Config, ranks: str | None) -> Request:
             + "give --ranks N to wait for nodes that come later"
         )
     return Request(least, most, resource, config.train.threads, config.train.batch_size // config.train.accumulation)
+
+
+def anywhere(config: Config) -> dict[str, Any]:
+    """The values of `config` for a process that Ray starts on some node in some folder: with absolute paths."""
+    values = config.model_dump(mode="json")
+    for section, key in PATHS:
+        path = values[section][key]
+        if path is not None and not is_remote(path) and not path.startswith("~"):  # of each node's own user
+            values[section][key] = str(Path(path).resolve())
+    return values
 
 
 @contextlib.contextmanager

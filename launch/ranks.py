@@ -11,9 +11,8 @@ from types import FrameType
 from typing import Any
 
 from ..core.config import Config, dump
-from ..data.sources import is_remote
 from .cluster import cluster
-from .placement import placed, requested
+from .placement import anywhere, placed, requested
 from .rank import Place, Rank
 
 POLL_SECONDS = 0.5
@@ -69,11 +68,7 @@ def train_on_ray(
 
 def _everywhere(config: Config, resume: Path | None) -> Config:
     """The configuration as a process on any node needs it: with absolute paths, and with the run to resume."""
-    values = config.model_dump(mode="json")
-    for section, key in (("data", "train"), ("data", "validation"), ("train", "output"), ("train", "initial_weights")):
-        path = values[section][key]
-        if path is not None and not is_remote(path):
-            values[section][key] = str(Path(path).resolve())
+    values = anywhere(config)
     if resume is not None:
         from ..core.checkpoint import find_checkpoint
 

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..core.config import Config, changed
 from ..data.index import write_whole
 from .cluster import cluster
+from .console import Terminal, brief, paragraph, say
+from .placement import anywhere
 from .sweep import Sweep, override, read_sweep
 
 
@@ -66,15 +68,15 @@ def _run_trials(sweep: Sweep, base: Config, folder: Path) -> list[dict[str, Any]
         ended = 0
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-            print(f"{trial} epoch {result['epoch']}: {sweep.metric} {result[sweep.metric]:.4f}")
+            say(f"{trial} epoch {result['epoch']}: {sweep.metric} {result[sweep.metric]:.4f}")
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             self.ended += 1
-            print(f"{trial} ended ({self.ended} of {sweep.samples})")
+            say(f"{trial} ended ({self.ended} of {sweep.samples})")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             self.ended += 1
-            print(f"{trial} failed ({self.ended} of {sweep.samples}); the others go on")
+            say(f"{trial} failed ({self.ended} of {sweep.samples}); the others go on")
 
     scheduler = FIFOScheduler()
     if asha := sweep.scheduler.asha:
@@ -111,10 +113,7 @@ def _trial_name(trial: Any) -> str:
 
 def _placed(base: Config, sweep: Sweep) -> dict[str, Any]:
     """The base as a trial on any node needs it: absolute paths, its share of the CPUs, a free port."""
-    values = base.model_dump(mode="json")
-    for name in ("train", "validation"):
-        path = values["data"][name]
-        values["data"][name] = path if "://" in path else str(Path(path).resolve())
+    values = anywhere(base)
     values["train"]["threads"] = base.train.threads or sweep.cpus_per_trial
     values["monitor"]["port"] = 0
     return values
@@ -179,7 +178,7 @@ def _write(folder: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
     writer = csv.DictWriter(text, fields, extrasaction="ignore")
     writer.writeheader()
     writer.writerows({**row, **row["parameters"]} for row in rows)
-    write_whole(folder / "results.csv", text.getvalue().encode())
+    write_whole(folder / "results.csv", text.getvalue().encode(errors="backslashreplace"))
 
 
 def _print(rows: list[dict[str, Any]], sweep: Sweep, folder: Path) -> None:
@@ -193,13 +192,13 @@ def _print(rows: list[dict[str, Any]], sweep: Sweep, folder: Path) -> None:
         best = ["-", "-"] if row["best"] is None else [f"{row['best']:.4f}", str(row["best_epoch"])]
         ended = f"{'stopped at' if row['stopped_early'] else 'epoch'} {row['epochs']}"
         table.add_row(row["trial"].removeprefix("trial_"), *values, *best, "failed" if row["error"] else ended)
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Terminal(width=160)
     console.print(table)
     for row in rows:
         if row["error"]:
-            console.print(f"{row['trial']} failed: {row['error']}", markup=False, soft_wrap=True)
+            console.print(Text(paragraph(f"{row['trial']} failed: {row['error']}")), soft_wrap=True)
             console.print(f"  traceback: {folder}/ray/{row['trial']}/error.txt", soft_wrap=True)
     console.print(
         f"The trials' runs are in {folder}/trials, the table in {folder}/results.json and .csv", soft_wrap=True
@@ -207,4 +206,4 @@ def _print(rows: list[dict[str, Any]], sweep: Sweep, folder: Path) -> None:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else brief(str(value))

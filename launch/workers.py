@@ -5,18 +5,20 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.checkpoint import TrainedDetector
+from ..core.config import Config
 from ..core.evaluator import ShardResult, evaluate_shard
 from ..core.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
 from ..data.sources import is_remote
+from .placement import anywhere
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
@@ -105,7 +107,8 @@ class ShardWorkers:
         import ray
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
-        weights = ray.put(detector)
+        config = Config.model_validate(anywhere(detector.config))
+        weights = ray.put(replace(detector, config=config))
         queue = deque(range(len(index.shards)))
         lost = dict.fromkeys(queue, 0)
         results: list[ShardResult] = []
