@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from ddetr.data.config import DataConfig
-from ddetr.data.index import SAMPLE_DTYPE
+from ddetr.data.layout import SAMPLE_DTYPE
 from ddetr.data.plan import StepPlan
 from ddetr.data.stream import seen_sizes
 

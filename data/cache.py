@@ -1,125 +1,209 @@
 """Shards of a remote source on a local disk: fetched once for all processes of a machine, within a limit of bytes.
 
-A file has its name only when it is whole and its checksum right. Its name begins with the checksum, so folders and
-versions of a set can share a cache. What was not used for longest is deleted when room is needed; who has such a file
-open reads on. Locks are the kernel's (flock), so a killed process leaves none behind.
+A file has its name only when it is whole and its checksum right. The name is the checksum, so folders and versions of a
+set can share a cache, and no source has a say in what a file is called. What was not used for longest is deleted when
+room is needed; who has such a file open reads on. Locks are the kernel's (flock), so a killed process leaves none
+behind.
+
+Only what the cache has made is opened or deleted: it lives in a folder of its own, which has its mark, and there in
+ordinary files with names of its own form. No link is followed.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
 import os
+import re
+import secrets
+import stat
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from .config import DataConfig
-from .index import INDEX_NAME, Shard, ShardIndex
+from .index import ShardIndex
+from .layout import INDEX_NAME, MOST_INDEX_BYTES, Shard
 from .sources import Source, SourceError, fetch, is_remote, source_of
 
 log = logging.getLogger("ddetr")
 
+FOLDER = "ddetr-shards"  # inside data.cache
+MARK = "CACHEDIR.TAG"  # by which programs that back up know a cache, too: https://bford.info/cachedir/
+MARK_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# Made by ddetr for copies of shards. It deletes here what it has fetched, whenever it needs the room.\n"
+)
 ABANDONED_SECONDS = 24 * 3600  # after which half a shard that nobody fetches any more is deleted
+
+_OWN_NAME = re.compile(r"[0-9a-f]{64}\.(tar|partial)")
 
 
 class ShardCache:
-    """The local copies of the shards of a source.
+    """The local copies of the shards of a source, in a folder of its own inside `parent`.
 
     limit_bytes: of all shards in the folder together, those of other sets included; those being fetched come on top.
+    Raises FileExistsError when something else has that folder's name.
     """
 
-    def __init__(self, source: Source, folder: Path, limit_bytes: int, attempts: int) -> None:
-        self._source, self._folder, self._limit_bytes, self._attempts = source, folder, limit_bytes, attempts
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, source: Source, parent: Path, limit_bytes: int, attempts: int) -> None:
+        self._source, self._limit_bytes, self._attempts = source, limit_bytes, attempts
+        self._folder = _own_folder(parent)
 
     def open(self, shard: Shard) -> int:
         """A descriptor of the shard's local copy, which is fetched when it is not there.
 
-        Raises SourceError, naming shard and address, when that fails.
+        Raises SourceError, naming shard and address, when that fails, ValueError when the cache cannot hold it.
         """
-        while True:
-            path = self.ensure(shard)
-            try:
-                return os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # deleted in between, to make room for another
-                continue
-
-    def ensure(self, shard: Shard) -> Path:
-        path = self._folder / f"{shard.sha256[:16]}-{shard.name}"
-        if not self._touch(path):
+        check_room([shard], self._limit_bytes)
+        path = self._folder / f"{shard.sha256}.tar"
+        descriptor = _used(path)
+        if descriptor is None:
             with _locked(path.with_suffix(".lock")):
-                if not self._touch(path):
+                descriptor = _used(path)
+                if descriptor is None:
                     self._make_room(shard.bytes)
-                    self._fetch(shard, path)
-        return path
+                    descriptor = self._fetch(shard, path)
+        return descriptor
 
-    def _touch(self, path: Path) -> bool:
-        """Whether it is there; marks it as used now."""
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            return False
-        return True
+    def ensure(self, shard: Shard) -> None:
+        os.close(self.open(shard))
 
-    def _fetch(self, shard: Shard, path: Path) -> None:
+    def _fetch(self, shard: Shard, path: Path) -> int:
         unfinished = path.with_suffix(".partial")
-        for last in (False, True):  # bytes may be damaged on their way, too
-            with unfinished.open("ab") as file:
-                begun = file.tell()
+        for _ in range(2):  # bytes may be damaged on their way, too
+            with os.fdopen(_opened(unfinished, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+b") as file:
+                begun = file.seek(0, os.SEEK_END)
                 if begun < shard.bytes:
                     fetch(self._source, shard.name, file.write, size=shard.bytes, offset=begun, attempts=self._attempts)
                 file.flush()
                 os.fsync(file.fileno())
-            with unfinished.open("rb") as file:
+                file.seek(0)
                 if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+                    descriptor = _opened(unfinished, os.O_RDONLY)
                     unfinished.rename(path)
-                    return
+                    return descriptor
             unfinished.unlink()
-            if last:
-                raise SourceError(
-                    f"{self._source.address(shard.name)}: its checksum is not that of the index: the shard is damaged "
-                    "or of another set. Copy the whole folder there again."
-                )
+        raise SourceError(
+            f"{self._source.address(shard.name)}: its checksum is not that of the index: the shard is damaged "
+            "or of another set. Copy the whole folder there again."
+        )
 
     def _make_room(self, needed_bytes: int) -> None:
         with _locked(self._folder / "room.lock"):
             files = []
-            for path in (*self._folder.glob("*.tar"), *self._folder.glob("*.partial")):
+            for path in self._folder.iterdir():
                 with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
+                    status = path.lstat()
+                    if not _OWN_NAME.fullmatch(path.name) or not stat.S_ISREG(status.st_mode):
+                        continue
                     if path.suffix == ".tar":
-                        files.append((stat.st_mtime, stat.st_size, path))
-                    elif stat.st_mtime < time.time() - ABANDONED_SECONDS:
+                        files.append((status.st_mtime, status.st_size, path))
+                    elif status.st_mtime < time.time() - ABANDONED_SECONDS:
                         path.unlink()
             excess = sum(size for _, size, _ in files) + needed_bytes - self._limit_bytes
             for _, size, path in sorted(files):
                 if excess <= 0:
                     return
                 path.unlink(missing_ok=True)
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                lock = path.with_suffix(".lock")
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISREG(lock.lstat().st_mode):
+                        lock.unlink()
                 excess -= size
+
+
+def check_room(shards: list[Shard], limit_bytes: int) -> None:
+    """Raise ValueError unless each shard, alone, is within the cache's limit."""
+    largest = max(shards, key=lambda shard: shard.bytes)
+    if largest.bytes > limit_bytes:
+        raise ValueError(
+            f"{largest.name} has {largest.bytes} bytes, data.cache_bytes={limit_bytes} holds less. Set "
+            f"data.cache_bytes={largest.bytes} or more, or data.fetch=samples, which caches nothing."
+        )
+
+
+def _own_folder(parent: Path) -> Path:
+    """The cache's folder, made with its mark in it, or refused when it is somebody else's."""
+    folder = parent / FOLDER
+    if not _is_marked(folder):
+        parent.mkdir(parents=True, exist_ok=True)
+        made = parent / f".{FOLDER}.{os.getpid()}.{secrets.token_hex(8)}"
+        made.mkdir()
+        (made / MARK).write_text(MARK_TEXT)
+        try:
+            made.rename(folder)  # takes the place of an empty folder too, and of nothing else
+        except OSError as error:
+            (made / MARK).unlink()
+            made.rmdir()
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if not _is_marked(folder):  # by another process in the meantime
+                raise FileExistsError(
+                    f"{folder}: not a folder that ddetr has made for shards (no {MARK} of its own in it), so nothing "
+                    "there is touched. Set data.cache to another folder, or move this one away."
+                ) from None
+    return folder
+
+
+def _is_marked(folder: Path) -> bool:
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return False
+        with os.fdopen(_opened(folder / MARK, os.O_RDONLY), "rb") as file:
+            return file.read(len(MARK_TEXT) + 1) == MARK_TEXT.encode()
+    except (FileNotFoundError, FileExistsError):
+        return False
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A descriptor of an ordinary file. Raises FileExistsError for a link, a pipe or whatever else has its name."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise FileExistsError(
+                f"{path}: not an ordinary file, and not of the cache's making; move it away"
+            ) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileExistsError(f"{path}: not an ordinary file, and not of the cache's making; move it away")
+    return descriptor
+
+
+def _used(path: Path) -> int | None:
+    """A descriptor of the file at `path`, marked as used now; None when there is none."""
+    try:
+        descriptor = _opened(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    os.utime(descriptor)
+    return descriptor
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the kernel's lock of a file; a file deleted while we waited for it is another's no more, so try again."""
     while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
-                if _is_at(path, file):
+                if _is_at(path, descriptor):
                     yield
                     return
             finally:  # closing is not enough: a process forked meanwhile has the file open too
-                fcntl.flock(file, fcntl.LOCK_UN)
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(descriptor)
 
 
-def _is_at(path: Path, file: BinaryIO) -> bool:
+def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        return path.lstat().st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
         return False
 
@@ -127,27 +211,29 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 def open_shards(location: str, config: DataConfig) -> ShardIndex:
     """The shards in a local folder, or wherever `data.train` and `data.validation` may say.
 
-    Raises FileNotFoundError when there are none or they do not fit their index, ValueError for an unusable index, and
-    SourceError when the source cannot be reached.
+    Raises FileNotFoundError when there are none or they do not fit their index, ValueError for an unusable index and
+    for a cache that cannot hold the largest of them, and SourceError when the source cannot be reached.
     """
     if not is_remote(location):
         return ShardIndex.load(location)
     source = source_of(location, config.fetch_timeout_seconds)
     text = bytearray()
-    fetch(source, INDEX_NAME, text.extend, size=None, attempts=config.fetch_attempts)
+    fetch(source, INDEX_NAME, text.extend, size=MOST_INDEX_BYTES, exact=False, attempts=config.fetch_attempts)
     folder = Path(config.cache).expanduser()
     index = ShardIndex.parse(bytes(text), location, folder)
+    if config.fetch == "shards":
+        check_room(list(index.shards), config.cache_bytes)
     index.check(source.sizes([shard.name for shard in index.shards]))
     if config.fetch == "samples":
         index.part = partial(_part, source, config.fetch_attempts)
-        index.part(index.shards[0], 0, 512)  # whether the source gives parts of files at all
+        index.part(index.shards[0], 0, 1)  # whether the source gives parts of files at all
         return index
     total = sum(shard.bytes for shard in index.shards)
     if total > config.cache_bytes:
         log.warning(
             "%s: its shards are %.1f GiB, data.cache_bytes holds %.1f: each epoch fetches all of them anew. "
             "Set data.cache_bytes=%d, or data.fetch=samples, which reads only what each rank needs.",
-            *(location, total / 2**30, config.cache_bytes / 2**30, total),
+            *(index.location, total / 2**30, config.cache_bytes / 2**30, total),
         )
     cache = ShardCache(source, folder, config.cache_bytes, config.fetch_attempts)
     index.open, index.fetch = cache.open, cache.ensure

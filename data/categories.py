@@ -1,8 +1,12 @@
 """The categories of a data set: labels 0..K-1 of the model against ids and names of the COCO json."""
 
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .values import MOST_ID, described, is_whole, member, whole
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Categories:
             raise ValueError(f"categories: {len(self.ids)} ids but {len(self.names)} names")
         labels = {category_id: label for label, category_id in enumerate(self.ids)}
         if len(labels) != len(self.ids):
-            repeated = sorted({i for i in self.ids if self.ids.count(i) > 1})
-            raise ValueError(f"categories: every id must be unique, repeated: {repeated}")
+            repeated = sorted(category_id for category_id, count in Counter(self.ids).items() if count > 1)
+            raise ValueError(f"categories: every id must be unique, repeated: {reprlib.repr(repeated)}")
         object.__setattr__(self, "_labels", labels)
 
     def __len__(self) -> int:
@@ -34,7 +38,9 @@ class Categories:
     def label(self, category_id: int) -> int:
         """The label of a category id. Raises ValueError for an id that is not in the set."""
         if category_id not in self._labels:
-            raise ValueError(f"category id {category_id!r} is not among the known ones: {list(self.ids)}")
+            raise ValueError(
+                f"category id {described(category_id)} is not among the known ones: {list(self.ids)[:200]}"
+            )
         return self._labels[category_id]
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -43,15 +49,20 @@ class Categories:
 
     @classmethod
     def from_json(cls, items: Sequence[Mapping[str, Any]]) -> "Categories":
-        """The inverse of `to_json`: the order of the list is the order of the labels."""
-        return cls(ids=tuple(item["id"] for item in items), names=tuple(item["name"] for item in items))
+        """The inverse of `to_json`: the order of the list is the order of the labels. Raises ValueError as that is."""
+        if not isinstance(items, list):
+            raise ValueError(f"categories: {described(items)} is no list")
+        names = tuple(member(item, "name", str) for item in items)
+        return cls(ids=tuple(whole(item, "id", -MOST_ID) for item in items), names=names)
 
     @classmethod
     def from_coco(cls, items: Iterable[Mapping[str, Any]]) -> "Categories":
         """The `categories` of a COCO json; labels follow the ids' numerical order, whatever the order of the list."""
         items = list(items)
         for item in items:
-            if not isinstance(item, Mapping) or not isinstance(item.get("id"), int):
-                raise ValueError(f'categories: each needs an integer "id", got {item!r}')
-        items.sort(key=lambda item: item["id"])
-        return cls.from_json([{"id": item["id"], "name": str(item.get("name", item["id"]))} for item in items])
+            if not isinstance(item, Mapping) or not is_whole(item.get("id"), -MOST_ID):
+                raise ValueError(f'categories: each needs an integer "id", got {described(item)}')
+        items = sorted(items, key=lambda item: item["id"])
+        names = (item.get("name", item["id"]) for item in items)
+        texts = [name if isinstance(name, str) else described(name) for name in names]
+        return cls(tuple(item["id"] for item in items), tuple(texts))

@@ -3,8 +3,6 @@
 `ddetr data pack` refuses what has errors, `ddetr data check` lists them; both by the findings made here.
 """
 
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .categories import Categories
+from .documents import parse_json
+from .text import visible
+from .values import MOST_SIDE, described, is_number, is_whole
+
+MOST_COORDINATE = 1e9  # pixels
 
 # What a user does about each kind of finding.
 FIXES = {
@@ -22,13 +25,16 @@ FIXES = {
     "duplicate file name": "keep one of the image entries: the image would count twice",
     "duplicate content": "keep one of the files if the images are really the same",
     "unknown image": "delete the annotation, or add its image",
+    "outside image": "move the image into the folder and correct file_name; --allow-outside reads it where it is",
+    "not a file": "put an ordinary file in its place: pipes and devices are not read",
+    "too large image": "scale the image down, or allow more pixels: --most-pixels here, data.most_pixels for training",
     "missing image": "put the file into the images folder, or remove the image from the json",
     "undecodable image": "replace the file, or remove the image from the json",
     "wrong size": "correct height and width in the json; boxes refer to the stored pixels, EXIF rotation not applied",
     "bad entry": "correct the entry, or delete it",
     "missing shard": "run `ddetr data pack` again: it makes only what is missing",
     "extra shard": "delete the file, or pack into an empty folder",
-    "wrong bytes": "delete the shard and run `ddetr data pack` again: it makes only what is missing",
+    "wrong bytes": "pack the shard again (delete it first), or copy it again from where it is from",
 }
 
 
@@ -79,7 +85,7 @@ def read_coco(path: Path) -> CocoSet:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a COCO json")
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); expected a COCO json") from error
     return coco_set(path, values)
@@ -107,7 +113,7 @@ def summary(findings: Sequence[Finding], each: int = 5) -> str:
     for kind, count in Counter(finding.kind for finding in findings).items():
         some = [finding for finding in findings if finding.kind == kind][:each]
         lines.append(f"  {kind}: {count}")
-        lines += [f"    {finding.where}: {finding.what}" for finding in some]
+        lines += [f"    {visible(finding.where)}: {visible(finding.what)[:1000]}" for finding in some]
         lines += [f"    ... and {count - each} more"] if count > each else []
         lines.append(f"    fix: {FIXES[kind]}")
     return "\n".join(lines)
@@ -115,8 +121,8 @@ def summary(findings: Sequence[Finding], each: int = 5) -> str:
 
 def box_fault(bbox: Any, height: int, width: int) -> tuple[Literal["degenerate box", "overhanging box"], str] | None:
     """What is wrong with a box (xywh in pixels) by the rule of `boxes.py`, or None."""
-    if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(value) for value in bbox)):
-        return "degenerate box", f"bbox {bbox!r} is not four finite numbers"
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_coordinate(value) for value in bbox)):
+        return "degenerate box", f"bbox {described(bbox)} is not four finite numbers up to {MOST_COORDINATE:g}"
     left, top, w, h = bbox
     inside_w = min(left + w, width) - max(left, 0)
     inside_h = min(top + h, height) - max(top, 0)
@@ -135,11 +141,12 @@ def _images(entries: Iterable[Any]) -> tuple[dict[int, CocoImage], list[Finding]
     for entry in entries:
         image_id, name = _get(entry, "id"), _get(entry, "file_name")
         height, width = _get(entry, "height"), _get(entry, "width")
-        where = f"image {image_id}"
-        if not (_is_count(image_id) and isinstance(name, str) and name):
-            findings.append(Finding("bad entry", where, f"needs a whole id >= 0 and a file_name: {_short(entry)}"))
-        elif not (_is_count(height) and _is_count(width) and height and width):
-            findings.append(Finding("bad entry", where, f"height {height!r} and width {width!r} must be whole, > 0"))
+        where = f"image {described(image_id)}"
+        if not (is_whole(image_id) and isinstance(name, str) and name):
+            findings.append(Finding("bad entry", where, f"needs a whole id >= 0 and a file_name: {described(entry)}"))
+        elif not (is_whole(height, 1, MOST_SIDE) and is_whole(width, 1, MOST_SIDE)):
+            what = f"height {described(height)} and width {described(width)} must be whole, > 0"
+            findings.append(Finding("bad entry", where, what))
         elif image_id in images:
             findings.append(Finding("duplicate id", where, f"stands for {images[image_id].file_name} and for {name}"))
         else:
@@ -158,10 +165,10 @@ def _annotate(images: dict[int, CocoImage], entries: Iterable[Any], categories: 
     for entry in entries:
         annotation_id, image_id = _get(entry, "id"), _get(entry, "image_id")
         category_id, bbox = _get(entry, "category_id"), _get(entry, "bbox")
-        where = f"annotation {annotation_id} of image {image_id}"
-        image = images.get(image_id) if _is_count(image_id) else None
-        if not _is_count(annotation_id):
-            findings.append(Finding("bad entry", where, f"needs a whole id >= 0: {_short(entry)}"))
+        where = f"annotation {described(annotation_id)} of image {described(image_id)}"
+        image = images.get(image_id) if is_whole(image_id) else None
+        if not is_whole(annotation_id):
+            findings.append(Finding("bad entry", where, f"needs a whole id >= 0: {described(entry)}"))
             continue
         if annotation_id in seen:
             findings.append(Finding("duplicate id", where, "the id belongs to an earlier annotation too"))
@@ -170,8 +177,8 @@ def _annotate(images: dict[int, CocoImage], entries: Iterable[Any], categories: 
         if image is None:
             findings.append(Finding("unknown image", where, "no such image in the json"))
             continue
-        if not isinstance(category_id, int) or category_id not in categories:
-            findings.append(Finding("unknown category", where, f"category_id {category_id!r}"))
+        if type(category_id) is not int or category_id not in categories:
+            findings.append(Finding("unknown category", where, f"category_id {described(category_id)}"))
             continue
         fault = box_fault(bbox, image.height, image.width)
         if fault:
@@ -186,7 +193,7 @@ def _annotate(images: dict[int, CocoImage], entries: Iterable[Any], categories: 
                 "id": annotation_id,
                 "bbox": bbox,
                 "category_id": category_id,
-                "area": area if _is_number(area) else bbox[2] * bbox[3],
+                "area": area if is_number(area) else bbox[2] * bbox[3],
                 "iscrowd": int(bool(iscrowd)),
             }
         )
@@ -197,14 +204,5 @@ def _get(entry: Any, key: str) -> Any:
     return entry.get(key) if isinstance(entry, dict) else None
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(entry: Any) -> str:
-    text = json.dumps(entry)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _is_coordinate(value: Any) -> bool:
+    return is_number(value) and abs(value) <= MOST_COORDINATE

@@ -13,33 +13,47 @@ from pathlib import Path
 from rich.progress import Progress
 
 from .coco import CocoImage, Finding, box_fault
+from .config import MOST_PIXELS
 from .formats import read_annotations
-from .index import SampleError, Shard, ShardIndex, ShardReader, file_sha256, tar_members
+from .index import SampleError, ShardIndex, ShardReader, file_sha256, tar_members
+from .layout import Shard
 from .parallel import ordered_map
-from .shards import inspect_image, missing_images
+from .shards import file_findings, inspect_file, inspect_image
 
 Digest = tuple[str, bytes]  # where an image is, and the digest of its bytes
 
 
-def check_coco(annotations: Path, images: Path, *, workers: int = 0, progress: Progress | None = None) -> list[Finding]:
+def check_coco(
+    annotations: Path,
+    images: Path,
+    *,
+    workers: int = 0,
+    allow_outside: bool = False,
+    most_pixels: int = MOST_PIXELS,
+    progress: Progress | None = None,
+) -> list[Finding]:
     """All that is wrong with a COCO json and its images; every image is decoded.
 
+    allow_outside, most_pixels: as `pack` has them.
     Raises FileNotFoundError without json or folder, ValueError when the json is no COCO json.
     """
-    coco = read_annotations(annotations, images)
-    findings = coco.findings + missing_images(coco, images)
-    present = [image for image in coco.images if (images / image.file_name).is_file()]
+    coco = read_annotations(annotations, images, allow_outside=allow_outside, most_pixels=most_pixels)
+    faults = file_findings(coco, images, allow_outside)
+    findings = coco.findings + list(faults.values())
+    present = [image for image in coco.images if image.image_id not in faults]
     task = progress.add_task("checking images", total=len(present)) if progress else None
     digests = []
-    for finding, digest in ordered_map(partial(_check_file, images), present, workers=workers, chunk=16):
+    for finding, digest in ordered_map(partial(_check_file, images, most_pixels), present, workers=workers, chunk=16):
         findings += [finding] if finding else []
-        digests.append(digest)
+        digests += [digest] if digest else []
         if progress and task is not None:
             progress.advance(task)
     return findings + _duplicates(digests)
 
 
-def check_shards(folder: Path, *, workers: int = 0, progress: Progress | None = None) -> list[Finding]:
+def check_shards(
+    folder: Path, *, workers: int = 0, most_pixels: int = MOST_PIXELS, progress: Progress | None = None
+) -> list[Finding]:
     """All that is wrong with a folder of shards: files against the index, checksums, images, boxes, duplicates.
 
     Raises FileNotFoundError without folder or index, ValueError for an unusable index.
@@ -55,7 +69,7 @@ def check_shards(folder: Path, *, workers: int = 0, progress: Progress | None = 
     task = progress.add_task("checking samples", total=index.num_samples) if progress else None
     digests: list[Digest] = []
     for number, (some, more) in zip(
-        numbers, ordered_map(partial(_check_shard, index), numbers, workers=workers), strict=True
+        numbers, ordered_map(partial(_check_shard, index, most_pixels), numbers, workers=workers), strict=True
     ):
         findings += some
         digests += more
@@ -64,12 +78,12 @@ def check_shards(folder: Path, *, workers: int = 0, progress: Progress | None = 
     return findings + _duplicate_keys(index.shards) + _duplicates(digests)
 
 
-def _check_file(folder: Path, image: CocoImage) -> tuple[Finding | None, Digest]:
-    data = (folder / image.file_name).read_bytes()
-    return inspect_image(image, data)[0], (f"image {image.image_id} ({image.file_name})", _digest(data))
+def _check_file(folder: Path, most_pixels: int, image: CocoImage) -> tuple[Finding | None, Digest | None]:
+    finding, _, data = inspect_file(image, folder / image.file_name, most_pixels)
+    return finding, (f"image {image.image_id} ({image.file_name})", _digest(data)) if data else None
 
 
-def _check_shard(index: ShardIndex, number: int) -> tuple[list[Finding], list[Digest]]:
+def _check_shard(index: ShardIndex, most_pixels: int, number: int) -> tuple[list[Finding], list[Digest]]:
     shard = index.shards[number]
     findings = _check_bytes(shard)
     digests: list[Digest] = []
@@ -82,7 +96,7 @@ def _check_shard(index: ShardIndex, number: int) -> tuple[list[Finding], list[Di
             findings.append(Finding("wrong bytes", where, str(error).partition(": sample ")[2]))
             continue
         image = CocoImage(**entry)
-        finding = inspect_image(image, data)[0]
+        finding = inspect_image(image, data, most_pixels)[0]
         findings += [Finding(finding.kind, where, finding.what)] if finding else []
         digests.append((where, _digest(data)))
         indexed = tuple(int(shard.samples[row][name]) for name in ("image_id", "height", "width", "num_boxes"))

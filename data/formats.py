@@ -13,20 +13,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
-
-import yaml
-from PIL import Image
+from xml.parsers import expat
 
 from .coco import CocoSet, Finding, coco_set, read_coco
+from .config import MOST_PIXELS
+from .documents import parse_yaml
+from .images import TooManyPixels, file_fault, image_size, read_file
 from .index import file_sha256
+from .values import described
 
+MOST_TEXT_BYTES = 64 << 20  # of an xml, txt or yaml file
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
 
 
-def read_annotations(path: Path, images: Path) -> CocoSet:
+def read_annotations(
+    path: Path, images: Path, *, allow_outside: bool = False, most_pixels: int = MOST_PIXELS
+) -> CocoSet:
     """A COCO json, a folder of VOC xml files, or a folder of YOLO txt files, which may lie in folders below.
 
+    allow_outside, most_pixels: for YOLO, whose images are looked at for their sizes; as `pack` has them.
     Raises FileNotFoundError when there is none of them, ValueError when nothing in it can be used.
     """
     if not path.is_dir():
@@ -34,7 +40,7 @@ def read_annotations(path: Path, images: Path) -> CocoSet:
     if any(path.rglob("*.xml")):
         return _read_voc(path)
     if any(path.rglob("*.txt")):
-        return _read_yolo(path, images)
+        return _read_yolo(path, images, allow_outside, most_pixels)
     raise FileNotFoundError(
         f"{path}: neither VOC .xml nor YOLO .txt files in it; name a COCO json or a folder of these "
         "(a folder of shards holds its images: leave out IMAGES)"
@@ -57,7 +63,7 @@ def _read_voc(folder: Path) -> CocoSet:
     for number, file in enumerate(sorted(folder.rglob("*.xml")), 1):
         where = str(file.relative_to(folder))
         try:
-            root = ElementTree.parse(file).getroot()
+            root = _parse_xml(read_file(file, MOST_TEXT_BYTES))
             sizes = {name: int(_text(root, f"size/{name}")) for name in ("height", "width")}
             images.append({"id": number, "file_name": _text(root, "filename"), **sizes})
             for entry in root.iter("object"):
@@ -67,7 +73,7 @@ def _read_voc(folder: Path) -> CocoSet:
                 bbox = [left - 1, top - 1, right - left + 1, bottom - top + 1]
                 rest = {"bbox": bbox, "iscrowd": int(entry.findtext("difficult", "0"))}
                 objects.append((number, _text(entry, "name"), rest))
-        except (ElementTree.ParseError, ValueError) as error:
+        except (ElementTree.ParseError, expat.ExpatError, OSError, ValueError, LookupError) as error:
             findings.append(Finding("bad entry", where, str(error)))
     ids = {name: number for number, name in enumerate(sorted({name for _, name, _ in objects}), 1)}
     annotations = [
@@ -77,27 +83,52 @@ def _read_voc(folder: Path) -> CocoSet:
     return _as_coco(folder, images, annotations, ids.items(), findings)
 
 
-def _read_yolo(folder: Path, image_folder: Path) -> CocoSet:
+def _parse_xml(data: bytes) -> ElementTree.Element:
+    """Raises ValueError for a document that declares a type: only that can define entities, and VOC needs neither."""
+
+    def refuse(name: str, *_: object) -> None:
+        raise ValueError("it has a <!DOCTYPE>, which may define entities without end; take it out")
+
+    # Looked at first, because ElementTree's parser does not let itself be told.
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = refuse
+    parser.Parse(data, True)
+    return ElementTree.fromstring(data)
+
+
+def _read_yolo(folder: Path, image_folder: Path, allow_outside: bool, most_pixels: int) -> CocoSet:
     names_file, names = _yolo_names(folder)
     findings: list[Finding] = []
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     files = sorted(file for file in image_folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     left = {file for file in folder.rglob("*.txt") if file != names_file}
+    resolved = image_folder.resolve()
     for number, file in enumerate(files, 1):
         name = file.relative_to(image_folder)
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-        except OSError as error:
-            findings.append(Finding("undecodable image", str(name), str(error)))
+        fault = file_fault(resolved, str(name), allow_outside=allow_outside)
+        if fault is None:
+            try:
+                height, width = image_size(file, most_pixels)
+            except TooManyPixels as error:
+                fault = "too large image", str(error)
+            except (OSError, ValueError) as error:
+                fault = "undecodable image", str(error)
+        if fault is not None:
+            findings.append(Finding(fault[0], str(name), fault[1]))
+            left.discard((folder / name).with_suffix(".txt"))
             continue
         images.append({"id": number, "file_name": name.as_posix(), "height": height, "width": width})
         labels = (folder / name).with_suffix(".txt")
         if labels not in left:
             continue  # an image without objects
         left.remove(labels)
-        for row, line in enumerate(labels.read_text().splitlines(), 1):
+        try:
+            lines = read_file(labels, MOST_TEXT_BYTES).decode().splitlines()
+        except (OSError, ValueError) as error:
+            findings.append(Finding("bad entry", str(labels.relative_to(folder)), str(error)))
+            continue
+        for row, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -124,17 +155,24 @@ def _yolo_names(folder: Path) -> tuple[Path, dict[int, str]]:
             file = place / name
             if not file.is_file():
                 continue
-            if file.suffix != ".yaml":
-                return file, dict(enumerate(line.strip() for line in file.read_text().splitlines() if line.strip()))
-            names = (yaml.safe_load(file.read_text()) or {}).get("names")
-            if isinstance(names, list):
-                return file, dict(enumerate(map(str, names)))
-            if isinstance(names, dict):
-                return file, {int(number): str(name) for number, name in names.items()}
-            raise ValueError(f"{file}: no list `names` in it")
+            try:
+                return file, _names(read_file(file, MOST_TEXT_BYTES).decode(), is_yaml=file.suffix == ".yaml")
+            except (ValueError, OverflowError, TypeError) as error:
+                raise ValueError(f"{file}: {error}") from error
     raise FileNotFoundError(
         f"{folder}: the names of the classes are missing: put one of {', '.join(NAME_FILES)} into it"
     )
+
+
+def _names(text: str, is_yaml: bool) -> dict[int, str]:
+    if not is_yaml:
+        return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
+    values = parse_yaml(text)
+    names = values.get("names") if isinstance(values, dict) else None
+    if not isinstance(names, (list, dict)):
+        raise ValueError("no list `names` in it")
+    pairs = enumerate(names) if isinstance(names, list) else names.items()
+    return {int(number): name if isinstance(name, str) else described(name) for number, name in pairs}
 
 
 def _as_coco(

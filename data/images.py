@@ -111,6 +111,23 @@ def read_file(path: Path, most_bytes: int = MOST_FILE_BYTES) -> bytes:
     return data
 
 
+def file_fault(folder: Path, name: str, *, allow_outside: bool = False) -> tuple[str, str] | None:
+    """Why the file called `name` in a folder is not to be read: (kind of finding, what); None for one that is.
+
+    folder: resolved. A name with .. or a link may lead out of it to any file of this machine.
+    """
+    try:
+        place = os.path.realpath(folder / name)
+        if not allow_outside and not Path(place).is_relative_to(folder):
+            return "outside image", f"{name} is {place}, outside {folder}"
+        mode = os.stat(place).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing image", f"no file {name} in {folder}"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        return "missing image", f"no file {name} in {folder} ({error})"
+    return None if stat.S_ISREG(mode) else ("not a file", f"{place} is a folder, a pipe or a device")
+
+
 def _opened(file: BinaryIO, most_pixels: int, use: Callable[[Image.Image], Result]) -> Result:
     """What `use` makes of the image, which is not decoded yet. What goes wrong in PIL is a ValueError."""
     try:
@@ -153,7 +170,7 @@ def _check_size(height: int, width: int, most_pixels: int, stated: tuple[int, in
             "if it is meant to be so large, raise it"
         )
     if stated is not None and (height, width) != stated:
-        raise SizeError(f"stated as {stated[1]} x {stated[0]}, the file holds {width} x {height} pixels")
+        raise SizeError(f"the json says {stated[1]} x {stated[0]}, the file holds {width} x {height} pixels")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -10,90 +10,39 @@ import json
 import os
 import tarfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from .addresses import shown
 from .categories import Categories
+from .documents import parse_json
+from .images import read_file
+from .layout import INDEX_NAME, INDEX_VERSION, MOST_INDEX_BYTES, Shard, entry_from_json
 from .parallel import threaded_map
+from .text import visible
+from .values import described, member
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 READS_AT_ONCE = 16  # of a process, from a remote source
-INDEX_NAME = "index.json"
-INDEX_VERSION = 1
-
-# One row a sample. Offsets and sizes are bytes of the tar; num_boxes counts annotations, crowds included.
-SAMPLE_DTYPE = np.dtype(
-    [
-        ("image_id", np.int64),
-        ("height", np.int32),
-        ("width", np.int32),
-        ("num_boxes", np.int32),
-        ("image_offset", np.int64),
-        ("image_bytes", np.int64),
-        ("annotations_offset", np.int64),
-        ("annotations_bytes", np.int64),
-        ("image_crc32", np.uint32),
-        ("annotations_crc32", np.uint32),
-    ]
-)
 
 
 class SampleError(ValueError):
     """A sample that cannot be used; the message names its shard and key and says what to do."""
 
 
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """One tar file. samples: rows of SAMPLE_DTYPE in the tar's order. fingerprint: digest of what it was made from."""
-
-    path: Path
-    bytes: int
-    sha256: str
-    fingerprint: str
-    samples: np.ndarray
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def key(self, row: int) -> str:
-        """The name of a sample in the tar, without suffix."""
-        return sample_key(int(self.samples[row]["image_id"]))
-
-    def to_json(self) -> dict[str, Any]:
-        columns = {name: self.samples[name].tolist() for name in SAMPLE_DTYPE.names or ()}
-        samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return {
-            "name": self.name,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "fingerprint": self.fingerprint,
-            "samples": [{"key": sample_key(sample["image_id"]), **sample} for sample in samples],
-        }
-
-    @classmethod
-    def from_json(cls, folder: Path, values: dict[str, Any]) -> "Shard":
-        rows = [tuple(sample[name] for name in SAMPLE_DTYPE.names or ()) for sample in values["samples"]]
-        samples = np.array(rows, dtype=SAMPLE_DTYPE)
-        if Path(values["name"]).name != values["name"]:
-            raise ValueError(f"a shard is called {values['name']!r}, which is no file name")
-        return cls(folder / values["name"], values["bytes"], values["sha256"], values["fingerprint"], samples)
-
-
 class ShardIndex:
     """All shards of a set, in order; samples are numbered through them.
 
-    location: their folder, as it was asked for. open: a descriptor of a shard's file, or of a local copy of it. fetch:
-    makes sure of the copy; None where there is none to make. part: the bytes of a shard between two offsets, where they
-    come from a remote source each time.
+    location: their folder, as a message may tell it; real_location: as it was asked for. open: a descriptor of a
+    shard's file, or of a local copy of it. fetch: makes sure of the copy; None where there is none to make. part: the
+    bytes of a shard between two offsets, where they come from a remote source each time.
     Raises nothing itself; `load` checks the files.
     """
 
@@ -104,13 +53,17 @@ class ShardIndex:
         source: dict[str, Any],
         shards: Sequence[Shard],
     ) -> None:
-        self.location = str(location)
+        self.real_location = str(location)
         self.categories = categories
         self.source = source  # what the shards were made from: name and digest of the json, counts
         self.shards = tuple(shards)
         self.open: Callable[[Shard], int] = _open
         self.fetch: Callable[[Shard], Any] | None = None
         self.part: Callable[[Shard, int, int], bytes] | None = None
+
+    @property
+    def location(self) -> str:
+        return shown(self.real_location)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
@@ -130,21 +83,35 @@ class ShardIndex:
         path = folder / INDEX_NAME
         if not path.is_file():
             what = "no such folder" if not folder.exists() else f"no {INDEX_NAME} in it, so it is no folder of shards"
-            raise FileNotFoundError(f"{folder}: {what}. Make one with `ddetr data pack COCO_JSON IMAGES {folder}`.")
-        return cls.parse(path.read_bytes(), folder, folder)
+            where = shown(folder)
+            raise FileNotFoundError(f"{where}: {what}. Make one with `ddetr data pack COCO_JSON IMAGES {where}`.")
+        return cls.parse(read_file(path, MOST_INDEX_BYTES), folder, folder)
 
     @classmethod
     def parse(cls, text: bytes, location: str | Path, folder: Path) -> "ShardIndex":
         """The index in the text of index.json, its shards in `folder`. Raises ValueError when it is not usable."""
         try:
-            values = json.loads(text)
-            if values["version"] != INDEX_VERSION:
-                raise ValueError(f"version {values['version']} (this release reads {INDEX_VERSION})")
-            shards = [Shard.from_json(folder, item) for item in values["shards"]]
-            return cls(location, Categories.from_json(values["categories"]), values["source"], shards)
-        except (ValueError, KeyError, TypeError) as error:
+            values = parse_json(text)
+            version = values.get("version") if isinstance(values, dict) else None
+            if version != INDEX_VERSION or type(version) is not int:
+                raise ValueError(f"version {described(version)} (this release reads {INDEX_VERSION})")
+            shards = [Shard.from_json(folder, item) for item in member(values, "shards", list)]
+            if not any(len(shard.samples) for shard in shards):
+                raise ValueError("no samples in it")
+            if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
+                raise ValueError(f"{twice[0]} is in it twice")
+            source = member(values, "source", dict)
+            if not all(type(value) in (str, int) for value in source.values()):
+                raise ValueError(f"'source' is {described(source)}")
+            categories = Categories.from_json(member(values, "categories", list))
+            if not categories:
+                raise ValueError("no categories in it")
+            return cls(location, categories, source, shards)
+        except (ValueError, MemoryError) as error:
+            what = visible(str(error)) or "it takes more memory than there is"
             raise ValueError(
-                f"{location}/{INDEX_NAME}: not a usable index ({error}); delete the folder and pack again"
+                f"{shown(location)}/{INDEX_NAME}: not a usable index ({what}); copy the set again from where it is "
+                "from, or pack it into a new folder"
             ) from error
 
     def check(self, sizes: Mapping[str, int | None]) -> None:
@@ -175,11 +142,12 @@ class ShardIndex:
             "source": self.source,
             "shards": [shard.to_json() for shard in self.shards],
         }
-        write_whole(Path(self.location) / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
+        write_whole(Path(self.real_location) / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
 
     def extra_shards(self) -> list[str]:
         """Tar files in a local folder that the index does not name."""
-        return sorted({path.name for path in Path(self.location).glob("*.tar")} - {shard.name for shard in self.shards})
+        found = {path.name for path in Path(self.real_location).glob("*.tar")}
+        return sorted(visible(name) for name in found - {shard.name for shard in self.shards})
 
     @property
     def num_samples(self) -> int:
@@ -228,12 +196,22 @@ class ShardReader:
 
     def annotations(self, shard: int, row: int) -> dict[str, Any]:
         """{"image_id", "file_name", "height", "width", "annotations"} as packed."""
-        return json.loads(self._read(shard, row, "annotations")[0])
+        return self._entry(shard, row, self._read(shard, row, "annotations")[0])
 
     def sample(self, shard: int, row: int) -> tuple[bytes, dict[str, Any]]:
-        """Both, read at once."""
+        """Both, read at once; they are of the image that the index says."""
         image, annotations = self._read(shard, row, "image", "annotations")
-        return image, json.loads(annotations)
+        entry, indexed = self._entry(shard, row, annotations), self._index.shards[shard].samples[row]
+        for name in ("image_id", "height", "width"):
+            if entry[name] != indexed[name]:
+                raise self.error(shard, row, f"{name} is {entry[name]} in the shard, {indexed[name]} in the index")
+        return image, entry
+
+    def _entry(self, shard: int, row: int, data: bytes) -> dict[str, Any]:
+        try:
+            return entry_from_json(data)
+        except ValueError as error:
+            raise self.error(shard, row, f"its annotations cannot be used: {visible(str(error))}") from error
 
     def ahead(self, read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`read(item)` for each item in order; what comes from a remote source is asked for early, many at once."""
@@ -244,7 +222,8 @@ class ShardReader:
         place = self._index.shards[shard]
         return SampleError(
             f"{self._index.location}/{place.name}: sample {place.key(row)}: {what}. "
-            f"`ddetr data check {self._index.location}` lists every bad sample; delete this shard and pack it again."
+            f"`ddetr data check {self._index.location}` lists every bad sample; pack this shard again, or copy it "
+            "again from where it is from."
         )
 
     def close(self) -> None:
@@ -287,17 +266,21 @@ def _open(shard: Shard) -> int:
     return os.open(shard.path, os.O_RDONLY)
 
 
-def sample_key(image_id: int) -> str:
-    return f"{image_id:012d}"
-
-
 def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """key -> suffix -> (offset, size) of a tar's files, from its own headers. Raises tarfile.TarError."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.offset < end or member.size < 0:  # would be read for ever
+                    raise tarfile.ReadError("its headers lead back into what was read")
+                end = member.offset_data
+                key, _, suffix = member.name.partition(".")
+                members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+    except (ValueError, ArithmeticError, RecursionError, MemoryError, EOFError) as error:
+        # tarfile computes with whatever numbers a header holds, and calls itself for each header that extends another.
+        raise tarfile.ReadError(f"its headers cannot be read ({visible(str(error))})") from error
     return members
 
 

@@ -6,37 +6,33 @@ with a sidecar that holds its part of the index; `index.json` is written last. P
 """
 
 import hashlib
-import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.progress import Progress
 from webdataset.writer import TarWriter
 
 from .coco import CocoImage, CocoSet, Finding, summary
+from .config import MOST_PIXELS
+from .documents import parse_json
 from .formats import digest, read_annotations
-from .index import (
-    INDEX_NAME,
-    SAMPLE_DTYPE,
-    Shard,
-    ShardIndex,
-    file_sha256,
-    partial_path,
-    sample_key,
-    tar_members,
-    write_whole,
-)
+from .images import SizeError, TooManyPixels, file_fault, image_suffix, load_image, read_file
+from .index import ShardIndex, file_sha256, partial_path, tar_members, write_whole
+from .layout import INDEX_NAME, MOST_INDEX_BYTES, SAMPLE_DTYPE, Shard, sample_key
 from .parallel import ordered_map
-from .transforms import load_image
+from .text import visible
 
 __all__ = ["ShardIndex", "pack"]
+
+_LEFTOVER = re.compile(r"\.(shard-[0-9]{6,}\.(tar|json)|index\.json)\.[0-9]+\.partial")  # of a pack that was killed
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,16 @@ def pack(
     workers: int,
     shard_bytes: int = 64 << 20,
     drop_degenerate: bool = False,
+    allow_outside: bool = False,
+    most_pixels: int = MOST_PIXELS,
     progress: Progress | None = None,
 ) -> ShardIndex:
     """Write the images that a COCO json names, with their annotations, as shards of nearly equal size.
 
     annotations: the json, or a folder of Pascal VOC xml or YOLO txt files.
     shard_bytes: size that shards do not exceed by more than a sample. workers: processes, 0 for one per core. Every
-    image is decoded once to be sure of it.
+    image is decoded once to be sure of it. allow_outside: images may lie outside `images`, by .., by a link or by an
+    absolute name. most_pixels: an image that states more is an error.
 
     Raises ValueError, listing what is wrong, for a json with errors (boxes without area too, unless
     `drop_degenerate` leaves them out) and for missing or undecodable images; FileExistsError when `output` holds
@@ -75,9 +74,9 @@ def pack(
     """
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
-    coco = read_annotations(annotations, images)
+    coco = read_annotations(annotations, images, allow_outside=allow_outside, most_pixels=most_pixels)
     refused = [f for f in coco.findings if f.severity == "error" and not (drop_degenerate and _is_droppable(f))]
-    refused += missing_images(coco, images)
+    refused += file_findings(coco, images, allow_outside).values()
     if refused:
         raise ValueError(f"{annotations}: nothing was packed, {len(refused)} error(s):\n{summary(refused)}")
     jobs = plan_shards(coco, images, output, shard_bytes)
@@ -88,7 +87,9 @@ def pack(
     todo = [job for job in jobs if job.path not in finished]
     if progress and task is not None:
         progress.advance(task, len(coco.images) - sum(len(job.images) for job in todo))
-    for job, result in zip(todo, ordered_map(write_shard, todo, workers=workers), strict=True):
+    for job, result in zip(
+        todo, ordered_map(partial(write_shard, most_pixels=most_pixels), todo, workers=workers), strict=True
+    ):
         if isinstance(result, Shard):
             finished[job.path] = result
         else:
@@ -109,19 +110,19 @@ def pack(
     }
     index = ShardIndex(output, coco.categories, source, [finished[job.path] for job in jobs])
     index.save()
-    for leftover in [*(job.sidecar for job in jobs), *output.glob(".*.partial")]:
+    partials = [path for path in output.iterdir() if _LEFTOVER.fullmatch(path.name)]
+    for leftover in [*(job.sidecar for job in jobs), *partials]:
         leftover.unlink(missing_ok=True)
     return ShardIndex.load(output)
 
 
-def missing_images(coco: CocoSet, folder: Path) -> list[Finding]:
+def file_findings(coco: CocoSet, folder: Path, allow_outside: bool) -> dict[int, Finding]:
+    """Image id -> why its file is not to be read; nothing is opened."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected the images that the json names")
-    return [
-        Finding("missing image", f"image {image.image_id}", f"no file {image.file_name} in {folder}")
-        for image in coco.images
-        if not (folder / image.file_name).is_file()
-    ]
+    resolved = folder.resolve()
+    faults = ((image, file_fault(resolved, image.file_name, allow_outside=allow_outside)) for image in coco.images)
+    return {image.image_id: Finding(fault[0], f"image {image.image_id}", fault[1]) for image, fault in faults if fault}
 
 
 def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> list[ShardJob]:
@@ -154,18 +155,17 @@ def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> 
     return jobs
 
 
-def write_shard(job: ShardJob) -> Shard | list[Finding]:
+def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> Shard | list[Finding]:
     """Write one shard and its sidecar, or return what is wrong with its images and leave nothing."""
     findings: list[Finding] = []
     checksums: dict[int, tuple[int, int]] = {}
-    partial = partial_path(job.path)
+    unfinished = partial_path(job.path)
     try:
         # mtime 0, fixed owner and mode: equal content gives equal bytes.
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             with TarWriter(file, encoder=False, mtime=0.0) as tar:
                 for image, path in zip(job.images, job.files, strict=True):
-                    data = path.read_bytes()
-                    finding, suffix = inspect_image(image, data)
+                    finding, suffix, data = inspect_file(image, path, most_pixels)
                     if finding:
                         findings.append(finding)
                         continue
@@ -176,32 +176,35 @@ def write_shard(job: ShardJob) -> Shard | list[Finding]:
             os.fsync(file.fileno())
         if findings:
             return findings
-        shard = replace(_describe(job, partial, checksums), path=job.path)
-        partial.rename(job.path)
-        write_whole(job.sidecar, json.dumps(shard.to_json()).encode())
+        shard = replace(_describe(job, unfinished, checksums), path=job.path)
+        write_whole(job.sidecar, json.dumps(shard.to_json()).encode())  # first: a shard without it is somebody else's
+        unfinished.rename(job.path)
         return shard
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def inspect_image(image: CocoImage, data: bytes) -> tuple[Finding | None, str]:
+def inspect_file(image: CocoImage, path: Path, most_pixels: int) -> tuple[Finding | None, str, bytes]:
+    """`inspect_image` of a file, and its bytes; none where it cannot be read."""
+    try:
+        data = read_file(path)
+    except (OSError, ValueError) as error:
+        return Finding("undecodable image", f"image {image.image_id} ({image.file_name})", str(error)), "", b""
+    return *inspect_image(image, data, most_pixels), data
+
+
+def inspect_image(image: CocoImage, data: bytes, most_pixels: int) -> tuple[Finding | None, str]:
     """Decode an image file as the stream will. Returns (what is wrong or None, the file's suffix in the shard)."""
     where = f"image {image.image_id} ({image.file_name})"
     try:
-        height, width = load_image(data).shape[:2]
+        load_image(data, most_pixels=most_pixels, stated=(image.height, image.width))
+        return None, image_suffix(data, most_pixels)
+    except TooManyPixels as error:
+        return Finding("too large image", where, str(error)), ""
+    except SizeError as error:
+        return Finding("wrong size", where, str(error)), ""
     except ValueError as error:
         return Finding("undecodable image", where, str(error)), ""
-    if (width, height) != (image.width, image.height):
-        what = f"the json says {image.width} x {image.height}, the file holds {width} x {height} pixels"
-        return Finding("wrong size", where, what), ""
-    return None, image_suffix(data)
-
-
-def image_suffix(data: bytes) -> str:
-    """The suffix by content, as WebDataset's readers know it."""
-    with Image.open(io.BytesIO(data)) as image:
-        name = (image.format or "img").lower()
-    return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name)
 
 
 def _is_droppable(finding: Finding) -> bool:
@@ -253,7 +256,12 @@ def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard
             )
     for job in jobs:
         if job.path not in known and job.sidecar.is_file():
-            known[job.path] = Shard.from_json(output, json.loads(job.sidecar.read_bytes()))
+            known[job.path] = _read_sidecar(job)
+        elif job.path not in known and os.path.lexists(job.path):
+            raise FileExistsError(
+                f"{job.path}: a shard that nothing says to be of this set, and that would be overwritten; "
+                "choose another folder or delete it"
+            )
     return {
         job.path: shard
         for job in jobs
@@ -262,3 +270,16 @@ def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard
         and job.path.is_file()
         and file_sha256(job.path) == shard.sha256
     }
+
+
+def _read_sidecar(job: ShardJob) -> Shard:
+    try:
+        shard = Shard.from_json(job.path.parent, parse_json(read_file(job.sidecar, MOST_INDEX_BYTES)))
+        if shard.path != job.path:
+            raise ValueError(f"it is of {shard.name}")
+        return shard
+    except ValueError as error:
+        raise ValueError(
+            f"{job.sidecar}: not what `ddetr data pack` notes beside a shard ({visible(str(error))}); choose another "
+            "folder or delete it"
+        ) from error

@@ -1,28 +1,35 @@
 """Where shards come from when they are not in a local folder: http(s), S3, or the output of a command.
 
 A source gives the bytes of a file from an offset on. It does not retry: `fetch` does, and goes on where it was cut off.
+What a source says is a stranger's: never more bytes than were asked for, no control characters in a message.
 """
 
 import contextlib
 import os
 import random
+import re
 import select
 import shlex
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import urllib3
 
+from .addresses import is_remote, origin, redirected, shown, split
+
+__all__ = ["LostError", "Source", "SourceError", "fetch", "is_remote", "shown", "source_of"]
+
 CHUNK_BYTES = 1 << 18
-SCHEMES = ("http://", "https://", "s3://", "pipe:")
+MOST_REDIRECTS = 10
 WHOLE_FILES = "set data.fetch=shards"
 _AT_ONCE = 32  # connections of a process
+_TOLD = 500  # characters that a message repeats of what a source said
 
 
 Value = TypeVar("Value")
@@ -38,10 +45,10 @@ class LostError(SourceError):
 
 class Source(Protocol):
     def address(self, name: str) -> str:
-        """Of a file, as an error names it."""
+        """Of a file, as an error names it: without secrets."""
         ...
 
-    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
+    def read(self, name: str, offset: int, end: int | None = None) -> Generator[bytes, None, None]:
         """The bytes of a file from an offset on, in pieces; of no more than those before `end`, where it is given.
 
         Raises LostError and SourceError.
@@ -53,14 +60,10 @@ class Source(Protocol):
         ...
 
 
-def is_remote(location: str) -> bool:
-    return location.startswith(SCHEMES)
-
-
 def source_of(location: str, timeout_seconds: float) -> Source:
     """The source at `location`: http(s)://host/folder, s3://bucket/prefix, or pipe:COMMAND with {} for a file's name.
 
-    timeout_seconds: how long a connection may be silent.
+    timeout_seconds: how long a connection may be silent. Raises ValueError for what is no such address.
     """
     if location.startswith("pipe:"):
         return Pipe(location.removeprefix("pipe:"), timeout_seconds)
@@ -74,29 +77,33 @@ def fetch(
     name: str,
     write: Callable[[bytes], Any],
     *,
-    size: int | None,
+    size: int,
+    exact: bool = True,
     offset: int = 0,
     end: int | None = None,
     attempts: int,
 ) -> None:
     """Write a file from `offset` on, in as many attempts as it takes, each going on where the last one ended.
 
-    Waits between two attempts that brought nothing, twice as long each time. size: of the whole file in bytes, where it
-    is known. end: where the part ends that is wanted, if it is not all of the file. Raises SourceError after `attempts`
-    that brought nothing in a row, or when trying again is of no use.
+    Waits between two attempts that brought nothing, twice as long each time. size: of the whole file in bytes; the most
+    it may have, where that is not known exactly. end: where the part ends that is wanted, if it is not all of the file.
+    No byte beyond either is written. Raises SourceError after `attempts` that brought nothing in a row, or when trying
+    again is of no use.
     """
     failures = 0
+    last = size if end is None else end
     while True:
         try:
-            for piece in source.read(name, offset, end):
-                write(piece)
-                offset += len(piece)
-                failures = 0
-            last = size if end is None else end
-            if last is None or offset == last:
+            with contextlib.closing(source.read(name, offset, end)) as pieces:
+                for piece in pieces:
+                    if offset + len(piece) > last:
+                        limit = f"the {last} bytes of the index" if exact else f"{last} bytes, the most that are read"
+                        raise SourceError(f"has more than {limit}")
+                    write(piece)
+                    offset += len(piece)
+                    failures = 0
+            if offset == last or not exact:
                 return
-            if offset > last:
-                raise SourceError(f"has more than the {last} bytes of the index")
             raise LostError(f"ended after {offset} of {last} bytes")
         except LostError as error:
             failures += 1
@@ -105,6 +112,11 @@ def fetch(
             time.sleep(min(30.0, 0.25 * 2**failures) * random.uniform(0.5, 1))
         except SourceError as error:
             raise SourceError(f"{source.address(name)}: {error}") from error
+
+
+def _told(text: object) -> str:
+    """What a source said, or an error about it, as a message may repeat it."""
+    return shown(text)[:_TOLD]
 
 
 def _range(offset: int, end: int | None) -> str:
@@ -126,33 +138,37 @@ class PerProcess(Generic[Value]):
 
 
 class Http:
+    """A login is for the host that the location names: no redirect carries it anywhere else."""
+
     def __init__(self, location: str, timeout_seconds: float) -> None:
-        parts = urlsplit(location)
+        try:
+            parts = split(location)
+        except ValueError as error:
+            raise ValueError(f"{shown(location)}: {error}") from None
         login, _, host = parts.netloc.rpartition("@")
-        self._headers = urllib3.make_headers(basic_auth=unquote(login)) if login else {}
+        self._login = urllib3.make_headers(basic_auth=unquote(login)) if login else {}
         self._folder, self._query = f"{parts.scheme}://{host}{parts.path.rstrip('/')}", parts.query
         timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
-        retries = urllib3.Retry(0, redirect=5)
-        self._pool = PerProcess(lambda: urllib3.PoolManager(maxsize=_AT_ONCE, timeout=timeout, retries=retries))
+        self._pool = PerProcess(lambda: urllib3.PoolManager(maxsize=_AT_ONCE, timeout=timeout, retries=False))
 
     def address(self, name: str) -> str:
-        return f"{self._folder}/{quote(name)}"  # without login and query, which are often secrets
+        return shown(f"{self._folder}/{quote(name)}")
 
-    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
-        response = self._request("GET", name, {"Range": _range(offset, end)} if offset or end else {})
+    def read(self, name: str, offset: int, end: int | None = None) -> Generator[bytes, None, None]:
+        response, where = self._request("GET", name, {"Range": _range(offset, end)} if offset or end else {})
         try:
             if offset and response.status == 416:  # nothing is left
                 return
-            self._check(response)
+            _check(response, where)
             if end and response.status != 206:
-                raise SourceError(f"the server gives no parts of files; {WHOLE_FILES}")
+                raise SourceError(f"the server{where} gives no parts of files; {WHOLE_FILES}")
             skipped = 0 if response.status == 206 else offset  # a server without ranges sends all of it
-            while piece := response.read1(CHUNK_BYTES):
+            while piece := response.read1(CHUNK_BYTES, decode_content=False):
                 kept, skipped = piece[skipped:], max(0, skipped - len(piece))
                 if kept:
                     yield kept
         except urllib3.exceptions.HTTPError as error:
-            raise LostError(f"the connection was lost ({error})") from error
+            raise LostError(f"the connection was lost ({_told(error)})") from error
         finally:
             response.close()
 
@@ -164,32 +180,70 @@ class Http:
     def _size(self, name: str) -> int | None:
         """-1 where the server does not say, or not now: what is fetched is checked then."""
         try:
-            response = self._request("HEAD", name, {})
+            response, _ = self._request("HEAD", name, {})
         except LostError:
             return -1
+        except SourceError as error:
+            raise SourceError(f"{self.address(name)}: {error}") from error
         response.release_conn()
         if response.status in (404, 410):
             return None
-        return int(response.headers.get("Content-Length", -1)) if response.status == 200 else -1
+        length = response.headers.get("Content-Length", "")
+        said = response.status == 200 and not _encoding(response) and re.fullmatch(r"[0-9]{1,18}", length)
+        return int(length) if said else -1
 
-    def _request(self, method: str, name: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-        url = self.address(name) + (f"?{self._query}" if self._query else "")
-        try:
-            return self._pool().request(method, url, headers={**self._headers, **headers}, preload_content=False)
-        except urllib3.exceptions.HTTPError as error:
-            raise LostError(f"the server cannot be reached ({getattr(error, 'reason', error)})") from error
+    def _request(self, method: str, name: str, headers: dict[str, str]) -> tuple[urllib3.BaseHTTPResponse, str]:
+        """The answer, and who gave it if it was not the host that was asked."""
+        url = first = f"{self._folder}/{quote(name)}" + (f"?{self._query}" if self._query else "")
+        headers = {**headers, "Accept-Encoding": "identity", **self._login}
+        where, seen = "", {url}
+        while True:
+            try:
+                response = self._pool().request(
+                    method, url, headers=headers, preload_content=False, decode_content=False, redirect=False
+                )
+            except urllib3.exceptions.HTTPError as error:
+                raise LostError(f"the server{where} cannot be reached ({_told(error)})") from error
+            location = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or location is None:
+                return response, where
+            response.close()  # unread: what it says beside the address may have no end
+            try:
+                url = redirected(url, location)
+            except ValueError as error:
+                raise SourceError(f"the server{where} answered {response.status}: {error}") from error
+            if url in seen or len(seen) > MOST_REDIRECTS:
+                what = "in a circle" if url in seen else f"more than {MOST_REDIRECTS} times"
+                raise SourceError(f"the server{where} redirects {what}, to {shown(url)[:200]}")
+            seen.add(url)
+            if origin(url) != origin(first):  # not even on the way back: where to was somebody else's choice
+                headers.pop("authorization", None)
+            where = f" at {shown(url)[:200]}"
 
-    def _check(self, response: urllib3.BaseHTTPResponse) -> None:
-        status = f"the server answered {response.status} {response.reason or ''}".rstrip()
-        if response.status >= 500 or response.status in (408, 429):
-            raise LostError(status)
-        if response.status not in (200, 206):
-            raise SourceError(status)
+
+def _encoding(response: urllib3.BaseHTTPResponse) -> str:
+    encoding = response.headers.get("Content-Encoding", "").strip()
+    return "" if encoding.lower() == "identity" else encoding
+
+
+def _check(response: urllib3.BaseHTTPResponse, where: str) -> None:
+    status = f"the server{where} answered {response.status} {_told(response.reason or '')}".rstrip()
+    if response.status >= 500 or response.status in (408, 429):
+        raise LostError(status)
+    if response.status not in (200, 206):
+        raise SourceError(status)
+    if encoding := _encoding(response):
+        # A few bytes of it may stand for any number, and neither sizes nor offsets would be those of the file.
+        raise SourceError(f"the server{where} sends it compressed ({_told(encoding)}), though asked for it as it is")
 
 
 class S3:
     def __init__(self, location: str, timeout_seconds: float) -> None:
         parts = urlsplit(location)
+        if "@" in parts.netloc:
+            raise ValueError(
+                f"{shown(location)}: a login has no place in s3://; set AWS_PROFILE, or the keys beside it"
+            )
         self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self._timeout_seconds = timeout_seconds
         self._client = PerProcess(self._connected)
@@ -209,9 +263,9 @@ class S3:
         return f"{self._prefix}/{name}".lstrip("/")
 
     def address(self, name: str) -> str:
-        return f"s3://{self._bucket}/{self._key(name)}"
+        return shown(f"s3://{self._bucket}/{self._key(name)}")
 
-    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
+    def read(self, name: str, offset: int, end: int | None = None) -> Generator[bytes, None, None]:
         with _s3_errors():
             try:
                 wanted = {"Bucket": self._bucket, "Key": self._key(name), "Range": _range(offset, end)}
@@ -242,11 +296,11 @@ def _s3_errors() -> Iterator[None]:
     except botocore.ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         kind = LostError if status >= 500 or status in (408, 429) else SourceError
-        raise kind(f"S3 answered: {error}") from error
+        raise kind(f"S3 answered: {_told(error)}") from error
     except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
-        raise SourceError(f"{error}; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        raise SourceError(f"{_told(error)}; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except (botocore.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-        raise LostError(f"the connection to S3 was lost ({error})") from error
+        raise LostError(f"the connection to S3 was lost ({_told(error)})") from error
 
 
 class Pipe:
@@ -254,13 +308,15 @@ class Pipe:
 
     def __init__(self, command: str, timeout_seconds: float) -> None:
         if "{}" not in command:
-            raise ValueError(f"pipe:{command} needs {{}} in place of a file's name, as in pipe:ssh host cat /data/{{}}")
+            raise ValueError(
+                f"{shown(f'pipe:{command}')} needs {{}} in place of a file's name, as in pipe:ssh host cat /data/{{}}"
+            )
         self._command, self._timeout_seconds = command, timeout_seconds
 
     def address(self, name: str) -> str:
-        return "pipe:" + self._command.replace("{}", name)
+        return shown("pipe:" + self._command.replace("{}", name))
 
-    def read(self, name: str, offset: int, end: int | None = None) -> Iterator[bytes]:
+    def read(self, name: str, offset: int, end: int | None = None) -> Generator[bytes, None, None]:
         if end is not None:
             raise SourceError(f"a command gives no parts of files; {WHOLE_FILES}")
         command = self._command.replace("{}", shlex.quote(name))
@@ -280,9 +336,9 @@ class Pipe:
                     if kept:
                         yield kept
                 if process.wait(self._timeout_seconds):
-                    said.seek(0)
-                    text = said.read().decode(errors="replace").strip()
-                    raise LostError(f"the command ended with status {process.returncode}: {text[-500:]}")
+                    said.seek(-min(said.seek(0, os.SEEK_END), 4 * _TOLD), os.SEEK_END)
+                    text = shown(said.read().decode(errors="replace").strip())[-_TOLD:]
+                    raise LostError(f"the command ended with status {process.returncode}: {text}")
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

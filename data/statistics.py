@@ -29,7 +29,7 @@ def read_objects(index: ShardIndex, *, workers: int = 0, progress: Progress | No
     tables = []
     first = 0
     # Each process gets the index of its shard alone: the whole one is large.
-    shards = [ShardIndex(index.location, index.categories, index.source, [shard]) for shard in index.shards]
+    shards = [ShardIndex(index.real_location, index.categories, index.source, [shard]) for shard in index.shards]
     for rows, shard in zip(ordered_map(_objects, shards, workers=workers), shards, strict=True):
         rows["sample"] += first
         first += shard.num_samples
@@ -47,7 +47,10 @@ def _objects(index: ShardIndex) -> np.ndarray:
         for annotation in entry["annotations"]:
             left, top, width, height = annotation["bbox"]
             sides = min(left + width, entry["width"]) - max(left, 0), min(top + height, entry["height"]) - max(top, 0)
-            label = index.categories.label(annotation["category_id"])
+            try:
+                label = index.categories.label(annotation["category_id"])
+            except ValueError as error:
+                raise reader.error(0, row, error) from error
             rows.append((row, label, *sides, annotation["area"], bool(annotation["iscrowd"])))
     reader.close()
     return np.array(rows, dtype=OBJECT_DTYPE)

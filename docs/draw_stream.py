@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from ddetr.data.batch import layout
 from ddetr.data.config import DataConfig
-from ddetr.data.index import SAMPLE_DTYPE
+from ddetr.data.layout import SAMPLE_DTYPE
 from ddetr.data.plan import NOTHING, StepPlan, epoch_order
 from ddetr.data.stream import seen_sizes
 from picture.canvas import Box, Canvas, code, quiet

@@ -126,7 +126,7 @@ def test_the_limit_holds_for_reduced_decodes_and_can_be_raised():
     with pytest.raises(TooManyPixels, match=r"states 400 x 300 pixels, more than data.most_pixels=119999"):
         load_image(data, (10, 10), most_pixels=119_999)
     assert load_image(data, (10, 10), most_pixels=120_000).shape == (38, 50, 3)
-    with pytest.raises(ValueError, match="stated as 300 x 400, the file holds 400 x 300"):
+    with pytest.raises(ValueError, match="the json says 300 x 400, the file holds 400 x 300"):
         load_image(data, stated=(400, 300))
 
 
