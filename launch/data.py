@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..data.boxes import cxcywh_to_xyxy
 from ..data.categories import Categories
 from ..data.coco import FIXES, Finding
+from ..data.config import MOST_PIXELS
 from ..data.doctor import check_coco, check_shards
 from ..data.index import ShardIndex
 from ..data.shards import pack as pack_shards
@@ -29,7 +30,14 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f
 
 
 def pack(
-    annotations: Path, images: Path, output: Path, workers: int, shard_megabytes: int, drop_degenerate: bool
+    annotations: Path,
+    images: Path,
+    output: Path,
+    workers: int,
+    shard_megabytes: int,
+    drop_degenerate: bool,
+    allow_outside: bool,
+    most_pixels: int,
 ) -> None:
     """COCO json and images -> shards, and a line that says what was packed."""
     with progress_bar() as progress:
@@ -40,6 +48,8 @@ def pack(
             workers=workers,
             shard_bytes=shard_megabytes << 20,
             drop_degenerate=drop_degenerate,
+            allow_outside=allow_outside,
+            most_pixels=most_pixels,
             progress=progress,
         )
     megabytes = sum(shard.bytes for shard in index.shards) / 2**20
@@ -51,16 +61,18 @@ def pack(
         say(f"{index.source['dropped_boxes']} boxes without area were left out")
 
 
-def check(path: Path, images: Path | None) -> bool:
+def check(path: Path, images: Path | None, allow_outside: bool = False, most_pixels: int = MOST_PIXELS) -> bool:
     """Print everything wrong with a COCO json and its images, or with a folder of shards; True without errors."""
     if path.is_dir() and images is None:
         with progress_bar() as progress:
-            findings = check_shards(path, progress=progress)
+            findings = check_shards(path, most_pixels=most_pixels, progress=progress)
     else:
         if path.is_file() and images is None:
             raise ValueError(f"{path} is a file: name the folder of its images too: `ddetr data check {path} IMAGES`")
         with progress_bar() as progress:
-            findings = check_coco(path, images or path.parent, progress=progress)
+            findings = check_coco(
+                path, images or path.parent, allow_outside=allow_outside, most_pixels=most_pixels, progress=progress
+            )
     errors = sum(finding.severity == "error" for finding in findings)
     if findings:
         _print_findings(findings)

@@ -7,6 +7,20 @@ import typer
 
 from .arguments import Overrides
 
+AllowOutside = Annotated[
+    bool,
+    typer.Option(
+        "--allow-outside",
+        help="Read images outside IMAGES too, where file_name has .. or is absolute, or a link leads.",
+    ),
+]
+MostPixels = Annotated[
+    int,
+    typer.Option(
+        min=1, max=2_000_000_000, help="Of an image as its header states it; more is an error. As data.most_pixels."
+    ),
+]
+
 data_app = typer.Typer(no_args_is_help=True, help="Turn COCO-format data into shards; check it, make it, look at it.")
 
 
@@ -22,6 +36,8 @@ def data_pack(
     drop_degenerate: Annotated[
         bool, typer.Option("--drop-degenerate", help="Leave out boxes without area instead of stopping at them.")
     ] = False,
+    allow_outside: AllowOutside = False,
+    most_pixels: MostPixels = 250_000_000,
 ) -> None:
     """Pack COCO json and images into indexed tar shards, in parallel.
 
@@ -31,7 +47,7 @@ def data_pack(
     """
     from .data import pack
 
-    pack(annotations, images, output, workers, shard_megabytes, drop_degenerate)
+    pack(annotations, images, output, workers, shard_megabytes, drop_degenerate, allow_outside, most_pixels)
 
 
 @data_app.command("check")
@@ -40,6 +56,8 @@ def data_check(
     images: Annotated[
         Path | None, typer.Argument(metavar="IMAGES", help="With annotations: the folder of their images.")
     ] = None,
+    allow_outside: AllowOutside = False,
+    most_pixels: MostPixels = 250_000_000,
 ) -> None:
     """Find bad boxes, missing or broken images, unknown categories and duplicates, and say which.
 
@@ -49,7 +67,7 @@ def data_check(
     """
     from .data import check
 
-    if not check(path, images):
+    if not check(path, images, allow_outside, most_pixels):
         raise typer.Exit(1)
 
 
