@@ -118,7 +118,8 @@ def run(ranks: int, stage: int, precision: str, arguments: argparse.Namespace) -
     print(f"measuring {precision}, stage {stage} on {ranks} rank(s)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+        command = [sys.executable, "-c", "import sys; from ddetr.launch.torchrun import launch; launch(sys.argv[1:])"]
+        command += ["--standalone", f"--nproc-per-node={ranks}", __file__]
         command += [f"--stage={stage}", f"--size={arguments.size}", f"--images={arguments.images}"]
         command += [f"--steps={arguments.steps}", f"--precision={precision}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DDETR_RESULT": str(output)}
@@ -171,8 +172,8 @@ def worker(arguments: argparse.Namespace) -> None:
     train_step(engine, [batch], arguments.steps + 3, config, world, stop=False)
     result: dict[str, Any] = {"steps": times[2:], "calls": dict(calls), "parameters": parameters}
     latency, rate = probe() if world.size > 1 else (0.0, 1.0)
-    held = world.gather([held_bytes() - before])
-    peak = world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+    held = world.gather([held_bytes() - before], int)
+    peak = world.gather([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024], int)
     if world.rank == 0:
         result |= {"held": held, "peak": peak, "latency": latency, "rate": rate}
         Path(os.environ["DDETR_RESULT"]).write_text(json.dumps(result))

@@ -6,7 +6,6 @@ on, all others log who was where and end, for the launcher to start them again.
 """
 
 import datetime
-import json
 import logging
 import os
 import socket
@@ -15,14 +14,18 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 
 import torch.distributed as dist
+from pydantic import Field
 
+from ..data.text import visible
 from .config import TrainConfig
+from .messages import decoded, encoded
 from .world import World
 
 log = logging.getLogger("ddetr")
@@ -47,7 +50,7 @@ class Beat:
     activity: str
     seconds: float  # since it began that
     images: list[int]  # image ids of its last batch
-    stack: list[str]  # of the training thread, innermost last
+    stack: Annotated[list[str], Field(min_length=1)]  # of the training thread, innermost last
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         mine = Identity(socket.gethostname(), os.getpid(), _machine())
-        self._identities: list[Identity] = self._world.gather([mine])
+        self._identities: list[Identity] = self._world.gather([mine], Identity)
         if self._world.size == 1:
             return self
-        self._prefix = self._world.agree(lambda: uuid.uuid4().hex)
+        self._prefix = self._world.agree(lambda: uuid.uuid4().hex, str)
         self._store = self._connected()
         self._store.set(str(self._world.rank), self._beat())
         dist.barrier()
@@ -138,7 +141,7 @@ class Watch:
             try:
                 self._store.set(str(rank), self._beat())
                 if self._store.check(["verdict"]):
-                    verdict = self._store.get("verdict").decode()  # while there is a store
+                    verdict = self._store.get("verdict").decode(errors="replace")  # while there is a store
                     self._ended.wait(_FAILURE_GRACE_SECONDS)
                     self._give_up(verdict)
                 if self._stop:
@@ -177,7 +180,11 @@ class Watch:
             return f"{store}: its host is gone or stopped, or the network between is cut", []
         if silent := [rank for rank, (_, heard) in self._heard.items() if now - heard > self._silence]:
             return f"nothing was heard of {self._named(silent)} for {seconds}", silent
-        moves = [json.loads(beat)["moves"] for beat, _ in self._heard.values() if beat]
+        try:
+            beats = _read({rank: beat for rank, (beat, _) in self._heard.items()})
+        except OSError as error:
+            return f"in the store at {self._address}, where the ranks met, {error}", []
+        moves = [beat.moves for beat in beats.values()]
         if moves != self._moves:
             self._moves, self._moved = moves, now
         if self._world.rank == 0 and now - self._moved > self._stall:
@@ -195,7 +202,7 @@ class Watch:
                 store = self._connected()
                 beats = store.multi_get([str(rank) for rank in range(self._world.size)])
                 text = self._described(found, suspects, dict(enumerate(beats)))
-                texts.append(store.compare_set("verdict", "", text).decode())
+                texts.append(store.compare_set("verdict", "", text).decode(errors="replace"))
             except RuntimeError as error:
                 log.warning("the other ranks cannot be told: %s", error)
 
@@ -208,6 +215,7 @@ class Watch:
         """End this process, whose training thread waits for what will not come."""
         if not self._judged.acquire(blocking=False) or self._ended.is_set():
             return
+        text = "\n".join(visible(line) for line in text.split("\n"))  # from a store that others may write to
         what = text.partition("\n")[0]
         said = text if concluded or self._world.rank == 0 else what
 
@@ -234,7 +242,10 @@ class Watch:
 
     def _described(self, found: str, suspects: list[int] | None, beats: dict[int, bytes]) -> str:
         """A line for all ranks at the same place, and what is known of the suspects."""
-        known = {rank: Beat(**json.loads(beat)) for rank, beat in beats.items() if beat}
+        try:
+            known = _read(beats)
+        except OSError:  # the finding says so
+            return found
         places: dict[tuple[int, str, str], list[int]] = {}
         for rank, beat in known.items():
             places.setdefault((beat.step, beat.activity, beat.stack[-1]), []).append(rank)
@@ -273,7 +284,7 @@ class Watch:
         frames = traceback.extract_stack(sys._current_frames()[self._thread])[-_FRAMES:]
         stack = [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
         beat = Beat(moves, step, activity, time.monotonic() - since, [int(image) for image in images], stack)
-        return json.dumps(asdict(beat))
+        return encoded(beat, Beat).decode()
 
     @property
     def _address(self) -> str:
@@ -284,6 +295,11 @@ class Watch:
         timeout = datetime.timedelta(seconds=self._silence)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore(self._prefix, dist.TCPStore(host, port, is_master=False, timeout=timeout))
+
+
+def _read(beats: Mapping[int, bytes]) -> dict[int, Beat]:
+    """Of the ranks that have said something. Raises OSError when it was not one of ours who did."""
+    return {rank: decoded(beat, Beat, f"rank {rank}") for rank, beat in beats.items() if beat}
 
 
 def _waits(beat: Beat) -> bool:

@@ -70,7 +70,7 @@ class Saver:
         Collective. Raises OSError when it could not be written.
         """
         self.close()
-        return self._world.agree(lambda: self._last.result() if self._last is not None else None)
+        return self._world.agree(lambda: self._last.result() if self._last is not None else None, Path | None)
 
     def _write(self, write: Callable[[], Path], path: Future[Path]) -> None:
         try:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -25,12 +26,13 @@ from ..data.batch import Batch, normalised
 from ..data.categories import Categories
 from ..data.index import SampleError, ShardIndex
 from ..data.stream import STOP_SIGNALS, TrainStream
+from ..data.text import visible
 from .checkpoint import find_checkpoint, load_detector, load_parameters, load_weights
 from .config import Config
 from .criterion import criterion
 from .detector import build
 from .engine import Engine
-from .evaluator import coco_metrics, evaluate_shard, merge
+from .evaluator import ShardResult, coco_metrics, evaluate_shard, merge
 from .guard import finite_or_poison, first_not_finite
 from .heartbeat import Watch
 from .manifest import is_evaluated, record_evaluation
@@ -144,7 +146,7 @@ def train(
     def evaluate(saved: Path) -> bool:
         """Whether that was done, and not left for the run that continues this one."""
         assert validation_index is not None
-        report = _evaluate(saved, validation_index, world, watch, step, (step - 1) // per_epoch)
+        report = _evaluate(saved, config, validation_index, world, watch, step, (step - 1) // per_epoch)
         if report is not None:
             progress.evaluation(report)
             observe(report)
@@ -157,7 +159,8 @@ def train(
     watch = Watch(world, config.train, lambda message: observe(FaultReport(step, message)), saver.wait)
     with closing(stream), watch, closing(saver), _signals(watch.ask_to_stop):
         due = step % per_epoch == 0 and evaluation_is_due()
-        if checkpoint and due and not world.agree(lambda: is_evaluated(checkpoint)):  # the process had ended before
+        # The process had ended before.
+        if checkpoint and due and not world.agree(lambda: is_evaluated(checkpoint), bool):
             left = not evaluate(checkpoint)
         while step < last_step and not stopped:
             epoch = step // per_epoch
@@ -187,7 +190,7 @@ def train(
                     value / world.size for value in sums[: len(means)]
                 )
                 *ranks_seconds, num_bad = sums[len(means) :]
-                bad = world.gather(bad) if num_bad else []
+                bad = world.gather([visible(line) for line in bad], str) if num_bad else []
                 report = StepReport(
                     step=step,
                     epoch=epoch,
@@ -247,7 +250,7 @@ def train(
 
 def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> tuple[Engine, Path | None]:
     """The model in its engine, with the weights of the returned checkpoint or the ones that the configuration names."""
-    checkpoint = world.agree(lambda: find_checkpoint(run_directory)) if resume else None
+    checkpoint = world.agree(lambda: find_checkpoint(run_directory), Path) if resume else None
     model_config = config.model
     if checkpoint or config.train.initial_weights:  # nothing to fetch that is not overwritten
         model_config = model_config.model_copy(update={"pretrained_backbone": False})
@@ -264,7 +267,7 @@ def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> 
 
 
 def _evaluate(
-    checkpoint: Path, index: ShardIndex, world: World, watch: Watch, step: int, epoch: int
+    checkpoint: Path, config: Config, index: ShardIndex, world: World, watch: Watch, step: int, epoch: int
 ) -> EvaluationReport | None:
     """COCO numbers of a saved checkpoint; None when some rank is asked to stop meanwhile.
 
@@ -272,7 +275,7 @@ def _evaluate(
     """
     started = time.perf_counter()
     watch.at("evaluating", step)
-    detector = load_detector(checkpoint, world.device)
+    detector = load_detector(checkpoint, world.device, config=config)
 
     def one_batch(images: int) -> None:
         watch.at("evaluating", step)
@@ -281,21 +284,37 @@ def _evaluate(
         evaluate_shard(detector, index, shard, world.device, one_batch, watch.stop)
         for shard in range(world.rank, len(index.shards), world.size)
     ]
-    if any(world.gather([watch.stop()])):
+    if any(world.gather([watch.stop()], bool)):
         if world.rank == 0:
             log.warning("the evaluation of step %d is left for the run that continues this one", step)
         return None
-    gathered = world.gather(mine)
+    gathered = world.to_first([_told(result) for result in mine], list[_Told])
 
     def scored() -> dict[str, float]:
-        metrics = coco_metrics(index.ground_truth(), merge(gathered))
+        metrics = coco_metrics(index.ground_truth(), merge(_heard(told) for told in chain(*gathered)))
         try:
             record_evaluation(checkpoint, metrics)
         except OSError as error:  # the disk is full: the report has the numbers
             log.error("%s: its evaluation is not recorded: %s", checkpoint, error)
         return metrics
 
-    return EvaluationReport(step, epoch, world.agree(scored), index.num_samples, time.perf_counter() - started)
+    metrics = world.agree(scored, dict[str, float])
+    return EvaluationReport(step, epoch, metrics, index.num_samples, time.perf_counter() - started)
+
+
+# What rank 0 is told of a shard: its number, its images, and each detection's image, category, box and score.
+_Told = tuple[int, int, list[tuple[int, int, list[float], float]]]
+
+
+def _told(result: ShardResult) -> _Told:
+    rows = [(row["image_id"], row["category_id"], row["bbox"], row["score"]) for row in result.detections]
+    return result.shard, result.num_images, rows
+
+
+def _heard(told: _Told) -> ShardResult:
+    shard, num_images, rows = told
+    keys = ("image_id", "category_id", "bbox", "score")
+    return ShardResult(shard, [dict(zip(keys, row, strict=True)) for row in rows], num_images)
 
 
 def _is_due(every: int, done: int, last: bool = False) -> bool:
@@ -321,7 +340,7 @@ def _diagnosis(
             module(normalised(batch.images, batch.padding_mask, engine.dtype), batch.padding_mask)
         if found:
             mine.append(f"first in {found[0]} on rank {world.rank}, images {batch.image_ids.tolist()}")
-    return "; ".join(world.gather(mine)) or "the losses are not finite, every module's output is"
+    return "; ".join(world.gather(mine, str)) or "the losses are not finite, every module's output is"
 
 
 def _seed(seed: int, step: int, rank: int) -> None:

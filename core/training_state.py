@@ -71,7 +71,7 @@ class TrainingState:
         # A parameter under stage 3 has no element of its own.
         self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
-        self._everyones = world.to_first(self._fragments) if stage > 0 else []
+        self._everyones = world.to_first(self._fragments, list[Fragment]) if stage > 0 else []
         if self._everyones:  # on rank 0
             found = sum(fragment.numel for fragments in self._everyones for fragment in fragments)
             assert found == sum(shape.numel() for shape in self._shapes.values()), "DeepSpeed keeps some elsewhere"

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..ops.library import UNAVAILABLE
 from .config import TrainConfig
+from .messages import MOST_BYTES, Failure, decoded, encoded
+from .network import LOOPBACK, hosted_store, keep_to, own_address
 from .transfer import to_device
 
 COLLECTED_ELEMENTS = 25_000_000  # that rank 0 gets at once
@@ -38,24 +40,22 @@ class World:
         dist.all_reduce(values)
         return values
 
-    def gather(self, mine: list[Any]) -> list[Any]:
-        """The lists of all ranks as one, rank after rank."""
-        everywhere: list[Any] = [None] * self.size
-        dist.all_gather_object(everywhere, mine)
-        return [item for items in everywhere for item in items]
+    def gather(self, mine: Sequence[Any], kind: Any) -> list[Any]:
+        """The lists of all ranks as one, rank after rank. kind: the type of an item, as in an annotation."""
+        parts = self._everyones(encoded(list(mine), list[kind]), on_all=True)
+        return [item for rank, part in enumerate(parts) for item in decoded(part, list[kind], f"rank {rank}")]
 
-    def to_first(self, mine: Any) -> list[Any]:
-        """Every rank's object on rank 0; nothing on the others."""
-        everyones: list[Any] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(mine, everyones or None)
-        return everyones
+    def to_first(self, mine: Any, kind: Any) -> list[Any]:
+        """Every rank's object, of this type, on rank 0; nothing on the others."""
+        parts = self._everyones(encoded(mine, kind), on_all=False)
+        return [decoded(part, kind, f"rank {rank}") for rank, part in enumerate(parts)]
 
     def collect(self, mine: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Every rank's tensor of one dimension in rank 0's memory on the host; nothing on the others.
 
         lengths: of those tensors; rank 0 needs it.
         """
-        longest = self.agree(lambda: max(lengths))
+        longest = self.agree(lambda: max(lengths), int)
         everyones = [torch.empty(length, dtype=mine.dtype) for length in lengths] if self.rank == 0 else []
         step = max(1, COLLECTED_ELEMENTS // self.size)
         for start in range(0, longest, step):
@@ -70,18 +70,60 @@ class World:
                     room.copy_(part[: room.numel()])
         return everyones
 
-    def agree(self, choose: Callable[[], Any]) -> Any:
-        """Rank 0's choice on every rank; its ValueError or OSError on every rank as well."""
-        choice: list[Any] = [None]
+    def agree(self, choose: Callable[[], Any], kind: Any) -> Any:
+        """Rank 0's choice, of this type, on every rank; its ValueError or OSError on every rank as well."""
+        error, content = None, b""
         if self.rank == 0:
             try:
-                choice = [choose()]
-            except (ValueError, OSError) as error:
-                choice = [error]
-        dist.broadcast_object_list(choice, src=0)
-        if isinstance(choice[0], Exception):
-            raise choice[0]
-        return choice[0]
+                content = b"+" + encoded(choose(), kind)
+            except (ValueError, OSError) as mistake:
+                error, content = mistake, b"-" + encoded(Failure.of(mistake), Failure)
+        length = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(length, src=0)
+        message = self._tensor(content) if self.rank == 0 else self._room(self._checked([length])[0])
+        dist.broadcast(message, src=0)
+        if error is not None:
+            raise error
+        content = _bytes(message)
+        if content.startswith(b"-"):
+            raise decoded(content[1:], Failure, "rank 0").error()
+        return decoded(content[1:], kind, "rank 0")
+
+    # Messages as tensors of bytes, as long as the longest: the backends carry nothing else.
+
+    def _everyones(self, content: bytes, *, on_all: bool) -> list[bytes]:
+        """What each rank gave, on rank 0 or on all; nothing on the others. Raises OSError for more than MOST_BYTES."""
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(content)], device=self.device))
+        numbers = self._checked(lengths)
+        mine = self._room(max(numbers)).zero_()
+        mine[: len(content)] = self._tensor(content)
+        parts = [torch.empty_like(mine) for _ in numbers] if on_all or self.rank == 0 else []
+        if on_all:
+            dist.all_gather(parts, mine)
+        else:
+            dist.gather(mine, parts or None)
+        return [_bytes(part[:length]) for part, length in zip(parts, numbers, strict=bool(parts))]
+
+    def _tensor(self, content: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+
+    def _room(self, length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.uint8, device=self.device)
+
+    @staticmethod
+    def _checked(lengths: Sequence[Tensor]) -> list[int]:
+        numbers = [int(length) for length in lengths]
+        for rank, number in enumerate(numbers):
+            if not 0 < number <= MOST_BYTES:
+                raise OSError(
+                    f"rank {rank} says that it sends {number} bytes, of at most {MOST_BYTES}: no rank of ddetr"
+                )
+        return numbers
+
+
+def _bytes(message: Tensor) -> bytes:
+    return message.cpu().numpy().tobytes()
 
 
 def device_for(config: TrainConfig, local_rank: int) -> torch.device:
@@ -104,18 +146,16 @@ def join(config: TrainConfig) -> World:
     Raises ValueError for a GPU that is not there or half precision that the device cannot compute in, OSError when
     the attention op is not built for the device.
     """
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        environment["MASTER_PORT"] = str(_free_port())
-        os.environ.update(environment)
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, DeepSpeed
     device = device_for(config, local_rank)
     if device.type in UNAVAILABLE:
         raise OSError(f"the attention op cannot run on {device.type}: {UNAVAILABLE[device.type]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
 
     if device.type == "cpu":  # a CUDA toolkit without a GPU is nothing to warn of
@@ -134,13 +174,37 @@ def join(config: TrainConfig) -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Later than core/heartbeat.py, which also says who is missing.
     patience = datetime.timedelta(seconds=config.collective_timeout_seconds + 2 * config.rank_timeout_seconds)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=patience, verbose=False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=_store(rank, size, size == local_size, patience),
+        rank=rank,
+        world_size=size,
+        timeout=patience,
+        device_id=device if device.type == "cuda" and size > 1 else None,
     )
+    deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)  # takes the same group
     return World(rank, size, local_rank, device)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _store(rank: int, size: int, alone: bool, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks meet: of torch's own way, env://, everything listens on every interface.
+
+    alone: whether all ranks are on this machine. The launcher's store is used where there is one.
+    """
+    if size == 1:
+        keep_to(LOOPBACK, alone=True)
+        return dist.HashStore()
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: where do the ranks meet?")
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if alone and not of_launcher:
+        os.environ["MASTER_ADDR"] = LOOPBACK
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keep_to(host, alone)
+    if rank > 0 or of_launcher:
+        return dist.TCPStore(host, port, size, False, timeout)
+    address = own_address(host)
+    if address is None:
+        raise OSError(f"MASTER_ADDR={host} is no address of this machine, {socket.gethostname()}, where rank 0 is")
+    return hosted_store(address, port, timeout, size)[0]

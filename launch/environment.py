@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +41,7 @@ def check(config: Config, world: World, indexes: Sequence[ShardIndex]) -> list[s
     or when train.output is not the same folder for all.
     """
     settings = _settings(config)
-    everywhere: list[Facts] = world.gather([facts(config, world.device, indexes) | settings])
+    everywhere: list[Facts] = world.gather([facts(config, world.device, indexes) | settings], Facts)
     if world.size == 1:
         return [f"1 rank on {everywhere[0]['host']}: {everywhere[0]['device']}"]
     lines = _hosts(everywhere)
@@ -120,13 +119,13 @@ def _check_common_folder(folder: Path, everywhere: Sequence[Facts], world: World
         file.touch()
         return file
 
-    file: Path = world.agree(mark)
+    file: Path = world.agree(mark, Path)
     deadline = time.monotonic() + VISIBLE_SECONDS
     local = folder.resolve() / file.name  # the path may be another one here
     while not (visible := local.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    seen: list[Any] = world.gather([visible])
-    world.agree(file.unlink)
+    seen: list[bool] = world.gather([visible], bool)
+    world.agree(file.unlink, None)
     if blind := list(dict.fromkeys(one["host"] for one, sees in zip(everywhere, seen, strict=True) if not sees)):
         raise ValueError(
             f"train.output={folder} on {_shortened(blind)} is not the folder that {everywhere[0]['host']} has there; "

@@ -54,12 +54,7 @@ class Rank:
 
     def start(self, config: str, environment: dict[str, str], options: list[str]) -> None:
         """Start `ddetr train` with this configuration (YAML), these variables beside the actor's own, these options."""
-        import ray
-
         environment = {"PYTHONUNBUFFERED": "1", **os.environ, **environment}
-        interface = _interface(ray.util.get_node_ip_address())
-        if interface is not None:  # gloo alone takes the one of the host's name, which is often loopback
-            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         file = os.memfd_create("config.yaml")  # leaves nothing behind, however this process ends
         try:
             os.write(file, config.encode())
@@ -109,16 +104,6 @@ class Rank:
         for line in stream:
             with self._lock:
                 self._lines.append((is_error, line.rstrip("\n")))
-
-
-def _interface(address: str) -> str | None:
-    """The network interface of this machine that has the address."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address == address for item in addresses):
-            return name
-    return None
 
 
 def main() -> None:

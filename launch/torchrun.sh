@@ -24,7 +24,7 @@ checkpoint, also when they are fewer or more. train.batch_size must divide among
 HELP
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH # in a checkout: what make set up
 
 nodes='' node_rank='' master='' ranks='' restarts=3
@@ -52,25 +52,10 @@ arguments=(--nproc-per-node "$ranks" --nnodes "$nodes")
 if [[ -n $node_rank ]]; then
     arguments+=(--node-rank "$node_rank" --master-addr "${master%:*}" --master-port "${master##*:}")
 else
-    # torchrun guesses by host names which node is the master and what the others call this one; routes tell for sure
-    read -r here_address is_master < <(python - "${master%:*}" "${master##*:}" <<'PYTHON'
-import socket
-import sys
-
-address = socket.getaddrinfo(sys.argv[1], int(sys.argv[2]), type=socket.SOCK_DGRAM)[0]
-with socket.socket(address[0], socket.SOCK_DGRAM) as probe:
-    probe.connect(address[4])  # sends nothing
-    here = probe.getsockname()[0]
-print(here, int(here == address[4][0]))
-PYTHON
-    )
-    # A node that comes back asks for the address of this round's store, which an old one tells only when it makes a new one
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-conf "is_host=$is_master" --rdzv-id ddetr
-        --local-addr "$here_address" --max-restarts "$restarts")
+    arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id ddetr --max-restarts "$restarts")
 fi
 # A rank that is told to stop saves first, for which torchrun would leave it 30 s. A frozen one is waited for as long.
 # SIGUSR1 would end torchrun and leave its ranks behind.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 arguments+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-exec python -m torch.distributed.run "${arguments[@]}" --module ddetr.launch.cli train "$@"
+exec python -m ddetr.launch.torchrun "${arguments[@]}" -- train "$@"

@@ -20,13 +20,16 @@ from ..core.engine import deepspeed_config
 from ..core.heartbeat import TRY_AGAIN
 from ..core.manifest import verify
 from ..core.optimizer import rate_advice
+from ..core.ownership import check_links, remember
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
 from ..core.world import device_for, join
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
+from ..data.text import visible
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
+from .console import LogFormatter, say
 from .environment import check
 
 log = logging.getLogger("ddetr")
@@ -59,16 +62,18 @@ def run(
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
         machines = check(config, world, [index for index in (train_index, validation_index) if index])
-        run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume))
+        run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume), tuple[Path, bool])
         if not resumes:
-            world.agree(lambda: _fit_initial_weights(model, config))
-        metrics = RunMetrics(run_directory.name, world.rank)
+            world.agree(lambda: _fit_initial_weights(model, config), None)
+        metrics = RunMetrics(visible(run_directory.name), world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
-            addresses = world.gather([exporter.address])
+            addresses = world.gather([exporter.address], str)
         record: _Record | _Quiet = _Quiet()
+        if world.local_rank == 0:
+            remember(config)
         if world.rank == 0:  # the first thing written: all that can be checked beforehand has been
             record = stack.enter_context(_Record(run_directory, config))
             stack.enter_context(_announced(addresses, run_directory))
@@ -160,6 +165,8 @@ def _run_directory(config: Config, model: Detector, resume: Path | None) -> tupl
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
     resumes = resume is not None or bool(checkpoints(path))
+    if path.exists():
+        check_links(path, *(path / name for name in ("checkpoints", *_Record.FILES)))
     if resumes:  # says so now if there is none, or one that is damaged or does not fit
         checkpoint = find_checkpoint(path)
         values = verify(checkpoint)
@@ -173,7 +180,7 @@ def _run_directory(config: Config, model: Detector, resume: Path | None) -> tupl
 def _announced(addresses: list[str], run_directory: Path) -> Iterator[None]:
     """Write every rank's address into targets.json for Prometheus, and empty it when the run ends as it should."""
     targets = run_directory / "targets.json"
-    labels = [{"run": run_directory.name, "rank": str(rank)} for rank in range(len(addresses))]
+    labels = [{"run": visible(run_directory.name), "rank": str(rank)} for rank in range(len(addresses))]
     write_targets(targets, zip(addresses, labels, strict=True))
     log.info("run directory %s", run_directory)
     if addresses:
@@ -185,6 +192,8 @@ def _announced(addresses: list[str], run_directory: Path) -> Iterator[None]:
 class _Record:
     """config.yaml, metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
 
+    FILES = ("metrics.jsonl", "events.jsonl", "log.txt")  # that are written to where they are
+
     def __init__(self, run_directory: Path, config: Config) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -194,8 +203,8 @@ class _Record:
         self._every = config.train.log_every_steps
         self._metrics = self._open(run_directory / "metrics.jsonl")
         self._events = self._open(run_directory / "events.jsonl")
-        self._log = logging.FileHandler(run_directory / "log.txt")
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._log = logging.FileHandler(run_directory / "log.txt", encoding="utf-8")
+        self._log.setFormatter(LogFormatter("%(asctime)s %(message)s"))
         log.addHandler(self._log)
 
     @staticmethod
@@ -216,7 +225,7 @@ class _Record:
             try:
                 file.close()
             except OSError as error:  # lines for which there was no room: not what the run should end with
-                print(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
+                say(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
 
     def event(self, name: str, **details: Any) -> None:
         self._append(self._events, json.dumps({"time": time.time(), "event": name, **details}))
@@ -226,7 +235,7 @@ class _Record:
         try:
             file.write(line + "\n")
         except OSError as error:
-            print(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
+            say(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
 
     def observe(self, item: Report) -> None:
         if isinstance(item, CheckpointReport):
@@ -270,7 +279,7 @@ class _Quiet:
 def _log_to_console() -> None:
     if not log.handlers:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(LogFormatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

@@ -54,8 +54,7 @@ class Run:
 def command(ranks: int, *arguments: str) -> list[str]:
     start = [sys.executable, "-m", "ddetr.launch.cli"]
     if ranks > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        start += ["-m", "ddetr.launch.cli"]
+        start = [sys.executable, "-m", "ddetr.launch.torchrun", "--standalone", f"--nproc-per-node={ranks}", "--"]
     return [*start, "train", *arguments]
 
 

@@ -21,7 +21,7 @@ SETTINGS = "data.short_sides=[96] data.validation_short_side=96 train.batch_size
 @pytest.fixture
 def training(synthetic_shards: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The launcher's process and the run directory. 24 images, so an epoch and its evaluation come every six steps."""
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m ddetr.launch.cli train tiny"
+    command = "-m ddetr.launch.torchrun --standalone --nproc-per-node 2 -- train tiny"
     command += f" {MODEL} {SETTINGS} train.output=runs train.name=watched train.epochs=100000 monitor.port=0"
     folders = [f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}"]
     with (tmp_path / "output.txt").open("w") as output:

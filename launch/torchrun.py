@@ -1,0 +1,67 @@
+"""torchrun with a rendezvous of ours: `python -m ddetr.launch.torchrun OPTION... -- train TRAIN_ARGUMENT...`.
+
+The options are torchrun's own, the arguments reach every rank as they are. The ranks of a single node meet on loopback,
+those of several at --master-addr, with --node-rank, or, with --rdzv-backend c10d, at --rdzv-endpoint.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousStateError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import parse_args, parse_min_max_nnodes, run
+
+from ..core.network import LOOPBACK, address_towards, own_address
+from . import rendezvous
+from .command_line import split_off
+
+
+def settled(options: argparse.Namespace) -> argparse.Namespace:
+    """torchrun's options with our rendezvous in the place of the one they name, and this node's own address.
+
+    Raises ValueError for a rendezvous that is none of torch's two, OSError when the place to meet cannot be reached.
+    """
+    _, most = parse_min_max_nnodes(options.nnodes)
+    numbered = options.rdzv_backend == "static"
+    if not numbered and options.rdzv_backend not in ("c10d", rendezvous.NAME):
+        raise ValueError(f"--rdzv-backend {options.rdzv_backend}: nodes meet by static (--node-rank) or c10d")
+    conf = [options.rdzv_conf] if options.rdzv_conf else []
+    if options.standalone or most == 1:
+        options.rdzv_endpoint, options.local_addr = f"{LOOPBACK}:0", LOOPBACK
+        conf.append("rank=0")
+    else:
+        given = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port or rendezvous.DEFAULT_PORT}"
+        options.rdzv_endpoint = given
+        if numbered:
+            conf.append(f"rank={options.node_rank}")
+        else:
+            host, _ = parse_rendezvous_endpoint(given, rendezvous.DEFAULT_PORT)
+            # torchrun takes the name of this machine, which others may not know.
+            options.local_addr = options.local_addr or own_address(host) or address_towards(host)
+    options.rdzv_conf = ",".join(conf)
+    options.rdzv_backend, options.standalone, options.node_rank = rendezvous.NAME, False, 0
+    return options
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """`torchrun ARGUMENT...` with our rendezvous. Raises what `settled` raises, and what a rank fails with."""
+    rendezvous.register()
+    run(settled(parse_args(arguments)))
+
+
+@record
+def main() -> None:
+    try:
+        options, word = split_off(sys.argv[1:])
+        launch([*options, "--module", "ddetr.launch.command_line", word])
+    except (ValueError, OSError) as error:
+        print(f"torchrun: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RendezvousConnectionError, RendezvousStateError) as error:
+        sys.exit(f"torchrun: {error}")
+
+
+if __name__ == "__main__":
+    main()
