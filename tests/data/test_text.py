@@ -4,7 +4,7 @@ import sys
 import unicodedata
 
 import pytest
-from ddetr.data.text import visible
+from ddetr.data.text import file_name, visible
 
 HIDDEN = {
     "a\x1b]0;title\x07b": r"a\x1b]0;title\x07b",
@@ -49,3 +49,12 @@ def test_no_code_point_breaks_a_line_or_commands_a_terminal():
     embedding = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI", "BN"}
     assert not {unicodedata.bidirectional(letter) for letter in set(shown)} & embedding
     shown.encode()
+
+
+def test_a_file_name_is_cut_where_a_file_system_takes_no_longer(tmp_path):
+    assert file_name("photo", "_detections.jpg") == "photo_detections.jpg"
+    for stem in ("n" * 251, "é" * 125, "名" * 84, "\udcff" * 251):
+        name = file_name(stem, "_detections.jpg")
+        assert name.endswith("_detections.jpg")
+        assert len(name) > 90
+        (tmp_path / name).touch()

@@ -1,0 +1,431 @@
+"""Names and messages of strangers through the real commands: readable, and an order to nothing that shows them."""
+
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from ddetr.data.shards import pack
+from ddetr.data.synthetic import draw_set
+from ddetr.launch.cli import main
+from ddetr.launch.console import LogFormatter
+from ddetr.launch.report import report
+from ddetr.monitoring.metrics import RunMetrics
+from PIL import Image, ImageFont
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+DDETR = Path(sys.executable).with_name("ddetr")
+LONG = "long " * 2000
+SHOWN = {  # a name, and how it is read
+    "shot [v2].jpg": "shot [v2].jpg",
+    "on/off [/]": "on/off [/]",
+    "[red]x": "[red]x",
+    "[link=http://x]y[/link]": "[link=http://x]y[/link]",
+    "a\x1b]0;title\x07b": r"a\x1b]0;title\x07b",
+    "\x1b[2J": r"\x1b[2J",
+    "$\\frac$": "$\\frac$",
+    "$x$ and $y": "$x$ and $y",
+    "<script>alert(1)</script>": "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>': '"><img src=x onerror=alert(1)>',
+    "javascript:alert(1)": "javascript:alert(1)",
+    "two\nlines": r"two\nlines",
+    "two\r\x85lines\u2028": r"two\r\x85lines\u2028",
+    "tab\t": r"tab\t",
+    "\u202eevil": r"\u202eevil",
+    "half\ud83d": r"half\ud83d",
+    ":smile:": ":smile:",
+    "C1\x9b31m": r"C1\x9b31m",
+    "%(message)s {task} %s": "%(message)s {task} %s",
+    "名前": "名前",
+    "ß": "ß",
+    "😀": "😀",
+    LONG: LONG[:50],
+}
+NAMES = tuple(SHOWN)
+
+
+def file_of(name: str) -> str:
+    """A file name with the same in it: what a name cannot have there is left out."""
+    return name.replace("/", "|").replace("\ud83d", "\udcff")[:200] + ".png"
+
+
+def shown_file(name: str) -> str:
+    return SHOWN[name].replace("/", "|").replace(r"\ud83d", r"\udcff")[:50]
+
+
+def assert_harmless(text: str) -> None:
+    """Nothing in it that a terminal obeys or does not draw, and no line that passes for a message of ours."""
+    bad = {c for c in text if c != "\n" and (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"))}
+    assert not bad, text
+
+
+@pytest.fixture
+def ddetr(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """ddetr(*arguments) in this process: (exit status, output, errors), harmless both."""
+    monkeypatch.setenv("COLUMNS", "600")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ddetr", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        output, errors = capfd.readouterr()
+        assert_harmless(output + errors)
+        return status, output, errors
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn set, with a category and an image for each name."""
+    folder = tmp_path_factory.mktemp("strangers")
+    path = draw_set(folder, images=len(NAMES), size=64, classes=3, seed=5)
+    values = json.loads(path.read_text())
+    for image, name in zip(values["images"], NAMES, strict=True):
+        (folder / "images" / image["file_name"]).rename(folder / "images" / file_of(name))
+        image["file_name"] = file_of(name)
+    values["categories"] = [{"id": number, "name": name} for number, name in enumerate(NAMES, 1)]
+    for annotation in values["annotations"]:
+        annotation["category_id"] = annotation["id"] % len(NAMES) + 1
+    path.write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(coco: Path) -> Path:
+    pack(coco / "annotations.json", coco / "images", coco / "shards", workers=1)
+    return coco / "shards"
+
+
+@pytest.fixture(scope="module")
+def run_of_strangers(make_run: Callable[..., Path], shards: Path) -> Path:
+    """A run directory with a name of that kind, whose checkpoint knows these categories."""
+    folder = shards.parent / "run [v2] $x$ <b>\x1b[2J"
+    return make_run(folder, shards, (1,), f"model.num_classes={len(NAMES)}", "eval.score_threshold=0")
+
+
+def test_a_set_is_checked_packed_counted_and_shown(coco: Path, shards: Path, tmp_path: Path, ddetr) -> None:
+    images = coco / "images"
+    assert ddetr("data", "check", coco / "annotations.json", images)[0] == 0
+    assert ddetr("data", "check", shards)[0] == 0
+    status, output, _ = ddetr("data", "pack", coco / "annotations.json", images, tmp_path / "on \x1b[2J[/]")
+    assert status == 0
+    assert r"on \x1b[2J[/]: " in output
+    status, output, _ = ddetr("data", "stats", shards)
+    assert status == 0
+    for name in NAMES:
+        assert SHOWN[name] in output
+    assert LONG[:100] not in output
+    assert ddetr("data", "show", shards, tmp_path / "all.png", "--count", len(NAMES))[0] == 0
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.size == (2000, 2000)
+
+
+def test_what_is_wrong_with_a_set_is_told(coco: Path, tmp_path: Path, ddetr) -> None:
+    values = json.loads((coco / "annotations.json").read_text())
+    for image, name in zip(values["images"], NAMES, strict=True):
+        image["file_name"] = f"no {name}"
+    broken = tmp_path / "broken [/]\x1b[2J.json"
+    broken.parent.mkdir()
+    broken.write_text(json.dumps(values))
+    status, output, _ = ddetr("data", "check", broken, coco / "images")
+    assert status == 1
+    shown = [name for name in sorted(NAMES, key=NAMES.index) if SHOWN[name] in output]
+    assert len(shown) == 20, "as many as are shown of a kind"
+    assert r"broken [/]\x1b[2J.json: 23 error(s)" in output
+    status, _, errors = ddetr("data", "pack", broken, coco / "images", tmp_path / "out")
+    assert status == 2
+    first, *more = errors.strip().splitlines()
+    assert first.startswith("ddetr: ")
+    assert first.endswith("23 error(s):")
+    assert all(line.startswith("  ") for line in more)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_strangers(run_of_strangers: Path, coco: Path, tmp_path: Path, ddetr) -> None:
+    status, output, _ = ddetr("checkpoint", "inspect", run_of_strangers)
+    assert status == 0
+    for name in NAMES:
+        assert SHOWN[name] in output
+    assert LONG[:100] not in output
+    status, output, _ = ddetr("checkpoint", "export", run_of_strangers, tmp_path / "[/]\x1b[2J.safetensors")
+    assert status == 0
+    assert r"[/]\x1b[2J.safetensors: " in output
+    status, output, _ = ddetr("eval", run_of_strangers, "--output", tmp_path / "eval [/]")
+    assert status == 0
+    assert r"run [v2] $x$ <b>\x1b[2J" in output
+    truth = json.loads((tmp_path / "eval [/]/ground_truth.json").read_text())
+    assert tuple(category["name"] for category in truth["categories"]) == NAMES, "files hold the names as they are"
+
+
+@pytest.mark.slow
+def test_images_of_strangers(run_of_strangers: Path, coco: Path, tmp_path: Path, ddetr) -> None:
+    images = tmp_path / "images [/]"
+    images.mkdir(parents=True)
+    for name in NAMES:
+        (images / file_of(name)).write_bytes((coco / "images" / file_of(name)).read_bytes())
+    (images / ("n" * 251 + ".png")).write_bytes((coco / "images" / file_of("ß")).read_bytes())
+    (images / ("é" * 125 + ".webp")).write_bytes((coco / "images" / file_of("ß")).read_bytes())
+    for name in ("cut", *NAMES):
+        (images / f"no {file_of(name)}").write_bytes(b"no image")
+    status, output, errors = ddetr("predict", run_of_strangers, images, "--output", tmp_path / "out [/]")
+    assert status == 2
+    assert f"{len(NAMES) + 2} image(s): " in output
+    for name in NAMES:
+        assert f"no {shown_file(name)}" in errors
+    assert len(errors[errors.index("ddetr: ") :].splitlines()) == 2 + len(NAMES), "a line for each"
+    content = json.loads((tmp_path / "out [/]/predictions.json").read_text())
+    assert {entry["file"] for entry in content["images"]} >= {str(images / file_of(name)) for name in NAMES}
+    assert {row["name"] for entry in content["images"] for row in entry["detections"]} <= set(NAMES)
+    for entry in content["images"]:
+        assert len(os.fsencode(entry["drawn"])) <= 255
+        with Image.open(tmp_path / "out [/]" / entry["drawn"]) as drawn:
+            assert max(drawn.size) == 800
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", [r"$\frac$", r"a\x1b]0;t\x07b\n<script>x</script>$x$ " + "on and on " * 99])
+def test_a_category_is_drawn_and_no_formula(
+    shown: str, make_run: Callable[..., Path], coco: Path, tmp_path: Path, ddetr
+) -> None:
+    name = shown.replace(r"\x1b", "\x1b").replace(r"\x07", "\x07").replace(r"\n", "\n")
+    values = json.loads((coco / "annotations.json").read_text())
+    values["categories"] = [{**category, "name": name} for category in values["categories"]]
+    (tmp_path / "same.json").write_text(json.dumps(values))
+    pack(tmp_path / "same.json", coco / "images", tmp_path / "shards", workers=1)
+    run = make_run(tmp_path / "run", tmp_path / "shards", (1,), f"model.num_classes={len(NAMES)}")
+    status, output, errors = ddetr("explain", run, coco / "images" / file_of("ß"), "--output", tmp_path / "why.svg")
+    assert status == 0, errors
+    assert output.startswith("query ")
+    assert f": {shown[:50]}" in output
+    picture = ElementTree.parse(tmp_path / "why.svg")
+    assert not [element for element in picture.iter() if element.tag.lower().endswith("script")]
+    width = float(str(picture.getroot().get("width")).removesuffix("pt"))
+    assert width < 1500
+
+
+def test_a_text_is_cut_where_the_picture_ends() -> None:
+    from ddetr.launch.drawing import fitted_text
+
+    font = ImageFont.load_default(size=16)
+    assert fitted_text("a name", 100, font) == "a name"
+    cut = fitted_text(LONG, 100, font)
+    assert cut.endswith("…")
+    assert 60 < font.getlength(cut) <= 100
+    assert fitted_text("two\nlines\x1b", 400, font) == r"two\nlines\x1b"
+
+
+class Markup(HTMLParser):
+    """Every tag and attribute of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.text: list[str] = []
+        self.values: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {(tag, name) for name, _ in attrs} | {(tag, "")}
+        self.values += [value or "" for name, value in attrs if name in ("src", "href", "style", "content")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def record(number: int, **others: object) -> str:
+    amounts = dict.fromkeys(("learning_rate", "gradient_norm", "loss_scale"), 1.0)
+    spans = {"time": 1.79e9 + number, "step_seconds": 0.5, "data_wait_seconds": 0.1, "memory_bytes": 10**9}
+    losses = dict.fromkeys(("total", "class", "l1", "giou"), 1.5)
+    counts = {"kind": "step", "step": number, "epoch": 0, "images": 8, "skipped": False}
+    return json.dumps({**counts, "losses": losses, **amounts, **spans, **others}) + "\n"
+
+
+def page_of(folder: Path, *texts: str) -> Markup:
+    """The report of a run directory with these texts wherever it can have any."""
+    folder.mkdir(parents=True)
+    config = {"model": {"backbone": texts[0] if texts else "b"}, "train": {"epochs": 3, "name": " ".join(texts)}}
+    config["optim"] = {"learning_rate": texts[0] if texts else 1}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(record(step) for step in range(1, 9)))
+    events = [
+        {"time": 1.79e9, "event": "start", "ranks": 2, "device": " ".join(texts), **dict.fromkeys(texts, 1)},
+        *({"time": 1.79e9 + 1, "event": text, "reason": text, text: [text, {text: text}]} for text in texts),
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    for number, text in enumerate(texts or ("plain",)):
+        (folder / "eval").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), (10 * number, 99, 0)).save(folder / "eval" / file_of(text))
+    return Markup(report(folder).read_text(encoding="utf-8"))
+
+
+def test_a_report_of_strangers_has_the_markup_of_any(tmp_path: Path) -> None:
+    plain = page_of(tmp_path / "plain")
+    page = page_of(tmp_path / '<script>alert(2)<|script> \x1b[2J\u202e"><img src=x onerror=alert(1)>', *NAMES)
+    assert page.found == plain.found
+    assert not {tag for tag, _ in page.found} & {"script", "iframe", "object", "embed", "link", "base", "form", "a"}
+    assert not {name for _, name in page.found if name.startswith("on")}
+    assert set(map(str.lower, page.values)) - set(map(str.lower, plain.values)) <= {
+        value.lower() for value in page.values if value.startswith("data:image/jpeg;base64,")
+    }
+    text = "".join(page.text)
+    assert_harmless(text)
+    for name in NAMES:
+        assert SHOWN[name] in text
+    assert r"<script>alert(2)<|script> \x1b[2J\u202e" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        record(9, step="<script>"),
+        record(9, time="never"),
+        record(9, time=1e300),
+        record(9, losses={"total": "<b>"}),
+        record(9, losses=[1]),
+        record(9, gradient_norm=1e308),
+        record(9, step_seconds=None),
+        record(9, step=10**400),
+        record(9, step=-1),
+        json.dumps(
+            {"kind": "evaluation", "time": 1, "step": 9, "epoch": 0, "images": 1, "seconds": 1, "metrics": "AP"}
+        ),
+        "[" * 100_000,
+        "not JSON \x1b[2J",
+    ],
+    ids=range(12),
+)
+def test_a_record_that_is_none_is_named(line: str, tmp_path: Path) -> None:
+    page_of(tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write(line)
+    text = "".join(Markup(report(tmp_path / "run").read_text()).text)
+    assert "1 line could not be read: metrics.jsonl line 9." in text
+
+
+def test_settings_and_pictures_that_are_none_are_named(tmp_path: Path) -> None:
+    page_of(tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_text("model: 3\ntrain: [1]\noptim: x\n")
+    report(tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_text("model: {\x1b[2J")
+    with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
+        report(tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_text("{}")
+    (tmp_path / "run/eval/bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"bad\.png: not a picture that can be read"):
+        report(tmp_path / "run")
+
+
+def test_errors_are_one_paragraph(tmp_path: Path, ddetr) -> None:
+    for name in NAMES:
+        if "\ud83d" not in name and name != LONG:
+            status, output, errors = ddetr("data", "check", tmp_path / "none" / name, tmp_path)
+            assert (status, output) == (2, "")
+            first, *more = errors.strip().splitlines()
+            assert first.startswith("ddetr: ")
+            assert all(line.startswith("  ") for line in more)
+            for part in SHOWN[name].replace("//", "/").split(r"\n"):  # as paths have it
+                assert part in errors
+    for arguments in (
+        ("eval", "x", "--\x1b[2J[/]\x9b"),
+        ("[red]\x1b[2J",),
+        ("data", "synth", "x", "--images", "[/]\x1b"),
+    ):
+        status, output, errors = ddetr(*arguments)
+        assert status == 2
+        assert "Error" in errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_of_the_log_is_one_entry(name: str, tmp_path: Path) -> None:
+    log = logging.Logger("strangers")
+    handler = logging.FileHandler(tmp_path / "log.txt", encoding="utf-8")
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.warning("left out: %s", name)
+    log.warning("first\nsecond")
+    handler.close()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert_harmless(text)
+    for part in SHOWN[name].split(r"\n"):
+        assert part in text
+    entries = [line for line in text.split("\n") if line and not line.startswith("  ")]
+    assert len(entries) == 2
+    assert text.endswith(" first\n  second\n")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "\ud83d" not in name])
+def test_the_run_label_of_a_metric_is_the_name(name: str) -> None:
+    samples = [
+        sample
+        for family in text_string_to_metric_families(generate_latest(RunMetrics(name, 0).registry).decode())
+        for sample in family.samples
+        if "run" in sample.labels
+    ]
+    assert samples
+    assert {sample.labels["run"] for sample in samples} == {name}
+
+
+@pytest.mark.slow
+def test_a_terminal_is_given_no_order(shards: Path) -> None:
+    """On a real one, where rich draws colours and a bar that moves."""
+    primary, secondary = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50"}
+    process = subprocess.Popen(
+        [DDETR, "data", "stats", shards], stdin=secondary, stdout=secondary, stderr=secondary, env=environment
+    )
+    os.close(secondary)
+    output = b""
+    while True:
+        try:
+            piece = os.read(primary, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+        output += piece
+        if not piece:
+            break
+    os.close(primary)
+    assert process.wait(60) == 0
+    text = output.decode()
+    assert "\x1b[" in text, "colours"
+    for order in ("\x1b]", "\x1b[2J", "\x9b", "\u202e", "\x07"):
+        assert order not in text
+    for name in NAMES:
+        assert SHOWN[name] in text
+
+
+@pytest.mark.slow
+def test_a_training_run_of_strangers(shards: Path, tmp_path: Path) -> None:
+    name = "run [v2] $x$ <b> :smile:"
+    overrides = ["model.backbone=resnet18.a1_in1k", "model.pretrained_backbone=false", "model.backbone_norm=group"]
+    overrides += [f"model.num_classes={len(NAMES)}", "model.hidden_dim=32", "model.encoder_layers=1"]
+    overrides += ["model.decoder_layers=1", "train.batch_size=4", "train.max_steps=2", "train.log_every_steps=1"]
+    overrides += [f"data.train={shards}", f"data.validation={shards}", f"train.output={tmp_path}"]
+    overrides += [f"train.name={json.dumps(name)}", "train.device=cpu", "monitor.port=0", "eval.top_k=10"]
+    command = [DDETR, "train", "tiny", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / name / "log.txt").read_text(encoding="utf-8")
+    assert_harmless(log)
+    assert f"run directory {tmp_path / name}" in log
+    assert "step 2/2" in log
+    assert f"run directory {tmp_path / name}" in done.stdout
+    targets = json.loads((tmp_path / name / "targets.json").read_text())
+    assert targets == []
+    page = Markup(report(tmp_path / name).read_text())
+    assert name in page.text
+    assert not {tag for tag, _ in page.found} & {"b", "script"}
