@@ -120,7 +120,7 @@ def own_settings_file() -> Path:
 def _remembered() -> set[str]:
     try:
         return set(own_settings_file().read_text().split())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 

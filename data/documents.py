@@ -1,5 +1,6 @@
 """JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -14,6 +15,9 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+_MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more
+
+
 class _WithoutAliases(yaml.SafeLoader):
     """A few lines of aliases of aliases stand for billions of values."""
 
@@ -24,10 +28,13 @@ class _WithoutAliases(yaml.SafeLoader):
 
 
 def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
-    """Raises ValueError for what is no YAML, for nesting without end, and for aliases unless they are allowed.
+    """Raises ValueError for what is no YAML and for nesting without end.
 
-    No tag of it makes an object, let alone runs anything.
+    Where aliases are not allowed, the text is a stranger's: then for more than 1 MiB of it, too. No tag of it makes an
+    object, let alone runs anything.
     """
+    if not aliases and len(text) > _MOST_BYTES:
+        raise ValueError(f"it is {len(text) / 2**20:.1f} MiB long, more than {_MOST_BYTES >> 20} MiB")
     try:
         return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
@@ -37,5 +44,12 @@ def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
 
 
 def in_one_line(value: Any) -> str:
-    """YAML of a value, as the right side of an override has it."""
-    return yaml.safe_dump([value], default_flow_style=True, width=2**31).strip()[1:-1]
+    """YAML of a value, as the right side of an override has it; a text as it is where that reads back."""
+    if isinstance(value, str) and value:
+        with contextlib.suppress(ValueError):
+            if parse_yaml(value, aliases=True) == value:
+                return value
+    text = yaml.safe_dump([value], default_flow_style=True, width=2**31).strip()[1:-1]
+    if "\n" in text:
+        text = yaml.safe_dump([value], default_flow_style=True, default_style='"', width=2**31).strip()[1:-1]
+    return text

@@ -1,29 +1,33 @@
 """`ddetr checkpoint`: what a checkpoint holds, and its weights in other formats."""
 
 import copy
+import itertools
 import json
 import logging
+import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.attention import MultiScaleDeformableAttention
-from ..core.checkpoint import TrainedDetector, export_published, load_detector, save_weights
+from ..core.checkpoint import Contents, TrainedDetector, contents, export_published, load_detector, save_weights
 from ..core.config import dump
-from ..core.cost import PARTS, part_of
+from ..core.cost import OTHERS, PARTS, part_of
 from ..core.detector import Detector
 from ..core.manifest import verify
 from ..data.batch import normalised
 from ..data.categories import Categories
+from ..data.text import file_name, visible
 from ..ops import reference
+from .console import Terminal, brief, say
 from .predict import category_names
 
 SUFFIXES = {"safetensors": ".safetensors", "published": ".pth", "onnx": ".onnx"}
@@ -32,38 +36,43 @@ SUFFIXES = {"safetensors": ".safetensors", "published": ".pth", "onnx": ".onnx"}
 def inspect(path: Path) -> None:
     """Print step, sizes by part of the model, categories, the last evaluation and the configuration.
 
-    Nothing in the file is executed. Raises what `load_detector` raises.
+    Nothing in the file is executed, built or acted on. Raises what `contents` raises.
     """
-    detector = load_detector(path)
-    console = Console(soft_wrap=True)
+    found = contents(path)
+    console = Terminal(soft_wrap=True)
     facts = {
-        "file": f"{detector.path} ({_bytes(detector.path.stat().st_size)})",
-        "position": "published weights" if detector.step is None else f"step {detector.step}, epoch {detector.epoch}",
-        "stored as": _stored_types(detector.path),
-        "categories": _categories(detector),
-        "evaluated": _evaluated(detector) or "not yet (ddetr eval)",
-        "resumable": _resumable(detector.path.parent),
+        "file": f"{found.file} ({_bytes(found.file.stat().st_size)})",
+        "position": "published weights" if found.step is None else f"step {found.step}, epoch {found.epoch}",
+        "stored as": _stored_types(found.file),
+        "categories": _categories(found),
+        "evaluated": _evaluated(found) or "not yet (ddetr eval)",
+        "resumable": _resumable(found.file.parent),
     }
     for name, value in facts.items():
-        console.print(f"[bold]{name:>10}[/bold]  {value}", highlight=False)
+        console.print(Text.assemble((f"{name:>10}", "bold"), f"  {visible(value)}"))
     table = Table("part", "tensors", "values", "float32")
     for column in table.columns[1:]:
         column.justify = "right"
-    tensors = detector.model.state_dict()
-    parts: dict[str, list[Tensor]] = {part: [] for part in PARTS}
-    for name, tensor in tensors.items():
-        parts[part_of(name, detector.config.model)].append(tensor)
-    for title, held in (*parts.items(), ("total", list(tensors.values()))):
+    parts: dict[str, list[int]] = {part: [] for part in (*PARTS, OTHERS)}
+    for name, shape in found.shapes.items():
+        parts[part_of(name, found.config.model)].append(math.prod(shape))
+    for title, held in (*parts.items(), ("total", list(itertools.chain(*parts.values())))):
         if not held:
             continue
-        values = sum(tensor.numel() for tensor in held)
+        values = sum(held)
         table.add_row(title, str(len(held)), f"{values:,}", _bytes(4 * values))
     console.print(table)
-    console.print("[bold]configuration[/bold]")
-    console.print(dump(detector.config), highlight=False, markup=False)
+    console.print(Text("configuration", "bold"))
+    console.print(Text(dump(found.config)))  # YAML writes what is not printable as an escape
 
 
-def export(path: Path, output: Path, format: str, image_size: tuple[int, int] | None = None) -> None:
+def export(
+    path: Path,
+    output: Path,
+    format: str,
+    image_size: tuple[int, int] | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
     """Write the weights of the checkpoint at `path` to the file `output`.
 
     format: safetensors (ours: one file with configuration and categories), published (the layout of the paper's
@@ -72,7 +81,7 @@ def export(path: Path, output: Path, format: str, image_size: tuple[int, int] | 
     """
     if format not in SUFFIXES:
         raise ValueError(f"format {format!r}: expected one of {', '.join(SUFFIXES)}")
-    detector = load_detector(path)
+    detector = load_detector(path, overrides=overrides)
     if output.suffix != SUFFIXES[format]:
         raise ValueError(f"{output}: the name of a {format} file must end in {SUFFIXES[format]}")
     if output.exists() and output.resolve() == detector.path.resolve():
@@ -83,13 +92,13 @@ def export(path: Path, output: Path, format: str, image_size: tuple[int, int] | 
         "published": _write_published,
         "onnx": lambda detector, file: _write_onnx(detector, file, image_size),
     }
-    partial = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    partial = output.with_name(file_name(f".{output.stem}", f".{os.getpid()}{output.suffix}"))
     try:
         note = writers[format](detector, partial)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{output}: {_bytes(output.stat().st_size)}{note}")
+    say(f"{output}: {_bytes(output.stat().st_size)}{note}")
 
 
 class FixedSizeDetector(nn.Module):
@@ -180,16 +189,16 @@ def _stored_types(file: Path) -> str:
     return "safetensors, " + ", ".join(f"{count} tensors {name}" for name, count in types.items())
 
 
-def _categories(detector: TrainedDetector) -> str:
-    if detector.categories is None:
-        return f"{detector.config.model.num_classes}, labels are category ids"
-    pairs = zip(detector.categories.ids, detector.categories.names, strict=True)
-    return f"{len(detector.categories)}: " + ", ".join(f"{name} ({id_})" for id_, name in pairs)
+def _categories(found: Contents) -> str:
+    if found.categories is None:
+        return f"{found.config.model.num_classes}, labels are category ids"
+    pairs = zip(found.categories.ids, found.categories.names, strict=True)
+    return f"{len(found.categories)}: " + ", ".join(f"{brief(name)} ({id_})" for id_, name in pairs)
 
 
-def _evaluated(detector: TrainedDetector) -> str | None:
+def _evaluated(found: Contents) -> str | None:
     """The numbers that `ddetr eval`, or else the trainer, has computed for this checkpoint of a run."""
-    step = detector.path.parent
+    step = found.file.parent
     run = step.parent.parent
     written, recorded = run / "eval" / step.name / "metrics.json", run / "metrics.jsonl"
     metrics = None
@@ -200,7 +209,7 @@ def _evaluated(detector: TrainedDetector) -> str | None:
     elif recorded.is_file():
         for line in recorded.read_text().splitlines():
             row = json.loads(line)
-            if row["kind"] == "evaluation" and row["step"] == detector.step:
+            if row["kind"] == "evaluation" and row["step"] == found.step:
                 metrics = row["metrics"]
     return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
 

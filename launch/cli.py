@@ -4,6 +4,7 @@ Only typer and rich are imported here, so that `ddetr --help` is immediate and a
 """
 
 import importlib.metadata
+import io
 import sys
 import traceback as traceback_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from .arguments import OVERRIDES, Overrides, is_override, normalised_arguments
+from .console import paragraph, say
 from .data_commands import data_app
 
 app = typer.Typer(
@@ -136,6 +138,7 @@ def train(
     `ddetr train r50 data.train=/shared/train train.name=r50 train.auto_resume=true --ray 10.0.0.1:6379 --ranks 16`
     """
     from ..core.config import load
+    from ..data.documents import in_one_line
 
     on_ray = {"ranks": ranks, "restarts": restarts, "wait": wait}
     if ray is None and (given := [f"--{name}" for name, value in on_ray.items() if value is not None]):
@@ -149,6 +152,8 @@ def train(
     source = resume / "config.yaml" if resume is not None else preset
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
+    if resume is not None:  # where it is now, whatever its file says of where it was
+        arguments.append(f"train.output={in_one_line(str(resume.resolve().parent))}")
     config = load(source, arguments)
     if ray is not None:
         from .ranks import train_on_ray
@@ -195,7 +200,12 @@ def evaluate(
     path: CheckpointPath,
     overrides: Overrides = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="SHARDS", help="Shards to evaluate on.  [default: the run's data.validation]")
+        str | None,
+        typer.Option(
+            metavar="SHARDS",
+            help="Shards to evaluate on: a folder, http(s)://..., s3://... or pipe:COMMAND.  [default: the run's "
+            "data.validation]",
+        ),
     ] = None,
     ray: RayAddress = None,
     output: Annotated[
@@ -212,6 +222,8 @@ def evaluate(
     `ddetr eval runs/r50-0001`
 
     `ddetr eval r50_deformable_detr.pth --data shards/val --ray 10.0.0.1:6379`
+
+    `ddetr eval runs/r50-0001 --data s3://bucket/val`
     """
     from .evaluate import evaluate as evaluate_checkpoint
 
@@ -243,6 +255,7 @@ def predict(
 def explain(
     checkpoint: CheckpointPath,
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
+    overrides: Overrides = None,
     output: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("explanation.png"),
     query: Annotated[
         int | None, typer.Option(min=0, help="Object query to explain.  [default: the most confident one]")
@@ -254,7 +267,7 @@ def explain(
     """
     from .explain import explain as explain_query
 
-    explain_query(checkpoint, image, output, query)
+    explain_query(checkpoint, image, output, query, overrides or ())
 
 
 @app.command()
@@ -283,6 +296,7 @@ def checkpoint_inspect(path: CheckpointPath) -> None:
 def checkpoint_export(
     path: CheckpointPath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+    overrides: Overrides = None,
     format: Annotated[
         Literal["safetensors", "published", "onnx"],
         typer.Option(help="`published` is the layout of the paper's code; `onnx` needs the extra `ddetr[export]`."),
@@ -301,7 +315,7 @@ def checkpoint_export(
     """
     from .checkpoint import export
 
-    export(path, output, format, image_size)
+    export(path, output, format, image_size, overrides or ())
 
 
 @app.command()
@@ -309,7 +323,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) ->
     """Write RUN_DIR/report.html: one self-contained page with curves, AP, events and settings of a run."""
     from .report import report as write_report
 
-    typer.echo(write_report(run_directory))
+    say(str(write_report(run_directory)))
 
 
 @app.command()
@@ -327,6 +341,8 @@ def doctor() -> None:
 def main() -> None:
     """Entry point of the console script: a user's mistake becomes one message and exit status 2."""
     arguments = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(normalised_arguments(arguments))
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -334,7 +350,7 @@ def main() -> None:
             raise  # not a missing requirement but a defect of ours
         if "--traceback" in arguments:
             traceback_module.print_exc()
-        print(f"ddetr: {_message(error)}", file=sys.stderr)
+        print(f"ddetr: {paragraph(_message(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

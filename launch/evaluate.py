@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
-from ..core.checkpoint import TrainedDetector, checkpoints
+from ..core.checkpoint import TrainedDetector, checkpoints, load_detector
 from ..core.config import Config
 from ..core.evaluator import ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ..core.ownership import check_links, check_own
 from ..core.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
-from .inference import configured_detector
+from ..data.sources import is_remote
+from ..data.text import file_name
+from .console import Terminal, progress_bar
 
 CPU_THREADS = 2  # of every process that evaluates on a CPU, here or in a Ray worker, so that sums are the same
 
@@ -28,29 +31,31 @@ EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], 
 def evaluate(
     path: Path,
     overrides: list[str],
-    data: Path | None = None,
+    data: str | None = None,
     ray_address: str | None = None,
     output: Path | None = None,
     all_checkpoints: bool = False,
 ) -> dict[str, float]:
     """Evaluate the checkpoint at `path`; with `all_checkpoints` every one of the run directory `path`, oldest first.
 
-    data: shards to evaluate on; the configuration's data.validation otherwise.
+    data: the shards to evaluate on, in place of the configuration's data.validation.
     ray_address: an address as `cluster` takes it; None evaluates in this process.
     output: folder for detections.json, ground_truth.json and metrics.json, with `all_checkpoints` for one folder a
     step; the run's `eval/step_XXXXXXXX` otherwise.
     Returns the numbers of the last checkpoint.
     """
-    console = Console()
+    console = Terminal()
     paths = _every_checkpoint(path) if all_checkpoints else [path]
     metrics: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         evaluate_shards: EvaluateShards | None = None
         for checkpoint in paths:
-            detector = configured_detector(checkpoint, overrides)
-            index = _shards(data, detector.config, path)
+            detector = load_detector(checkpoint, overrides=overrides)
+            index = _shards(data, detector, overrides)
             check_categories(detector, index)
             folder = _output_folder(detector.path, output, each=all_checkpoints)
+            if output is None:
+                check_links(detector.path.parent.parent.parent, folder, folder.parent)
             if evaluate_shards is None:
                 here = contextlib.nullcontext(_evaluate_here)
                 there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
@@ -71,11 +76,16 @@ def _every_checkpoint(run_directory: Path) -> list[Path]:
     return found
 
 
-def _shards(data: Path | None, config: Config, checkpoint: Path) -> ShardIndex:
-    folder = str(data) if data is not None else config.data.validation
-    if folder is None:
-        raise ValueError(f"{checkpoint} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
-    return open_shards(folder, config.data)
+def _shards(data: str | None, detector: TrainedDetector, overrides: list[str]) -> ShardIndex:
+    config, file = detector.config, detector.path
+    if data is None:
+        check_own(config, ["data.validation"], overrides, file)
+    location = config.data.validation if data is None else data
+    if location is None:
+        raise ValueError(f"{file} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
+    if is_remote(location):
+        check_own(config, ["data.cache"], overrides, file)
+    return open_shards(location, config.data)
 
 
 def _evaluate_here(detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]) -> list[ShardResult]:
@@ -95,7 +105,7 @@ def _on_ray(address: str, config: Config, index: ShardIndex, console: Console) -
     from .workers import ShardWorkers
 
     with cluster(address):
-        workers = ShardWorkers(index.location, len(index.shards), config.train.device, CPU_THREADS, console.print)
+        workers = ShardWorkers(index.real_location, len(index.shards), config.train.device, CPU_THREADS, console.print)
         try:
             yield workers.evaluate
         finally:
@@ -109,8 +119,7 @@ class _ImagesPerSecond(ProgressColumn):
 
 @contextlib.contextmanager
 def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _ImagesPerSecond())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with progress_bar(_ImagesPerSecond(), console=console) as progress:
         title = "evaluating" if detector.step is None else f"step {detector.step}"
         task = progress.add_task(title, total=index.num_samples)
         yield lambda images: progress.advance(task, images)
@@ -122,7 +131,7 @@ def _output_folder(file: Path, output: Path | None, each: bool) -> Path:
     in_run = step.parent.name == "checkpoints"
     if output is not None:
         return output / step.name if each else output
-    return step.parent.parent / "eval" / step.name if in_run else file.parent / f"{file.stem}_eval"
+    return step.parent.parent / "eval" / step.name if in_run else file.parent / file_name(file.stem, "_eval")
 
 
 def _write(folder: Path, contents: dict[str, Any]) -> None:

@@ -4,25 +4,27 @@ Shapes: Q queries, H heads, L levels, P points.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from ..core.attention import MultiScaleDeformableAttention
-from ..core.checkpoint import TrainedDetector
+from ..core.checkpoint import TrainedDetector, load_detector
 from ..core.detector import DeformableDetr
 from ..core.world import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
-from ..data.transforms import evaluation_sample, load_image
-from .inference import configured_detector
+from ..data.images import load_image, read_file
+from ..data.transforms import evaluation_sample
+from .console import brief, say
 from .predict import category_names
+
+TITLE_LENGTH = 20  # characters of a category's name above a panel
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,23 @@ class Explanation:
     encoder: SamplingPoints  # of the finest level's pixel at the box's centre
 
 
-def explain(checkpoint: Path, image: Path, output: Path, query: int | None = None) -> Explanation:
+def explain(
+    checkpoint: Path, image: Path, output: Path, query: int | None = None, overrides: Sequence[str] = ()
+) -> Explanation:
     """Draw the sampling points of `query` (default: the one with the best score) of an image into the file `output`.
 
     Raises ValueError for an image that cannot be read, a query that does not exist and an unknown picture format.
     """
+    data = read_file(image)
+    detector = load_detector(checkpoint, overrides=overrides)
     try:
-        pixels = load_image(image.read_bytes())
+        pixels = load_image(data, most_pixels=detector.config.data.most_pixels)
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error
-    detector = configured_detector(checkpoint, [])
     explanation = explained(detector, pixels, query)
-    name = category_names(detector)[explanation.label]
+    name = brief(category_names(detector)[explanation.label])
     draw_explanation(pixels, explanation, name, output)
-    Console().print(f"query {explanation.query}: {name} {explanation.score:.2f}, drawn in {output}")
+    say(f"query {explanation.query}: {name} {explanation.score:.2f}, drawn in {output}")
     return explanation
 
 
@@ -147,6 +152,14 @@ def recorded(module: MultiScaleDeformableAttention) -> Iterator[Recording]:
 
 def draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, output: Path) -> None:
     """Two rows, decoder and encoder: all sampling points on the image, then those of each level, closer."""
+    from matplotlib import rc_context
+
+    # A category may be called `$x$`: nothing drawn is mathematics, and least of all a program for TeX.
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        _draw_explanation(pixels, explanation, brief(name, TITLE_LENGTH), output)
+
+
+def _draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
-from ..core.checkpoint import TrainedDetector
+from ..core.checkpoint import TrainedDetector, load_detector
 from ..core.evaluator import category_id
 from ..core.postprocess import Detections, detections
 from ..core.world import device_for
 from ..data.batch import collate, normalised
+from ..data.images import load_image, read_file
 from ..data.index import write_whole
-from ..data.transforms import evaluation_sample, load_image
+from ..data.text import file_name, visible
+from ..data.transforms import evaluation_sample
+from .console import brief, progress_bar, say
 from .drawing import DrawnBox, draw_boxes
-from .inference import configured_detector
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -33,35 +33,37 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
     """
     files = _image_files(images)
     drawn_names = _drawn_names(files)
-    detector = configured_detector(checkpoint, overrides)
+    detector = load_detector(checkpoint, overrides=overrides)
     device = device_for(detector.config.train, local_rank=0)
     detector.model.to(device)
     names = category_names(detector)
     entries: list[dict[str, Any]] = []
     unreadable: list[str] = []
-    console = Console()
-    for file, drawn_name in track(list(zip(files, drawn_names, strict=True)), "predicting", console=console):
-        try:
-            pixels = load_image(file.read_bytes())
-        except (ValueError, OSError) as error:
-            unreadable.append(f"{file}: {error}")
-            continue
-        found = detect_image(detector, pixels, device)
-        rows = _rows(found, detector, names)
-        output.mkdir(parents=True, exist_ok=True)
-        boxes = [
-            DrawnBox(row["box_xyxy"], f"{row['name']} {row['score']:.2f}", label)
-            for row, label in zip(rows, found.labels.tolist(), strict=True)
-            if row["score"] >= detector.config.eval.score_threshold
-        ]
-        draw_boxes(Image.fromarray(pixels), boxes[::-1]).save(output / drawn_name, quality=92)
-        height, width = pixels.shape[:2]
-        entries.append({"file": str(file), "height": height, "width": width, "drawn": drawn_name, "detections": rows})
+    with progress_bar() as progress:
+        for file, drawn_name in progress.track(list(zip(files, drawn_names, strict=True)), description="predicting"):
+            try:
+                pixels = load_image(read_file(file), most_pixels=detector.config.data.most_pixels)
+            except (ValueError, OSError) as error:
+                unreadable.append(visible(f"{file}: {error}"))
+                continue
+            found = detect_image(detector, pixels, device)
+            rows = _rows(found, detector, names)
+            output.mkdir(parents=True, exist_ok=True)
+            boxes = [
+                DrawnBox(row["box_xyxy"], f"{brief(row['name'])} {row['score']:.2f}", label)
+                for row, label in zip(rows, found.labels.tolist(), strict=True)
+                if row["score"] >= detector.config.eval.score_threshold
+            ]
+            draw_boxes(Image.fromarray(pixels), boxes[::-1]).save(output / drawn_name, quality=92)
+            height, width = pixels.shape[:2]
+            entries.append(
+                {"file": str(file), "height": height, "width": width, "drawn": drawn_name, "detections": rows}
+            )
     json_file = output / "predictions.json"
     if entries:
         content = {"checkpoint": str(detector.path), "step": detector.step, "images": entries}
         write_whole(json_file, json.dumps(content, indent=1).encode())
-        console.print(f"{len(entries)} image(s): {json_file} and drawn images beside it")
+        say(f"{len(entries)} image(s): {json_file} and drawn images beside it")
     if unreadable:
         raise ValueError(f"{len(unreadable)} of {len(files)} image(s) could not be read:\n" + "\n".join(unreadable))
     return json_file
@@ -113,13 +115,13 @@ def _image_files(images: list[Path]) -> list[Path]:
 
 
 def _drawn_names(files: list[Path]) -> list[str]:
-    """A file name for each drawn image: the source's, numbered where two sources have the same."""
-    names: list[str] = []
+    """A file name for each drawn image: the source's, numbered where two sources have the same, cut where too long."""
+    names: dict[str, None] = {}  # a set, in order
     for file in files:
         suffix = file.suffix.lower() if file.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
-        name, number = f"{file.stem}_detections{suffix}", 1
+        name, number = file_name(file.stem, f"_detections{suffix}"), 1
         while name in names:
             number += 1
-            name = f"{file.stem}_{number}_detections{suffix}"
-        names.append(name)
-    return names
+            name = file_name(file.stem, f"_{number}_detections{suffix}")
+        names[name] = None
+    return list(names)

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # Tests start processes that share few cores; OpenMP threads that spin while they wait would slow all by ten times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What a run of this account was trained with is remembered there: not in the home of who runs the tests.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ddetr-state-")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

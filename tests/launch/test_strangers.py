@@ -1,0 +1,366 @@
+"""What came with a stranger's checkpoint or run directory is read, and not obeyed, by any command."""
+
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from ddetr.core.checkpoint import WEIGHTS, load_detector
+from ddetr.core.config import changed, dump, load
+from ddetr.core.ownership import ORDERS, ForeignSettingError, own_settings_file, remember
+from ddetr.launch.cli import app
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from tests.core.runs import SMALL
+from tests.data.file_server import FileServer
+
+Stranger = Callable[..., Path]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refusal(result: Result) -> str:
+    assert isinstance(result.exception, ForeignSettingError), (result.exception, result.output)
+    return str(result.exception)
+
+
+def rewritten(run_directory: Path, folder: Path, **metadata: str) -> Path:
+    """A copy of a run's last checkpoint with other metadata, in a run directory of its own."""
+    source = run_directory / "checkpoints/step_00000020" / WEIGHTS
+    with safe_open(source, framework="pt") as opened:
+        known = opened.metadata()
+    step = folder / "checkpoints/step_00000020"
+    step.mkdir(parents=True)
+    save_file(load_file(source), step / WEIGHTS, metadata={**known, **metadata})
+    (folder / "config.yaml").write_text(metadata.get("config", known["config"]))
+    return folder
+
+
+@pytest.fixture
+def stranger(run_directory: Path, tmp_path: Path) -> Stranger:
+    """stranger(override, ...): a run directory whose checkpoint and config.yaml say that."""
+
+    def make(*overrides: str) -> Path:
+        config = changed(load_detector(run_directory).config, overrides, "a stranger")
+        return rewritten(run_directory, tmp_path / "stranger", config=dump(config))
+
+    return make
+
+
+@pytest.fixture
+def server(run_directory: Path) -> Iterator[FileServer]:
+    server = FileServer(run_directory.parent / "shards")
+    yield server
+    server.close()
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    (file,) = folder.rglob("metrics.json")
+    return json.loads(file.read_text())
+
+
+def test_a_command_is_shown_not_run(run_directory: Path, stranger: Stranger, tmp_path: Path) -> None:
+    shards, marker = run_directory.parent / "shards", tmp_path / "executed"
+    order = f"data.validation=pipe:touch {marker}; cat {shards}/{{}}"
+    folder = stranger(order)
+    said = refusal(run("eval", folder))
+    assert f"{folder}/checkpoints/step_00000020/{WEIGHTS} comes with 1 setting(s)" in said
+    assert order in said
+    assert not marker.exists()
+    (repeat,) = re.findall(r"add to the command: (.*)\n", said)
+    assert run("eval", folder, *shlex.split(repeat)).exception is None
+    assert marker.exists()
+
+
+def test_the_ways_to_allow_it_work(run_directory: Path, stranger: Stranger, server: FileServer, tmp_path: Path) -> None:
+    shards = run_directory.parent / "shards"
+    assert run("eval", run_directory, "--output", tmp_path / "expected").exception is None
+    folder, cache = stranger(f"data.validation={server.url}"), f"data.cache={tmp_path}/cache"
+    assert server.url in refusal(run("eval", folder, cache))
+    assert not server.requests
+    ways: list[list[str]] = [
+        ["--data", server.url, cache],
+        ["--data", f"pipe:cat {shards}/{{}}", cache],
+        [f"data.validation={server.url}", cache],
+        ["--data", str(shards)],
+        ["--data", os.path.relpath(shards)],
+    ]
+    for number, way in enumerate(ways):
+        output = tmp_path / str(number)
+        result = run("eval", folder, *way, "--output", output)
+        assert result.exception is None, (way, result.exception)
+        assert metrics_of(output) == metrics_of(tmp_path / "expected")
+
+
+def test_folders_of_shards_are_only_read(run_directory: Path, stranger: Stranger, tmp_path: Path) -> None:
+    shards = Path(shutil.copytree(run_directory.parent / "shards", tmp_path / "shards"))
+    before = {path: path.stat() for path in (shards, *shards.iterdir())}
+    folder = stranger(f"data.validation={os.path.relpath(shards)}", f"data.cache={tmp_path}/cache", "monitor.port=1")
+    result = run("eval", folder)
+    assert result.exception is None, result.exception
+    assert {path: path.stat().st_mtime_ns for path in (shards, *shards.iterdir())} == {
+        path: stat.st_mtime_ns for path, stat in before.items()
+    }
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_folder_is_not_taken_over(stranger: Stranger, server: FileServer, tmp_path: Path) -> None:
+    folder = stranger(f"data.cache={tmp_path}/theirs")
+    assert f"data.cache={tmp_path}/theirs" in refusal(run("eval", folder, "--data", server.url))
+    assert not (tmp_path / "theirs").exists()
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval {folder}",
+        "predict {folder} {image}",
+        "explain {folder} {image}",
+        "checkpoint export {folder} {folder}/new.safetensors",
+        "train --resume {folder}",
+        "train {folder}/config.yaml",
+        "model {folder}/config.yaml",
+    ],
+)
+def test_a_backbone_from_a_hub_is_not_fetched(
+    command: str, stranger: Stranger, run_directory: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    folder = stranger("model.backbone=hf-hub:someone/backbone")
+    image = next((run_directory.parent / "coco/images").iterdir())
+    said = refusal(run(*command.format(folder=folder, image=image).split()))
+    assert "model.backbone=hf-hub:someone/backbone" in said
+    assert not server.requests
+
+
+def test_inspect_shows_all_and_acts_on_nothing(
+    stranger: Stranger, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    result = run("checkpoint", "inspect", stranger(*orders(), f"data.train={server.url}"))
+    assert result.exception is None
+    for value in ("hf-hub:someone/backbone", server.url, "host: 0.0.0.0", "output_path: /home"):
+        assert value in result.output
+    assert not server.requests
+
+
+HOSTILE = {
+    "model.backbone": "hf-hub:someone/backbone",
+    "data.train": "pipe:touch executed; cat shards/{}",
+    "data.validation": "https://somewhere.example/shards",
+    "data.cache": "/home",
+    "train.initial_weights": "https://somewhere.example/weights",
+    "train.output": "/home",
+    "train.deepspeed_extra": {"tensorboard": {"enabled": True, "output_path": "/home"}},
+    "monitor.host": "0.0.0.0",
+    "monitor.port": 22,
+}
+
+
+def orders() -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in HOSTILE.items()]
+
+
+def test_each_order_has_its_case() -> None:
+    assert set(HOSTILE) == set(ORDERS)
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["train --resume {folder}", "train {folder}/config.yaml", "tune {sweep}"])
+def test_settings_of_a_run_are_refused_together(command: str, stranger: Stranger, tmp_path: Path) -> None:
+    folder = stranger(*orders())
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"base: {folder}/config.yaml\nsamples: 1\nsearch: {{optim.clip_norm: {{uniform: [0.1, 0.2]}}}}\n")
+    before = everything(tmp_path)
+    said = refusal(run(*command.format(folder=folder, sweep=sweep).split()))
+    moved = {"train.output"} if "--resume" in command else set()  # a run goes on where it is
+    for key in {*ORDERS} - moved:
+        assert f"\n  {key}=" in said
+    assert not any(f"\n  {key}=" in said for key in moved)
+    assert everything(tmp_path) == before
+
+
+def test_each_order_alone_is_refused(stranger: Stranger, tmp_path: Path) -> None:
+    for order in orders():
+        folder = stranger(order)
+        with pytest.raises(ForeignSettingError, match=f"1 setting.*\n  {order.partition('=')[0]}="):
+            load(folder / "config.yaml")
+        assert load(folder / "config.yaml", [order])
+        shutil.move(folder / "config.yaml", tmp_path / "my_own.yaml")
+        assert load(tmp_path / "my_own.yaml")
+        shutil.rmtree(folder)
+
+
+def test_what_was_given_once_is_own(stranger: Stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = stranger(*orders())
+    config = load(folder / "config.yaml", orders())
+    remember(config)
+    assert load(folder / "config.yaml") == config
+    assert own_settings_file().stat().st_mode & 0o777 == 0o600
+    assert "touch" not in own_settings_file().read_text()
+    (folder / "config.yaml").write_text(dump(changed(config, ["data.train=pipe:touch other; cat {}"], "a stranger")))
+    with pytest.raises(ForeignSettingError, match=r"1 setting\(s\) .*\n  data.train=pipe:touch other"):
+        load(folder / "config.yaml")
+
+
+def test_a_home_that_cannot_be_written_to_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    remember(load("tiny", ["data.train=s3://bucket/train"]))
+    assert "--resume and eval of this run will ask for data.train again" in caplog.text
+    caplog.clear()
+    remember(load("tiny"))
+    assert not caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_on_a_server_is_resumed_by_who_started_it(
+    synthetic_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word more; another account has to say where the data is."""
+    server = FileServer(synthetic_shards)
+    arguments = [*SMALL, f"data.train={server.url}", f"data.cache={tmp_path}/cache", f"train.output={tmp_path}"]
+    start = [sys.executable, "-m", "ddetr.launch.cli", "train"]
+    try:
+        subprocess.run([*start, "tiny", *arguments, "train.name=run", "train.max_steps=2"], check=True, timeout=200)
+        resume = [*start, "--resume", str(tmp_path / "run")]
+        subprocess.run([*resume, "train.max_steps=3"], check=True, timeout=200)
+        other = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "other")}
+        refused = subprocess.run([*resume, "train.max_steps=4"], env=other, capture_output=True, text=True, timeout=200)
+        assert refused.returncode == 2
+        assert f"\n  data.train={server.url}" in refused.stderr
+        (repeat,) = re.findall(r"add to the command: (.*)\n", refused.stderr)
+        subprocess.run([*resume, "train.max_steps=4", *shlex.split(repeat)], env=other, check=True, timeout=200)
+    finally:
+        server.close()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        "encoder_layers: 1000000000",
+        "encoder_layers: 128",
+        "decoder_layers: 128",
+        "hidden_dim: 16777216",
+        "hidden_dim: 4096",
+        "feedforward_dim: 65536",
+        "levels: 16",
+        "num_classes: 1000000",
+    ],
+)
+def test_no_model_larger_than_its_tensors(size: str, run_directory: Path, tmp_path: Path) -> None:
+    """In a process whose memory ends at 4 GiB beyond what torch's import maps."""
+    key = size.partition(":")[0]
+    with safe_open(run_directory / "checkpoints/step_00000020" / WEIGHTS, framework="pt") as opened:
+        config = re.sub(rf"{key}: \d+", size, opened.metadata()["config"])
+    folder = rewritten(run_directory, tmp_path / "stranger", config=config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(re.findall(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (4 << 30), hard))
+    try:
+        with pytest.raises(
+            ValueError, match=rf"{key}: .*less than or equal|differ:\n  (missing|re-shaped|unexpected): "
+        ):
+            load_detector(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"config": "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]"},
+        {"config": "[" * 5_000},
+        {"config": "model: !!python/object/apply:os.mkdir [executed]"},
+        {"config": "3"},
+        {"categories": "[" * 5_000},
+        {"categories": '[{"id": 1}]'},
+        {"categories": "{}"},
+        {"step": "nan"},
+        {"step": "9" * 5000},
+    ],
+    ids=lambda metadata: next(iter(metadata)) + ":" + next(iter(metadata.values()))[:12],
+)
+def test_metadata_that_cannot_be_used_is_one_message(
+    metadata: dict[str, str], run_directory: Path, tmp_path: Path
+) -> None:
+    folder = rewritten(run_directory, tmp_path / "stranger", **metadata)
+    for command in (["checkpoint", "inspect", folder], ["eval", folder]):
+        error = run(*command).exception
+        assert isinstance(error, ValueError)
+        assert str(folder) in str(error)
+        assert len(str(error)) < 1000
+
+
+def published(change: Callable[[dict[str, Any]], object], run_directory: Path, file: Path) -> Path:
+    assert run("checkpoint", "export", run_directory, file, "--format", "published").exception is None
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update({"class_embed.0.bias": torch.zeros(1).expand(2**40)}), "claims the shape"),
+        (lambda c: c["model"].update({"class_embed.0.bias": torch.empty(2**40, device="meta")}), "no plain tensor"),
+        (lambda c: c["model"].update({"class_embed.0.bias": "text"}), "no plain tensor"),
+        (lambda c: c["args"].update(nheads=0), "fit no model"),
+        (lambda c: c["args"].update(nheads="8"), "fit no model"),
+        (lambda c: c["args"].update(num_queries=10**9), "no model that can be built"),
+        (lambda c: c.update(args=[1]), "are no arguments"),
+        (lambda c: c.update(args=Namespace(nheads=[])), "fit no model"),
+    ],
+)
+def test_published_files_ask_for_no_more_than_they_hold(
+    change: Callable[[dict[str, Any]], object], message: str, run_directory: Path, tmp_path: Path
+) -> None:
+    file = published(change, run_directory, tmp_path / "published.pth")
+    with pytest.raises(ValueError, match=rf"{file}: .*{message}"):
+        load_detector(file)
+
+
+def test_a_compressed_archive_is_refused_unread(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(2**20)}}, tmp_path / "plain.pth")
+    bomb = zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match=r"bomb.pth: its members are compressed"):
+        load_detector(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("name", ["eval", "eval/step_00000020"])
+def test_nothing_is_written_through_a_link(name: str, stranger: Stranger, tmp_path: Path) -> None:
+    folder, elsewhere = stranger(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    assert f"{folder / name} is a link to {elsewhere}" in refusal(run("eval", folder))
+    assert not list(elsewhere.iterdir())
