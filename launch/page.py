@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.images import load_image, read_file
 from ..data.text import visible
 
 # No script runs and nothing is loaded, even if a text should ever reach the page as markup.
@@ -124,11 +125,10 @@ def picture(path: Path, caption: str) -> str:
     """The picture made small enough to be part of the page. Raises ValueError when it cannot be read."""
     encoded = io.BytesIO()
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-            image.save(encoded, "JPEG", quality=88)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = Image.fromarray(load_image(read_file(path), (PICTURE_PIXELS, PICTURE_PIXELS)))
+        image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+        image.save(encoded, "JPEG", quality=88)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a picture that can be read ({error}); delete it, then report again") from error
     data = base64.b64encode(encoded.getvalue()).decode()
     return (
