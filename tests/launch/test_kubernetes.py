@@ -77,6 +77,37 @@ def test_the_ray_cluster_is_valid(version: str) -> None:
         assert worker["minReplicas"] <= worker["replicas"] <= worker["maxReplicas"]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_network_policies_are_valid(version: str) -> None:
+    for manifest in manifests("network.yaml"):
+        assert manifest["kind"] == "NetworkPolicy"
+        assert mistake(manifest, version) is None
+
+
+def test_only_pods_of_the_run_reach_each_other() -> None:
+    """And Prometheus the metrics' ports, of as many ranks as a pod has."""
+    job, (policy, of_ray) = manifests("train.yaml")[1], manifests("network.yaml")
+    pod = job["spec"]["template"]
+    selector = policy["spec"]["podSelector"]
+    assert selector["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    among, prometheus = policy["spec"]["ingress"]
+    assert among == {"from": [{"podSelector": selector}]}
+    (ports,) = prometheus["ports"]
+    (container,) = pod["spec"]["containers"]
+    metrics = next(port["containerPort"] for port in container["ports"] if port["name"] == "metrics")
+    ranks = int(next(part for part in container["command"] if "nproc" in part).partition("=")[2])
+    assert (ports["port"], ports["endPort"]) == (metrics, metrics + ranks - 1)
+    (cluster,) = manifests("ray.yaml")
+    selector = of_ray["spec"]["podSelector"]
+    assert selector == {"matchLabels": {"ray.io/cluster": cluster["metadata"]["name"]}}
+    among, *others = of_ray["spec"]["ingress"]
+    assert among == {"from": [{"podSelector": selector}]}
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    client = next(port["containerPort"] for port in head["ports"] if port["name"] == "client")
+    assert others[0]["ports"] == [{"protocol": "TCP", "port": client}]
+    assert all(rule["ports"] for rule in others)
+
+
 def test_the_schemas_find_mistakes() -> None:
     job = manifests("train.yaml")[1]
     for path, value in (
