@@ -45,8 +45,9 @@ def resized_sizes(
     new_heights = np.where(upright, np.trunc(short_sides * heights / widths), short_sides)
     new_widths = np.where(upright, short_sides, np.trunc(short_sides * widths / heights))
     as_is = shorter == short_sides
-    sizes = np.where(as_is, heights, new_heights), np.where(as_is, widths, new_widths)
-    return np.stack(sizes, axis=-1).astype(np.int64)
+    sizes = np.stack((np.where(as_is, heights, new_heights), np.where(as_is, widths, new_widths)), axis=-1)
+    # Rounding makes long sides up to twice as long as they should be, but a strip of one pixel is as long as it likes.
+    return (sizes if long_side is None else np.minimum(sizes, 2 * long_side)).astype(np.int64)
 
 
 def training_views(heights: np.ndarray, widths: np.ndarray, config: DataConfig, random: np.ndarray) -> list[View]:

@@ -83,6 +83,12 @@ def test_sizes_are_the_published_ones(height, width):
             assert resized_size(height, width, short_side, long_side) == expected
 
 
+def test_a_strip_of_one_pixel_does_not_stay_as_long_as_it_is():
+    assert resized_size(1, 200_000_000, 800, 1333) == (1, 2666)
+    assert resized_size(2_000_000, 1, 1, 1333) == (2666, 1)
+    assert resized_size(3, 7900, 800, 1333) == published_size((7900, 3), 800, 1333)
+
+
 def test_evaluation_sizes_of_common_coco_images():
     config = DataConfig()
     sizes = [views.evaluation_view(h, w, config).size for h, w in [(480, 640), (640, 480), (427, 640), (300, 1000)]]
