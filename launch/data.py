@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +21,7 @@ from ..data.shards import pack as pack_shards
 from ..data.stream import TrainStream
 from ..data.synthetic import draw_set
 from .console import Terminal, brief, progress_bar, say
-from .drawing import fitted_text
+from .drawing import fitted_text, font_of
 
 ROWS_PER_KIND = 20
 CELL_LENGTH = 300  # characters of a finding in the table of `check`
@@ -113,7 +113,7 @@ def _cell(batch: Batch, categories: Categories) -> Image.Image:
     left, top = (CELL - fitted.width) // 2, (CELL - caption_height - fitted.height) // 2
     cell.paste(fitted, (left, top))
     draw = ImageDraw.Draw(cell)
-    font = ImageFont.load_default(size=11)
+    font = font_of(11)
     boxes = cxcywh_to_xyxy(batch.boxes_cxcywh) * batch.boxes_cxcywh.new_tensor([fitted.width, fitted.height] * 2)
     # Large boxes first, so that the names of small ones stay readable.
     areas = (batch.boxes_cxcywh[:, 2] * batch.boxes_cxcywh[:, 3]).tolist()

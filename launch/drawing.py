@@ -2,15 +2,15 @@
 
 import colorsys
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from .console import brief
 
 SMALLEST_SIDE = 800  # of the longer side of a drawn image; smaller images are enlarged to it
 LONGEST_TEXT = 120  # characters; measured in pixels after that
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def draw_boxes(image: Image.Image, boxes: list[DrawnBox]) -> Image.Image:
         image = image.copy()
     draw = ImageDraw.Draw(image)
     line = max(3, round(max(image.size) / 270))
-    font = ImageFont.load_default(size=max(16, round(max(image.size) / 48)))
+    font = font_of(max(16, round(max(image.size) / 48)))
     corners = [_inside(box.box_xyxy, scale, image.size) for box in boxes]
     for (x0, y0, x1, y1), box in zip(corners, boxes, strict=True):
         edge = max(1, line // 3)  # dark, so that the colour shows on every background
@@ -59,7 +59,12 @@ def colour(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def fitted_text(text: str, width: float, font: Font) -> str:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans: Pillow's own font has no letter beyond English. What this one lacks too is drawn as a box."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+
+
+def fitted_text(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
     """One line of text that is drawn on at most `width` pixels: the end of a longer one is an ellipsis."""
     text = shown = brief(text, LONGEST_TEXT)
     while text and font.getlength(shown) > width:
@@ -74,7 +79,7 @@ def _draw_text(
     corner: tuple[float, float],
     text: str,
     background: tuple[int, int, int],
-    font: Font,
+    font: ImageFont.FreeTypeFont,
     padding: int,
 ) -> None:
     """Text on a filled rectangle above the box's upper left corner, moved inside the image where it would leave it."""

@@ -17,9 +17,10 @@ from ddetr.data.shards import pack
 from ddetr.data.synthetic import draw_set
 from ddetr.launch.cli import main
 from ddetr.launch.console import LogFormatter
+from ddetr.launch.drawing import fitted_text, font_of
 from ddetr.launch.report import report
 from ddetr.monitoring.metrics import RunMetrics
-from PIL import Image, ImageFont
+from PIL import Image
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -218,14 +219,18 @@ def test_a_category_is_drawn_and_no_formula(
 
 
 def test_a_text_is_cut_where_the_picture_ends() -> None:
-    from ddetr.launch.drawing import fitted_text
-
-    font = ImageFont.load_default(size=16)
+    font = font_of(16)
     assert fitted_text("a name", 100, font) == "a name"
     cut = fitted_text(LONG, 100, font)
     assert cut.endswith("…")
     assert 60 < font.getlength(cut) <= 100
     assert fitted_text("two\nlines\x1b", 400, font) == r"two\nlines\x1b"
+
+
+def test_letters_beyond_english_are_drawn() -> None:
+    font = font_of(16)
+    lacking = bytes(font.getmask("\u0378"))
+    assert all(bytes(font.getmask(letter)) != lacking for letter in "éßñžøяλשع…")
 
 
 class Markup(HTMLParser):
