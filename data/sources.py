@@ -207,7 +207,10 @@ class Http:
             location = response.headers.get("Location")
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return response, where
-            response.close()  # unread: what it says beside the address may have no end
+            if re.fullmatch(r"[0-9]{1,5}", response.headers.get("Content-Length", "")):
+                response.drain_conn()
+            else:  # unread: what it says beside the address may have no end
+                response.close()
             try:
                 url = redirected(url, location)
             except ValueError as error:
