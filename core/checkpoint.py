@@ -75,9 +75,10 @@ def find_checkpoint(path: str | Path) -> Path:
 def save_weights(
     path: Path, weights: Mapping[str, Tensor], config: Config, categories: Categories, step: int, epoch: int
 ) -> None:
+    """Write a file of weights that says what they are, and no login of the addresses that they were trained from."""
     metadata = {
         "format": "ddetr",
-        "config": dump(config),
+        "config": dump(config, for_others=True),
         "categories": json.dumps(categories.to_json()),
         "step": str(step),
         "epoch": str(epoch),

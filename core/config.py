@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..data.addresses import is_remote, shown
 from ..data.config import DataConfig
 from ..data.documents import parse_yaml
 from ..data.text import visible
@@ -265,9 +266,22 @@ def changed(config: Config, overrides: Iterable[str], source: str) -> Config:
     return _checked(config.model_dump(mode="json"), overrides, source)
 
 
-def dump(config: Config) -> str:
-    """The whole configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def dump(config: Config, *, for_others: bool = False) -> str:
+    """The whole configuration as YAML that `load` reads back to an equal one.
+
+    for_others: the addresses in it without logins and queries, for what is printed or handed on.
+    """
+    values = config.model_dump(mode="json")
+    return yaml.safe_dump(without_logins(values) if for_others else values, sort_keys=False)
+
+
+def without_logins(values: Any) -> Any:
+    """Values of a configuration, its addresses as they may be shown."""
+    if isinstance(values, dict):
+        return {key: without_logins(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [without_logins(value) for value in values]
+    return shown(values) if isinstance(values, str) and is_remote(values) else values
 
 
 def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..data.addresses import shown
 from ..data.documents import in_one_line
 from ..data.text import visible
 
@@ -130,4 +131,4 @@ def _digest(key: str, value: Any) -> str:
 
 
 def _written(key: str, value: Any) -> str:
-    return visible(f"{key}={in_one_line(value)}")
+    return visible(f"{key}={in_one_line(shown(value) if isinstance(value, str) else value)}")

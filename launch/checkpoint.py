@@ -63,7 +63,7 @@ def inspect(path: Path) -> None:
         table.add_row(title, str(len(held)), f"{values:,}", _bytes(4 * values))
     console.print(table)
     console.print(Text("configuration", "bold"))
-    console.print(Text(dump(found.config)))  # YAML writes what is not printable as an escape
+    console.print(Text(dump(found.config, for_others=True)))  # YAML writes what is not printable as an escape
 
 
 def export(

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from ..core.config import without_logins
+from ..data.documents import parse_yaml
 from .charts import Line, chart, number
 from .console import brief
 from .page import escaped, figure, page, picture, table, tile
@@ -62,6 +64,7 @@ def report(run_directory: Path) -> Path:
     body += [_events(run), _settings(run)]
     path = Path(run_directory) / "report.html"
     unfinished = path.with_suffix(".html.unfinished")
+    unfinished.unlink(missing_ok=True)  # which may be a link, in a stranger's run
     unfinished.write_text(page(f"{run.name} · ddetr", filter(None, body)), encoding="utf-8")
     unfinished.replace(path)
     return path
@@ -86,11 +89,11 @@ def read(run_directory: Path) -> RunLog:
         elif record.get("kind") == "evaluation":
             evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
             evaluations.append(record)
-    text = settings.read_text(errors="replace")
+    config = _config(settings)
     return RunLog(
         name=run_directory.resolve().name,
-        config=_config(settings, text),
-        config_text=text,
+        config={name: section for name, section in config.items() if isinstance(section, dict)},
+        config_text=yaml.safe_dump(without_logins(config), sort_keys=False),
         steps=steps,
         evaluations=evaluations,
         events=_json_lines(run_directory / "events.jsonl", _has_time, unreadable),
@@ -98,13 +101,12 @@ def read(run_directory: Path) -> RunLog:
     )
 
 
-def _config(path: Path, text: str) -> dict[str, dict[str, Any]]:
+def _config(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    sections = values if isinstance(values, dict) else {}
-    return {name: section for name, section in sections.items() if isinstance(section, dict)}
+        values = parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return values if isinstance(values, dict) else {}
 
 
 def _json_lines(path: Path, is_record: Callable[[dict[str, Any]], bool], unreadable: list[str]) -> list[dict[str, Any]]:
@@ -341,7 +343,8 @@ def _by_epoch(run: RunLog) -> str:
 
 
 def _pictures(folder: Path) -> str:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    suffixes = (".png", ".jpg", ".jpeg")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.is_symlink())
     if not paths:
         return ""
     shown = "".join(picture(path, str(path.relative_to(folder))) for path in paths[:PICTURES])

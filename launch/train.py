@@ -150,7 +150,7 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     steps = index.num_samples // config.train.batch_size
-    print(dump(config))
+    print(dump(config, for_others=True))
     print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
     print(f"# device {device.type}; {trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen")
     if advice := rate_advice(config):

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from ddetr.core.checkpoint import WEIGHTS, load_detector
+from ddetr.core.checkpoint import WEIGHTS, load_detector, save_weights
 from ddetr.core.config import changed, dump, load
-from ddetr.core.ownership import ORDERS, ForeignSettingError, own_settings_file, remember
+from ddetr.core.ownership import ORDERS, ForeignSettingError, check_links, own_settings_file, remember
 from ddetr.launch.cli import app
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -364,3 +364,47 @@ def test_nothing_is_written_through_a_link(name: str, stranger: Stranger, tmp_pa
     (folder / name).symlink_to(elsewhere)
     assert f"{folder / name} is a link to {elsewhere}" in refusal(run("eval", folder))
     assert not list(elsewhere.iterdir())
+
+
+def test_logins_stay_with_the_run(run_directory: Path, tmp_path: Path) -> None:
+    """Neither in what is printed nor in weights, which are handed on; config.yaml needs them to go on."""
+    secret = "https://me:secret@somewhere.example/shards?token=secret"
+    config = changed(load_detector(run_directory).config, [f"data.validation={secret}"], "mine")
+    assert secret in dump(config)
+    assert "secret" not in dump(config, for_others=True)
+    assert "https://somewhere.example/shards" in dump(config, for_others=True)
+    save_weights(tmp_path / WEIGHTS, {}, config, load_detector(run_directory).categories, 1, 1)
+    assert b"secret" not in (tmp_path / WEIGHTS).read_bytes()
+    folder = rewritten(run_directory, tmp_path / "run", config=dump(config))
+    for command in (["checkpoint", "inspect", folder], ["eval", folder], ["report", folder]):
+        result = run(*command)
+        assert "secret" not in result.output + str(result.exception)
+    assert "somewhere.example" in (folder / "report.html").read_text()
+    assert "secret" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "events.jsonl", "checkpoints"])
+def test_what_leads_out_of_a_run_is_named(name: str, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(ForeignSettingError, match=f"{name} is a link to {elsewhere}"):
+        check_links(folder, folder / name)
+    (folder / name).unlink()
+    (folder / "kept").touch()
+    (folder / name).symlink_to("kept")
+    (tmp_path / "link").symlink_to(folder)  # of the whole run
+    check_links(tmp_path / "link", tmp_path / "link" / name)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_writes_through_no_link(run_directory: Path, synthetic_shards: Path, tmp_path: Path) -> None:
+    folder, elsewhere = rewritten(run_directory, tmp_path / "stranger"), tmp_path / "elsewhere"
+    elsewhere.write_text("mine\n")
+    (folder / "log.txt").symlink_to(elsewhere)
+    before = everything(tmp_path)
+    command = [sys.executable, "-m", "ddetr.launch.cli", "train", "--resume", str(folder)]
+    done = subprocess.run([*command, f"data.train={synthetic_shards}"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert f"log.txt is a link to {elsewhere}" in done.stderr
+    assert everything(tmp_path) == before
