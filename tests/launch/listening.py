@@ -46,6 +46,12 @@ def listening(pid: int) -> set[Socket]:
     return found
 
 
+def listening_on(node: str) -> set[Socket]:
+    """What all processes of a node of tests/launch/nodes.py listen on."""
+    listed = subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=True).stdout
+    return set().union(*(listening(int(pid)) for pid in listed.split()))
+
+
 def listening_until(pid: int, done: Callable[[], object], seconds: float = 300) -> set[Socket]:
     """All that it listened on at any of many looks, until `done()` or its end."""
     found, deadline = set(), time.monotonic() + seconds
@@ -58,4 +64,10 @@ def listening_until(pid: int, done: Callable[[], object], seconds: float = 300) 
 
 
 def beyond_loopback(sockets: set[Socket]) -> set[Socket]:
-    return {item for item in sockets if not ipaddress.ip_address(item[0]).is_loopback}
+    return {item for item in sockets if not _plain(item[0]).is_loopback}
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IPv4 address also where a socket of both kinds has it as ::ffff:A.B.C.D."""
+    found = ipaddress.ip_address(address)
+    return getattr(found, "ipv4_mapped", None) or found
