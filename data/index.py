@@ -278,7 +278,7 @@ def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 end = member.offset_data
                 key, _, suffix = member.name.partition(".")
                 members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
-    except (ValueError, ArithmeticError, RecursionError, MemoryError, EOFError) as error:
+    except (OSError, EOFError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         # tarfile computes with whatever numbers a header holds, and calls itself for each header that extends another.
         raise tarfile.ReadError(f"its headers cannot be read ({visible(str(error))})") from error
     return members
