@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..core.config import Config, dump
+from ..core.config import Config, changed, dump
+from ..data.documents import in_one_line
 from .cluster import cluster
 from .placement import anywhere, placed, requested
 from .rank import Place, Rank
@@ -68,14 +69,15 @@ def train_on_ray(
 
 def _everywhere(config: Config, resume: Path | None) -> Config:
     """The configuration as a process on any node needs it: with absolute paths, and with the run to resume."""
-    values = anywhere(config)
-    if resume is not None:
-        from ..core.checkpoint import find_checkpoint
+    config = Config.model_validate(anywhere(config))
+    if resume is None:
+        return config
+    from ..core.checkpoint import find_checkpoint
 
-        find_checkpoint(resume)  # raises when there is none: auto_resume would start from nothing
-        resume = resume.resolve()
-        values["train"] |= {"output": str(resume.parent), "name": resume.name, "auto_resume": True}
-    return Config.model_validate(values)
+    find_checkpoint(resume)  # raises when there is none: auto_resume would start from nothing
+    resume = resume.resolve()
+    settings = {"output": str(resume.parent), "name": resume.name, "auto_resume": True}
+    return changed(config, [f"train.{key}={in_one_line(value)}" for key, value in settings.items()], str(resume))
 
 
 @dataclass

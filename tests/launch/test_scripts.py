@@ -45,6 +45,42 @@ def test_wrong_use_is_one_message() -> None:
         assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "queued_again"),
+    [
+        (["train.name=a", "train.auto_resume=true"], True),
+        (["train.auto_resume=false", "train.auto_resume=True"], True),
+        (["--resume", "runs/a"], True),
+        (["--resume=runs/a", "train.auto_resume=false"], True),
+        (["train.name=auto_resume=true"], False),
+        (["train.output=x train.auto_resume=true"], False),
+        (["train.name=x--resume"], False),
+        (["train.auto_resume=true", "train.auto_resume=false"], False),
+        ([], False),
+    ],
+)
+def test_slurm_queues_again_what_can_be_gone_on_with(arguments: list[str], queued_again: bool, tmp_path: Path) -> None:
+    """Slurm itself: test_slurm.py. Here the ranks were told to stop."""
+    for name, body in (("srun", "exit 75"), ("scontrol", 'echo "scontrol $*"; echo node0')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0"}
+    result = run("bash", LAUNCH / "slurm.sbatch", "tiny", *arguments, **variables)
+    assert result.returncode == 75, result.stderr
+    assert ("scontrol requeue 7" in result.stdout) == queued_again
+    assert ("not queued again" in result.stderr) != queued_again
+
+
+@pytest.mark.parametrize("script", [pytest.param("local.sh", marks=pytest.mark.slow), "torchrun.sh", "ssh.sh"])
+def test_an_empty_argument_is_an_argument(script: str) -> None:
+    result = run("bash", LAUNCH / script, "")
+    assert result.returncode == 2
+    assert "usage:" not in result.stdout + result.stderr
+    result = run("bash", LAUNCH / script)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
+
+
 def test_bootstrap_says_what_the_machine_lacks(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     for python, compiler, message in (

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.core.runs import SMALL, Run, collect
-from tests.launch.nodes import joined, on
+from tests.launch.hostile import hostile, recorded, recorder
+from tests.launch.listening import beyond_loopback, listening_on
+from tests.launch.nodes import NODES, joined, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
@@ -203,6 +205,9 @@ def test_a_job_ends(cluster: Cluster, synthetic_shards: Path, tmp_path: Path) ->
 
     once = cluster.submit("tiny", *settings(synthetic_shards, tmp_path, name="once", epochs=10_000))
     cluster.wait(lambda: len(collect(tmp_path / "once", "", 0).steps) >= 3, "steps")
+    for node, address in NODES.items():  # beside Slurm's own programs, which listen everywhere
+        found = {item for item in beyond_loopback(listening_on(node)) if not item[2].startswith(("slurm", "srun"))}
+        assert {where for where, _, _ in found} == {address}, found
     cluster.run("scancel", "--signal=USR1", once)
     cluster.wait(lambda: cluster.state(once) == "FAILED", "stopped by a signal to the ranks")
     log = (cluster.folder / f"job-{once}.log").read_text()
@@ -211,3 +216,17 @@ def test_a_job_ends(cluster: Cluster, synthetic_shards: Path, tmp_path: Path) ->
     run = collect(tmp_path / "once", "", 0)
     assert [event["event"] for event in run.events][-1] == "stop"
     assert_no_gap(run)
+
+
+def test_arguments_arrive_as_they_are(cluster: Cluster, tmp_path: Path) -> None:
+    arguments = ["tiny", *hostile(tmp_path)]
+    variables = [f"{name}={value}" for name, value in recorder(tmp_path / "ranks").items()]
+    options = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={cluster.folder}/job-%j.log"]
+    job = cluster.run("env", *variables, "sbatch", *options, "launch/slurm.sbatch", *arguments)
+    cluster.wait(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end")
+    assert cluster.state(job) == "COMPLETED", cluster.logs()
+    ranks = recorded(tmp_path / "ranks")
+    assert sorted(ranks) == [0, 1]
+    for rank in ranks.values():
+        assert rank.arguments == [b"train", *map(os.fsencode, arguments)]
+    assert not (tmp_path / "executed").exists()
