@@ -5,6 +5,7 @@ Only typer and rich are imported here, so that `ddetr --help` is immediate and a
 
 import importlib.metadata
 import io
+import logging
 import sys
 import traceback as traceback_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from .arguments import OVERRIDES, Overrides, is_override, normalised_arguments
-from .console import paragraph, say
+from .console import LogFormatter, paragraph, say
 from .data_commands import data_app
 
 app = typer.Typer(
@@ -343,6 +344,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # prints the warnings of commands that keep no log
+        logging.lastResort.setFormatter(LogFormatter())
     try:
         app(normalised_arguments(arguments))
     except (ValueError, OSError, FloatingPointError, ImportError) as error:

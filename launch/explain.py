@@ -24,7 +24,7 @@ from ..data.transforms import evaluation_sample
 from .console import brief, say
 from .predict import category_names
 
-TITLE_LENGTH = 20  # characters of a category's name above a panel
+TITLE_LENGTH = 24  # characters of a category's name above a panel
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _draw_explanation(pixels: np.ndarray, explanation: Explanation, name: str, o
         raise ValueError(f"{output}: unknown picture format; end the name in .png, .jpg, .pdf or .svg")
     x0, y0, x1, y1 = (explanation.box_xyxy.numpy() * np.tile(size, 2)).tolist()
     rows = (
-        (explanation.decoder, f"decoder, query {explanation.query}: {name} {explanation.score:.2f}"),
+        (explanation.decoder, f"decoder, query {explanation.query}:\n{name} {explanation.score:.2f}"),
         (explanation.encoder, "encoder, at the box's centre"),
     )
     for axes, (points, title) in zip(figure.subplots(2, levels + 1, squeeze=False), rows, strict=True):

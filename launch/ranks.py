@@ -13,6 +13,7 @@ from typing import Any
 from ..core.config import Config, changed, dump
 from ..data.documents import in_one_line
 from .cluster import cluster
+from .console import say
 from .placement import anywhere, placed, requested
 from .rank import Place, Rank
 
@@ -61,7 +62,7 @@ def train_on_ray(
                 remedy = f"it was started {attempt + 1} times (--restarts {restarts})"
                 if not config.train.auto_resume:
                     remedy = "with train.name=NAME train.auto_resume=true it would go on from the newest checkpoint"
-                print(f"ddetr: {loss}; {remedy}", file=sys.stderr)
+                say(f"ddetr: {loss}; {remedy}", file=sys.stderr)
                 return 1
             _say(f"Ray: {loss}; all ranks start again (restart {attempt + 1} of {restarts})")
     raise AssertionError("every attempt returns")
@@ -115,7 +116,7 @@ class _Member:
 
     def _print(self, is_error: bool, line: str) -> None:
         name = f"[rank {self.number}] " if self.number else ""
-        print(name + line, file=sys.stderr if is_error else sys.stdout, flush=True)
+        say(name + line, file=sys.stderr if is_error else sys.stdout)
 
     def __str__(self) -> str:
         """Who and how it ended."""
@@ -271,4 +272,4 @@ def _stops() -> Iterator[Callable[[], int]]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    say(line)
