@@ -22,7 +22,8 @@ from .images import TooManyPixels, file_fault, image_size, read_file
 from .index import file_sha256
 from .values import described
 
-MOST_TEXT_BYTES = 64 << 20  # of an xml, txt or yaml file
+MOST_TEXT_BYTES = 64 << 20  # of an xml or txt file
+MOST_NAMES_BYTES = 4 << 20  # of one of NAME_FILES
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
 
@@ -156,7 +157,7 @@ def _yolo_names(folder: Path) -> tuple[Path, dict[int, str]]:
             if not file.is_file():
                 continue
             try:
-                return file, _names(read_file(file, MOST_TEXT_BYTES).decode(), is_yaml=file.suffix == ".yaml")
+                return file, _names(read_file(file, MOST_NAMES_BYTES).decode(), is_yaml=file.suffix == ".yaml")
             except (ValueError, OverflowError, TypeError) as error:
                 raise ValueError(f"{file}: {error}") from error
     raise FileNotFoundError(

@@ -9,6 +9,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -348,11 +349,12 @@ def test_annotations_of_a_stranger_are_a_sample_error_that_names_shard_and_key(s
         folder, key = with_annotations(synthetic_shards, tmp_path / str(number), text)
         index = ShardIndex.load(folder)
         whole_way = number % 8 == 0 or "7777" in name
+        reads = [
+            partial(evaluation_batches, index, 0, config, batch_size=4),
+            lambda i=index: [ShardReader(i).sample(0, 0)],
+        ]
         with pytest.raises(SampleError, match=rf"shard-000000.tar: sample {key}: ") as error:
-            if whole_way:
-                list(evaluation_batches(index, 0, config, batch_size=4))
-            else:
-                ShardReader(index).sample(0, 0)
+            list(reads[not whole_way]())
         assert str(error.value).isprintable(), name
         if whole_way:
             stream = TrainStream(index, config, batch_size=4, accumulation=1, rank=0, world_size=1, seed=1)

@@ -1,6 +1,7 @@
 """`ddetr data ...` as a user runs it: output, exit status, nothing half-made."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,23 @@ def test_a_json_without_its_images_folder_is_explained(coco):
     result = ddetr("check", coco / "annotations.json")
     assert result.returncode == 2
     assert "name the folder of its images too" in result.stderr
+
+
+def test_what_a_stranger_put_into_a_set_is_told_with_the_option_that_takes_it(coco, tmp_path):
+    values = json.loads((coco / "annotations.json").read_text())
+    images = tmp_path / "images"
+    shutil.copytree(coco / "images", images)
+    (images / values["images"][0]["file_name"]).rename(tmp_path / "x.jpg")
+    values["images"][0]["file_name"] = "../x.jpg"
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(values))
+    refused = ddetr("pack", annotations, images, tmp_path / "shards", "--most-pixels", 4000)
+    assert refused.returncode == 2
+    assert "outside image: 1" in refused.stderr
+    assert "--allow-outside" in refused.stderr
+    checked = ddetr("check", annotations, images, "--allow-outside", "--most-pixels", 4000)
+    assert checked.returncode == 1
+    assert "too large image: 12" in checked.stdout
+    assert "--most-pixels" in checked.stdout
+    packed = ddetr("pack", annotations, images, tmp_path / "shards", "--allow-outside")
+    assert packed.returncode == 0, packed.stderr
