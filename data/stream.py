@@ -128,9 +128,10 @@ class TrainStream:
         if fetch := self._index.fetch:
             shards = self._index.shards
             self._prefetch = Prefetch(self._plan.windows(epoch, first_step), lambda shard: fetch(shards[shard]))
+        pipeline: Any = training_pipeline(self._index, self._plan, self._config, epoch, first_step)  # iterable
         loader: Loader[PackedBatch | SourceError] = Loader(
             DataLoader(
-                training_pipeline(self._index, self._plan, self._config, epoch, first_step),
+                pipeline,
                 batch_size=None,
                 num_workers=workers,
                 pin_memory=torch.cuda.is_available(),

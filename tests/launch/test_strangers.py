@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from ddetr.core.checkpoint import WEIGHTS, load_detector, save_weights
 from ddetr.core.config import changed, dump, load
 from ddetr.core.ownership import ORDERS, ForeignSettingError, check_links, own_settings_file, remember
 from ddetr.launch.cli import app
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.core.runs import SMALL
 from tests.data.file_server import FileServer
