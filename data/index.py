@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .addresses import shown
+from .addresses import is_remote, shown
 from .categories import Categories
 from .documents import parse_json
 from .images import read_file
@@ -145,7 +145,9 @@ class ShardIndex:
         write_whole(Path(self.real_location) / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
 
     def extra_shards(self) -> list[str]:
-        """Tar files in a local folder that the index does not name."""
+        """Tar files in a local folder that the index does not name; none of a remote source."""
+        if is_remote(self.real_location):
+            return []
         found = {path.name for path in Path(self.real_location).glob("*.tar")}
         return sorted(visible(name) for name in found - {shard.name for shard in self.shards})
 

@@ -1,6 +1,7 @@
 """`ddetr predict`: the JSON and the drawn images, on real files."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 from ddetr.launch.drawing import DrawnBox, colour, draw_boxes
 from ddetr.launch.evaluate import evaluate
+from ddetr.launch.explain import explain
 from ddetr.launch.predict import predict
 from PIL import Image
+
+from tests.data.test_images import jpeg
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,22 @@ def test_bad_images_are_named_and_the_others_done(run_directory: Path, images: P
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg: no such image"):
         predict(run_directory, [good, tmp_path / "nowhere.jpg"], tmp_path / "untouched", [])
     assert not (tmp_path / "untouched").exists()
+
+
+def test_what_states_too_much_or_is_no_file_is_named_and_hangs_nothing(
+    run_directory: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/bomb.jpg").write_bytes(jpeg(65500, 65500))
+    os.mkfifo(tmp_path / "in/pipe.jpg")
+    (tmp_path / "in/whole.jpg").write_bytes(sorted(images.iterdir())[0].read_bytes())
+    told = r"2 of 3 image\(s\) .*\n.*bomb\.jpg: .* more than data.most_pixels=.*\n.*pipe\.jpg: not an ordinary file"
+    with pytest.raises(ValueError, match=told):
+        predict(run_directory, [tmp_path / "in"], tmp_path / "out", [])
+    with pytest.raises(ValueError, match=r"whole\.jpg: .* more than data.most_pixels=1000 allows"):
+        predict(run_directory, [tmp_path / "in/whole.jpg"], tmp_path / "out", ["data.most_pixels=1000"])
+    with pytest.raises(ValueError, match=r"bomb\.jpg: .* more than data.most_pixels"):
+        explain(run_directory, tmp_path / "in/bomb.jpg", tmp_path / "why.png")
 
 
 def test_boxes_are_drawn_where_they_are_in_their_colour() -> None:
