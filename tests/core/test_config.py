@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from ddetr.core import config
 from ddetr.core.config import Config, ConfigError
+from ddetr.data.documents import in_one_line
 
 
 @pytest.mark.parametrize("preset", config.preset_names())
@@ -65,6 +66,37 @@ def test_one_error_lists_every_mistake_with_a_suggestion() -> None:
 def test_values_that_do_not_fit_together(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         config.load("r50", [override])
+
+
+NO_FOLDERS = [
+    "",
+    ".",
+    "..",
+    "a/b",
+    "../a",
+    "/a",
+    "a/",
+    "a\\b",
+    "-a",
+    "--resume",
+    ".a",
+    " a",
+    "a ",
+    "a" * 201,
+    "é" * 101,
+]
+NO_FOLDERS += ["a\nb", "a\tb", "a\x00b", "a\x1b[31m", "a\u202eb"]
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_a_name_is_one_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.name: expected the name of one folder"):
+        config.load("tiny", [f"train.name={in_one_line(name)}"])
+
+
+@pytest.mark.parametrize("name", ["r50", "2026.11-run_3", "a b", "$(touch a); 'b' & c", "x=1", "é" * 100, "日本"])
+def test_other_names_stay_as_they_are(name: str) -> None:
+    assert config.load("tiny", [f"train.name={in_one_line(name)}"]).train.name == name
 
 
 def test_unknown_preset_names_the_nearest() -> None:
