@@ -5,6 +5,7 @@ therefore on loopback alone, its files in a folder that only this user may enter
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -80,7 +81,7 @@ def _connected(address: str, **options: Any) -> Iterator[None]:
 
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}") from error
     try:
@@ -95,7 +96,6 @@ def _authentication(address: str) -> str:
     The user's own setting stays. A token without need is not sent: a client that wants tokens itself, as it would then,
     refuses the workers of a cluster without. Raises ConnectionError when the cluster refuses what it gets.
     """
-    from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError
 
     given = os.environ.get("RAY_AUTH_MODE")
@@ -105,7 +105,7 @@ def _authentication(address: str) -> str:
     if given is not None and given.lower() != "token":
         raise ConnectionError(f"{wants}, but RAY_AUTH_MODE={given} sends none: {TOKEN}")
     try:
-        found = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        found = _compiled().AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     except AuthenticationError as error:
         raise ConnectionError(f"{wants}, but {error.message}: {TOKEN}") from error
     if not found:
@@ -123,7 +123,8 @@ def _refused(address: str, mode: str) -> bool:
     question = _QUESTION_OF_CLIENTS if address.startswith("ray://") else _QUESTION
     with _environment({"RAY_AUTH_MODE": mode}):
         options = [("grpc.enable_http_proxy", 0)]  # as for all of Ray's connections
-        with init_grpc_channel(address.removeprefix("ray://"), options) as channel:
+        connection: Any = init_grpc_channel(address.removeprefix("ray://"), options)
+        with connection as channel:
             try:
                 channel.unary_unary(question)(b"", timeout=REACHABLE_SECONDS)
             except grpc.RpcError as error:  # of others Ray tells more when it connects
@@ -150,10 +151,16 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 def _read_again() -> None:
     """Ray reads the variables when it is imported, and the token once."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    compiled = _compiled()
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+
+def _compiled() -> Any:
+    """The part of Ray whose names a type checker does not see."""
+    from ray import _raylet
+
+    return _raylet
 
 
 def _running_here() -> str:

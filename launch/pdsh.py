@@ -43,7 +43,7 @@ def _runner() -> type:
                 raise ValueError(f"the variable {name!r} cannot be set in the shells of the nodes: unset it")
             self.exports[name] = quoted(var if os.environ.get(key) == var else var.strip())  # the latter: a file's line
 
-        def get_cmd(self, environment: dict[str, str], active_resources: dict) -> tuple[list[str], list[str], Any]:
+        def get_cmd(self, environment: dict[str, str], active_resources: dict) -> tuple[list, list, Any]:
             command, kill, environment = super().get_cmd(environment, active_resources)
             folder = os.path.abspath(".")
             ours = {f"cd {folder};": f"cd {quoted(folder)};", sys.executable: quoted(sys.executable)}
