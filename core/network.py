@@ -26,7 +26,7 @@ def hosted_store(
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise OSError(
-                f"port {port} of {address} is taken by another process; let the ranks meet elsewhere"
+                f"port {port} of {address} is taken by another process; let the ranks meet at another"
             ) from error
         raise OSError(f"{address} port {port}, where the ranks meet: {error.strerror}") from error
     port = listener.getsockname()[1]

@@ -117,7 +117,7 @@ class World:
         for rank, number in enumerate(numbers):
             if not 0 < number <= MOST_BYTES:
                 raise OSError(
-                    f"rank {rank} says that it sends {number} bytes, of at most {MOST_BYTES}: no rank of ddetr"
+                    f"rank {rank} announces {number} bytes, of at most {MOST_BYTES}: it is no rank of ddetr"
                 )
         return numbers
 
