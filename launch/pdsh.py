@@ -4,6 +4,7 @@ DeepSpeed writes one line for the shell of every node: variables (its own choice
 the folder, the interpreter, the arguments. Here all of them are quoted, so that they arrive as they are.
 """
 
+import io
 import os
 import re
 import shlex
@@ -62,6 +63,8 @@ def _runner() -> type:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # DeepSpeed logs the command, which need not be UTF-8
     try:
         (hostfile, *options), word = split_off(sys.argv[1:])
         check_hostfile(Path(hostfile))
