@@ -5,6 +5,7 @@ import errno
 import ipaddress
 import os
 import socket
+import time
 
 import torch.distributed as dist
 
@@ -34,16 +35,22 @@ def hosted_store(
     return dist.TCPStore(address, port, clients, True, timeout, master_listen_fd=descriptor), port
 
 
-def own_address(host: str) -> str | None:
+def own_address(host: str, patience: float = 0) -> str | None:
     """The numeric address of `host` if this machine has it, otherwise None.
 
-    Raises OSError when the name is unknown, or when this machine knows itself by it only on loopback, where no other
+    patience: seconds in which the name may become known, as that of a new pod does.
+    Raises OSError when the name stays unknown, or when this machine knows itself by it only on loopback, where no other
     reaches it.
     """
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise OSError(f"{host}, where the ranks meet, cannot be resolved here: {error.strerror}") from error
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            break
+        except socket.gaierror as error:
+            if time.monotonic() >= deadline:
+                raise OSError(f"{host}, where the ranks meet, cannot be resolved here: {error.strerror}") from error
+        time.sleep(1)
     own = [str(address[0]) for family, _, _, _, address in found if _is_own(family, address)]
     if not own:
         return None

@@ -34,6 +34,7 @@ from ..data.text import visible
 
 NAME = "ddetr"  # among torchrun's --rdzv-backend
 DEFAULT_PORT = 29500
+NAME_SECONDS = 120.0  # for the name of a pod that is just starting to become known
 _ANSWER = datetime.timedelta(seconds=60)  # of the store, where nodes come and go
 _NONE_YET = "none yet"  # a key that is not there would be waited for
 
@@ -54,7 +55,7 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
     # A node that comes back asks for the address of this round's store, which an old one tells only when it makes a
     # new one; and the one that they would share listens on every interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    address = own_address(host)
+    address = own_address(host, NAME_SECONDS)
     store = TCPStore(host, port, None, False, _ANSWER) if address is None else hosted_store(address, port, _ANSWER)[0]
     return create_handler(store, JsonState(store, parameters.run_id, f"{host}:{port}"), parameters)
 
@@ -77,7 +78,7 @@ class NumberedNodes(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None and self._rank == 0:
-            address = own_address(self._host)
+            address = own_address(self._host, NAME_SECONDS)
             if address is None:
                 raise OSError(f"{self._host}, where the nodes meet, is not this machine, which is node 0")
             self._store, self._port = hosted_store(address, self._port, self._timeout, self._nodes)

@@ -39,7 +39,9 @@ def settled(options: argparse.Namespace) -> argparse.Namespace:
         else:
             host, _ = parse_rendezvous_endpoint(given, rendezvous.DEFAULT_PORT)
             # torchrun takes the name of this machine, which others may not know.
-            options.local_addr = options.local_addr or own_address(host) or address_towards(host)
+            options.local_addr = (
+                options.local_addr or own_address(host, rendezvous.NAME_SECONDS) or address_towards(host)
+            )
     options.rdzv_conf = ",".join(conf)
     options.rdzv_backend, options.standalone, options.node_rank = rendezvous.NAME, False, 0
     return options

@@ -145,8 +145,6 @@ def test_options_become_ours() -> None:
 def test_wrong_use_is_one_message() -> None:
     with pytest.raises(ValueError, match=r"node rank 2 of 2 node\(s\)"):
         rendezvous.create(RendezvousParameters(rendezvous.NAME, "127.0.0.1:1", "run", 2, 2, rank="2"))
-    with pytest.raises(OSError, match="cannot be resolved here"):
-        settled(parse_args(["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=no-such-host.invalid:1", "script"]))
     options = ["--nnodes=2", "--node-rank=0", "--master-addr=192.0.2.1", "--nproc-per-node=1"]
     line = [sys.executable, "-m", "ddetr.launch.torchrun", *options, "--", "train", "tiny"]
     result = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
