@@ -154,23 +154,21 @@ def _is_marked(folder: Path) -> bool:
             return False
         with os.fdopen(_opened(folder / MARK, os.O_RDONLY), "rb") as file:
             return file.read(len(MARK_TEXT) + 1) == MARK_TEXT.encode()
-    except (FileNotFoundError, FileExistsError):
+    except (FileNotFoundError, SourceError):
         return False
 
 
 def _opened(path: Path, flags: int) -> int:
-    """A descriptor of an ordinary file. Raises FileExistsError for a link, a pipe or whatever else has its name."""
+    """A descriptor of an ordinary file. Raises SourceError for a link, a pipe or whatever else has its name."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise FileExistsError(
-                f"{path}: not an ordinary file, and not of the cache's making; move it away"
-            ) from None
+            raise SourceError(f"{path}: not an ordinary file, and not of the cache's making; move it away") from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FileExistsError(f"{path}: not an ordinary file, and not of the cache's making; move it away")
+        raise SourceError(f"{path}: not an ordinary file, and not of the cache's making; move it away")
     return descriptor
 
 
@@ -220,7 +218,7 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
     text = bytearray()
     fetch(source, INDEX_NAME, text.extend, size=MOST_INDEX_BYTES, exact=False, attempts=config.fetch_attempts)
     folder = Path(config.cache).expanduser()
-    index = ShardIndex.parse(bytes(text), location, folder)
+    index = ShardIndex.parse(text, location, folder)
     if config.fetch == "shards":
         check_room(list(index.shards), config.cache_bytes)
     index.check(source.sizes([shard.name for shard in index.shards]))

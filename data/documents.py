@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes | bytearray) -> Any:
     """Raises ValueError for what is no JSON, and for brackets within brackets without end."""
     try:
         return json.loads(text)

@@ -22,7 +22,7 @@ from .addresses import is_remote, shown
 from .categories import Categories
 from .documents import parse_json
 from .images import read_file
-from .layout import INDEX_NAME, INDEX_VERSION, MOST_INDEX_BYTES, Shard, entry_from_json
+from .layout import INDEX_NAME, INDEX_VERSION, MOST_INDEX_BYTES, Shard, check_density, entry_from_json
 from .parallel import threaded_map
 from .text import visible
 from .values import described, member
@@ -88,9 +88,10 @@ class ShardIndex:
         return cls.parse(read_file(path, MOST_INDEX_BYTES), folder, folder)
 
     @classmethod
-    def parse(cls, text: bytes, location: str | Path, folder: Path) -> "ShardIndex":
+    def parse(cls, text: bytes | bytearray, location: str | Path, folder: Path) -> "ShardIndex":
         """The index in the text of index.json, its shards in `folder`. Raises ValueError when it is not usable."""
         try:
+            check_density(text)
             values = parse_json(text)
             version = values.get("version") if isinstance(values, dict) else None
             if version != INDEX_VERSION or type(version) is not int:
@@ -204,9 +205,9 @@ class ShardReader:
         """Both, read at once; they are of the image that the index says."""
         image, annotations = self._read(shard, row, "image", "annotations")
         entry, indexed = self._entry(shard, row, annotations), self._index.shards[shard].samples[row]
-        for name in ("image_id", "height", "width"):
-            if entry[name] != indexed[name]:
-                raise self.error(shard, row, f"{name} is {entry[name]} in the shard, {indexed[name]} in the index")
+        for name, value in {**entry, "num_boxes": len(entry["annotations"])}.items():
+            if name in indexed.dtype.names and value != indexed[name]:
+                raise self.error(shard, row, f"{name} is {value} in the shard, {indexed[name]} in the index")
         return image, entry
 
     def _entry(self, shard: int, row: int, data: bytes) -> dict[str, Any]:

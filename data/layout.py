@@ -17,7 +17,8 @@ from .values import MOST_ID, MOST_SIDE, described, is_number, is_whole, member, 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 MOST_INDEX_BYTES = 1 << 30  # about four million images
-MOST_ANNOTATIONS_BYTES = 256 << 20  # of one image
+LARGE_INDEX_BYTES = 64 << 20  # above it, what is written must be worth its memory
+MOST_ANNOTATIONS_BYTES = 16 << 20  # of one image: over a hundred thousand boxes
 MOST_BETWEEN_BYTES = 1 << 20  # between the two members of a sample, which are read at once
 
 # No character that a shell, a file system or an address takes for anything but a part of a name.
@@ -100,6 +101,16 @@ class Shard:
             return cls(folder / name, size, **digests, samples=_rows(member(values, "samples", list), size))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+def check_density(text: bytes | bytearray) -> None:
+    """Raise ValueError for a large text that would take far more memory as values than an index of its size does.
+
+    A sample has at least 15 bytes for each of its values; `[],[],[]` takes 24 times the memory of its text.
+    """
+    values = sum(text.count(mark) for mark in (b",", b"[", b"{")) if len(text) > LARGE_INDEX_BYTES else 0
+    if values and (not text.isascii() or 12 * values > len(text)):
+        raise ValueError(f"{len(text)} bytes, which do not describe samples")
 
 
 def _rows(samples: list[Any], shard_bytes: int) -> np.ndarray:

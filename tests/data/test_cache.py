@@ -105,7 +105,7 @@ def test_a_link_or_pipe_where_a_shard_should_be_is_refused(server, synthetic_sha
         os.mkfifo(place)
     else:
         place.mkdir()
-    with pytest.raises(FileExistsError, match=rf"{place}: not an ordinary file"):
+    with pytest.raises(SourceError, match=rf"{place}: not an ordinary file"):
         index.open(index.shards[0])
     assert (outside.read_text(), outside.stat().st_mtime) == ("mine", 1)
     assert stat.S_IFMT(place.lstat().st_mode) != stat.S_IFREG
