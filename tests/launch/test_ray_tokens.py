@@ -51,6 +51,7 @@ def token() -> Iterator[str]:
                 host = Path("/etc/netns") / name
                 host.mkdir(parents=True)
                 (host / "hosts").write_text(f"127.0.0.1 localhost\n{NODES[FIRST]} node0\n")
+                (host / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # none; the usual one is out of reach
                 # Ray asks the kernel for its way to elsewhere to learn its own address. This one leads no further.
                 subprocess.run(["ip", "-n", name, "route", "add", "default", "via", other], check=True)
             export = subprocess.run(
