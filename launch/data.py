@@ -135,6 +135,8 @@ def _cell(batch: Batch, categories: Categories) -> Image.Image:
 
 def _print_findings(findings: list[Finding]) -> None:
     table = Table("kind", "where", "what", title="findings", title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"  # a name loses nothing where the table is narrow
     shown: Counter[str] = Counter()
     for finding in sorted(findings, key=lambda finding: (finding.severity, finding.kind)):
         shown[finding.kind] += 1

@@ -93,7 +93,7 @@ def read(run_directory: Path) -> RunLog:
     return RunLog(
         name=run_directory.resolve().name,
         config={name: section for name, section in config.items() if isinstance(section, dict)},
-        config_text=yaml.safe_dump(without_logins(config), sort_keys=False),
+        config_text=yaml.safe_dump(without_logins(config), sort_keys=False, allow_unicode=True),
         steps=steps,
         evaluations=evaluations,
         events=_json_lines(run_directory / "events.jsonl", _has_time, unreadable),
@@ -227,10 +227,8 @@ def _hardware(run: RunLog) -> str:
     """What the last start recorded of machine and software, such as device and number of ranks."""
     starts = [event for event in run.events if event.get("event") in ("start", "resume")]
     elsewhere = ("time", "event", "step", "path", "machines")
-    details = (
-        [f" · {brief(f'{key} {value}')}" for key, value in starts[-1].items() if key not in elsewhere] if starts else []
-    )
-    return "".join(details)
+    facts = [f"{key} {value}" for key, value in starts[-1].items() if key not in elsewhere] if starts else []
+    return "".join(f" · {brief(fact)}" for fact in facts)
 
 
 def _state(run: RunLog) -> str:
@@ -385,7 +383,7 @@ def _percent(share: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if not seconds >= 60:
+    if not seconds >= 60:  # or not a number
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     if minutes < 60:

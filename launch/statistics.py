@@ -41,6 +41,7 @@ def stats(shards: Path, config: Config, ranks: int) -> None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(*columns, title=title, title_justify="left", caption_justify="left")
+    table.columns[0].overflow = "fold"  # a name loses nothing where the table is narrow
     for column in table.columns[1:]:
         column.justify = "right"
     return table

@@ -135,6 +135,14 @@ def test_a_set_is_checked_packed_counted_and_shown(coco: Path, shards: Path, tmp
         assert picture.size == (2000, 2000)
 
 
+def test_a_narrow_table_cuts_no_name(shards: Path, monkeypatch: pytest.MonkeyPatch, ddetr) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output, _ = ddetr("data", "stats", shards)
+    first_column = "".join("".join(line.split("│")[1:2]).strip() for line in output.splitlines())
+    for name in NAMES:
+        assert SHOWN[name].strip().replace(" ", "") in first_column.replace(" ", "")
+
+
 def test_what_is_wrong_with_a_set_is_told(coco: Path, tmp_path: Path, ddetr) -> None:
     values = json.loads((coco / "annotations.json").read_text())
     for image, name in zip(values["images"], NAMES, strict=True):
