@@ -442,3 +442,19 @@ def test_a_training_run_of_strangers(shards: Path, tmp_path: Path) -> None:
     page = Markup(report(tmp_path / name).read_text())
     assert name in page.text
     assert not {tag for tag, _ in page.found} & {"b", "script"}
+
+
+def test_a_warning_where_no_log_is_kept_is_one_entry() -> None:
+    script = "import sys, logging\nfrom ddetr.launch.cli import main\nsys.argv = ['ddetr', '--version']\n"
+    script += (
+        "try:\n    main()\nexcept SystemExit:\n    logging.getLogger('ddetr').warning('%s', 'a\\x1b[2J\\nddetr: b')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "a\\x1b[2J\n  ddetr: b\n"
+
+
+def test_a_terminal_that_lacks_the_letters_is_given_escapes(tmp_path: Path) -> None:
+    page_of(tmp_path / "名前")
+    command, environment = [DDETR, "report", tmp_path / "名前"], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/\\u540d\\u524d/report.html\n"), done.stderr
