@@ -7,7 +7,8 @@ from .text import visible
 
 SCHEMES = ("http://", "https://", "s3://", "pipe:")
 
-_URL = re.compile(r"((?:[a-z][a-z0-9+.\-]*://|https?:/))(\S*)", re.IGNORECASE)
+# From where a scheme's characters begin, so that a long text of them is not looked through from each one again.
+_URL = re.compile(r"((?<![a-z0-9+.\-])[a-z0-9+.\-]+://|https?:/)(\S*)", re.IGNORECASE)
 _LOGIN = re.compile(r"[^\s:@/'\"=,]+:(?!/)[^\s@]+@")  # without a scheme, as a command may take it
 
 

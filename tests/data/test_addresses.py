@@ -1,5 +1,7 @@
 """What of a location is told, and where a redirect may lead."""
 
+import time
+
 import pytest
 from ddetr.data.addresses import origin, redirected, shown
 
@@ -12,6 +14,7 @@ SECRETS = [
     ("HTTPS://me:secret@host/a", "HTTPS://host/a"),
     ("https:/me:secret@host/a", "https:/host/a"),
     ("ftp://me:secret@host/a", "ftp://host/a"),
+    ("1http://me:secret@host/a", "1http://host/a"),
     ("s3://me:secret@bucket/a", "s3://bucket/a"),
     ("https://[::1]:8000/a?secret", "https://[::1]:8000/a?..."),
     ("pipe:curl -s https://me:secret@host/{}", "pipe:curl -s https://host/{}"),
@@ -73,6 +76,13 @@ def test_redirects_lead_nowhere_else(location, message):
     with pytest.raises(ValueError, match=message) as error:
         redirected("https://host/", location)
     assert "me:" not in str(error.value)
+
+
+def test_a_long_text_is_looked_through_once():
+    begin = time.monotonic()
+    assert shown("a" * 1_000_000) == "a" * 1_000_000
+    assert shown("a" * 1_000_000 + "://me:secret@host") == "a" * 1_000_000 + "://host"
+    assert time.monotonic() - begin < 20
 
 
 def test_an_origin_is_scheme_host_and_port():
