@@ -141,3 +141,15 @@ def test_headers_of_a_tar_that_lead_nowhere_are_an_error(tmp_path, kind):
     (tmp_path / "shard.tar").write_bytes(data * (2 if kind == "endless" else 1))
     with pytest.raises(tarfile.TarError):
         tar_members(tmp_path / "shard.tar")
+
+
+def test_images_beyond_the_limit_are_bad_samples_that_name_the_setting(synthetic_shards, config):
+    index, small = ShardIndex.load(synthetic_shards), config.model_copy(update={"most_pixels": 100})
+    told = r"shard-000000.tar: sample \d{12}: the image states \d+ x \d+ pixels, more than data.most_pixels=100 allows"
+    with pytest.raises(SampleError, match=told):
+        list(evaluation_batches(index, 0, small, batch_size=4))
+    stream = TrainStream(index, small, batch_size=4, accumulation=1, rank=0, world_size=1, seed=1)
+    bad = [message for (batch,) in stream.steps(0) for message in batch.bad_samples]
+    stream.close()
+    assert len(bad) == index.num_samples
+    assert all("data.most_pixels=100" in message for message in bad)
