@@ -1,14 +1,13 @@
 """Names and messages of strangers through the real commands: readable, and an order to nothing that shows them."""
 
+import html
 import json
 import logging
 import os
 import pty
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,49 +23,9 @@ from PIL import Image
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.launch.names import LONG, NAMES, SHOWN, assert_harmless, file_of, shown_file
+
 DDETR = Path(sys.executable).with_name("ddetr")
-LONG = "long " * 2000
-SHOWN = {  # a name, and how it is read
-    "shot [v2].jpg": "shot [v2].jpg",
-    "on/off [/]": "on/off [/]",
-    "[red]x": "[red]x",
-    "[link=http://x]y[/link]": "[link=http://x]y[/link]",
-    "a\x1b]0;title\x07b": r"a\x1b]0;title\x07b",
-    "\x1b[2J": r"\x1b[2J",
-    "$\\frac$": "$\\frac$",
-    "$x$ and $y": "$x$ and $y",
-    "<script>alert(1)</script>": "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>': '"><img src=x onerror=alert(1)>',
-    "javascript:alert(1)": "javascript:alert(1)",
-    "two\nlines": r"two\nlines",
-    "two\r\x85lines\u2028": r"two\r\x85lines\u2028",
-    "tab\t": r"tab\t",
-    "\u202eevil": r"\u202eevil",
-    "half\ud83d": r"half\ud83d",
-    ":smile:": ":smile:",
-    "C1\x9b31m": r"C1\x9b31m",
-    "%(message)s {task} %s": "%(message)s {task} %s",
-    "名前": "名前",
-    "ß": "ß",
-    "😀": "😀",
-    LONG: LONG[:50],
-}
-NAMES = tuple(SHOWN)
-
-
-def file_of(name: str) -> str:
-    """A file name with the same in it: what a name cannot have there is left out."""
-    return name.replace("/", "|").replace("\ud83d", "\udcff")[:200] + ".png"
-
-
-def shown_file(name: str) -> str:
-    return SHOWN[name].replace("/", "|").replace(r"\ud83d", r"\udcff")[:50]
-
-
-def assert_harmless(text: str) -> None:
-    """Nothing in it that a terminal obeys or does not draw, and no line that passes for a message of ours."""
-    bad = {c for c in text if c != "\n" and (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"))}
-    assert not bad, text
 
 
 @pytest.fixture
@@ -241,108 +200,6 @@ def test_letters_beyond_english_are_drawn() -> None:
     assert all(bytes(font.getmask(letter)) != lacking for letter in "éßñžøяλשع…")
 
 
-class Markup(HTMLParser):
-    """Every tag and attribute of a page, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: set[tuple[str, str]] = set()
-        self.text: list[str] = []
-        self.values: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found |= {(tag, name) for name, _ in attrs} | {(tag, "")}
-        self.values += [value or "" for name, value in attrs if name in ("src", "href", "style", "content")]
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def record(number: int, **others: object) -> str:
-    amounts = dict.fromkeys(("learning_rate", "gradient_norm", "loss_scale"), 1.0)
-    spans = {"time": 1.79e9 + number, "step_seconds": 0.5, "data_wait_seconds": 0.1, "memory_bytes": 10**9}
-    losses = dict.fromkeys(("total", "class", "l1", "giou"), 1.5)
-    counts = {"kind": "step", "step": number, "epoch": 0, "images": 8, "skipped": False}
-    return json.dumps({**counts, "losses": losses, **amounts, **spans, **others}) + "\n"
-
-
-def page_of(folder: Path, *texts: str) -> Markup:
-    """The report of a run directory with these texts wherever it can have any."""
-    folder.mkdir(parents=True)
-    config = {"model": {"backbone": texts[0] if texts else "b"}, "train": {"epochs": 3, "name": " ".join(texts)}}
-    config["optim"] = {"learning_rate": texts[0] if texts else 1}
-    (folder / "config.yaml").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text("".join(record(step) for step in range(1, 9)))
-    events = [
-        {"time": 1.79e9, "event": "start", "ranks": 2, "device": " ".join(texts), **dict.fromkeys(texts, 1)},
-        *({"time": 1.79e9 + 1, "event": text, "reason": text, text: [text, {text: text}]} for text in texts),
-    ]
-    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    for number, text in enumerate(texts or ("plain",)):
-        (folder / "eval").mkdir(exist_ok=True)
-        Image.new("RGB", (64, 48), (10 * number, 99, 0)).save(folder / "eval" / file_of(text))
-    return Markup(report(folder).read_text(encoding="utf-8"))
-
-
-def test_a_report_of_strangers_has_the_markup_of_any(tmp_path: Path) -> None:
-    plain = page_of(tmp_path / "plain")
-    page = page_of(tmp_path / '<script>alert(2)<|script> \x1b[2J\u202e"><img src=x onerror=alert(1)>', *NAMES)
-    assert page.found == plain.found
-    assert not {tag for tag, _ in page.found} & {"script", "iframe", "object", "embed", "link", "base", "form", "a"}
-    assert not {name for _, name in page.found if name.startswith("on")}
-    assert set(map(str.lower, page.values)) - set(map(str.lower, plain.values)) <= {
-        value.lower() for value in page.values if value.startswith("data:image/jpeg;base64,")
-    }
-    text = "".join(page.text)
-    assert_harmless(text)
-    for name in NAMES:
-        assert SHOWN[name] in text
-    assert r"<script>alert(2)<|script> \x1b[2J\u202e" in text
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        record(9, step="<script>"),
-        record(9, time="never"),
-        record(9, time=1e300),
-        record(9, losses={"total": "<b>"}),
-        record(9, losses=[1]),
-        record(9, gradient_norm=1e308),
-        record(9, step_seconds=None),
-        record(9, step=10**400),
-        record(9, step=-1),
-        json.dumps(
-            {"kind": "evaluation", "time": 1, "step": 9, "epoch": 0, "images": 1, "seconds": 1, "metrics": "AP"}
-        ),
-        "[" * 100_000,
-        "not JSON \x1b[2J",
-    ],
-    ids=range(12),
-)
-def test_a_record_that_is_none_is_named(line: str, tmp_path: Path) -> None:
-    page_of(tmp_path / "run")
-    with (tmp_path / "run/metrics.jsonl").open("a") as file:
-        file.write(line)
-    text = "".join(Markup(report(tmp_path / "run").read_text()).text)
-    assert "1 line could not be read: metrics.jsonl line 9." in text
-
-
-def test_settings_and_pictures_that_are_none_are_named(tmp_path: Path) -> None:
-    page_of(tmp_path / "run")
-    (tmp_path / "run/config.yaml").write_text("model: 3\ntrain: [1]\noptim: x\n")
-    report(tmp_path / "run")
-    (tmp_path / "run/config.yaml").write_text("model: {\x1b[2J")
-    with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
-        report(tmp_path / "run")
-    (tmp_path / "run/config.yaml").write_text("{}")
-    (tmp_path / "run/eval/bad.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"bad\.png: not a picture that can be read"):
-        report(tmp_path / "run")
-
-
 def test_errors_are_one_paragraph(tmp_path: Path, ddetr) -> None:
     for name in NAMES:
         if "\ud83d" not in name and name != LONG:
@@ -439,9 +296,7 @@ def test_a_training_run_of_strangers(shards: Path, tmp_path: Path) -> None:
     assert f"run directory {tmp_path / name}" in done.stdout
     targets = json.loads((tmp_path / name / "targets.json").read_text())
     assert targets == []
-    page = Markup(report(tmp_path / name).read_text())
-    assert name in page.text
-    assert not {tag for tag, _ in page.found} & {"b", "script"}
+    assert f"<h1>{html.escape(name)}</h1>" in report(tmp_path / name).read_text()
 
 
 def test_a_warning_where_no_log_is_kept_is_one_entry() -> None:
@@ -451,10 +306,3 @@ def test_a_warning_where_no_log_is_kept_is_one_entry() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr == "a\\x1b[2J\n  ddetr: b\n"
-
-
-def test_a_terminal_that_lacks_the_letters_is_given_escapes(tmp_path: Path) -> None:
-    page_of(tmp_path / "名前")
-    command, environment = [DDETR, "report", tmp_path / "名前"], os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/\\u540d\\u524d/report.html\n"), done.stderr
