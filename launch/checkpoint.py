@@ -25,6 +25,7 @@ from ..core.detector import Detector
 from ..core.manifest import verify
 from ..data.batch import normalised
 from ..data.categories import Categories
+from ..data.documents import parse_json
 from ..data.text import file_name, visible
 from ..ops import reference
 from .console import Terminal, brief, say
@@ -201,17 +202,20 @@ def _evaluated(found: Contents) -> str | None:
     step = found.file.parent
     run = step.parent.parent
     written, recorded = run / "eval" / step.name / "metrics.json", run / "metrics.jsonl"
-    metrics = None
-    if step.parent.name != "checkpoints":
+    metrics, file = None, written if written.is_file() else recorded
+    if step.parent.name != "checkpoints" or not file.is_file():
         return None
-    if written.is_file():
-        metrics = json.loads(written.read_text())
-    elif recorded.is_file():
-        for line in recorded.read_text().splitlines():
-            row = json.loads(line)
-            if row["kind"] == "evaluation" and row["step"] == found.step:
-                metrics = row["metrics"]
-    return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
+    try:
+        if file == written:
+            metrics = parse_json(file.read_bytes())
+        else:
+            for line in file.read_bytes().splitlines():
+                row = parse_json(line)
+                if row["kind"] == "evaluation" and row["step"] == found.step:
+                    metrics = row["metrics"]
+        return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{file} cannot be read ({type(error).__name__}: {error})"
 
 
 def _resumable(folder: Path) -> str:

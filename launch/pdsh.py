@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import split_off
+from .console import paragraph
 
 # pdsh and ssh take other things for options, patterns or several hosts.
 HOST = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_][\w.:-]*\s+slots=\d+\s*(#.*)?", re.ASCII)
@@ -74,7 +75,7 @@ def main() -> None:
         options += ["--launcher", "pdsh", "--no_local_rank", "--module"]
         runner.main([f"--hostfile={hostfile}", *options, "ddetr.launch.command_line", word])
     except (ValueError, OSError) as error:
-        print(f"ssh.sh: {error}", file=sys.stderr)
+        print(f"ssh.sh: {paragraph(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

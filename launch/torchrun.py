@@ -16,6 +16,7 @@ from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 from ..core.network import LOOPBACK, address_towards, own_address
 from . import rendezvous
 from .command_line import split_off
+from .console import paragraph
 
 
 def settled(options: argparse.Namespace) -> argparse.Namespace:
@@ -59,7 +60,7 @@ def main() -> None:
         options, word = split_off(sys.argv[1:])
         launch([*options, "--module", "ddetr.launch.command_line", word])
     except (ValueError, OSError) as error:
-        print(f"torchrun: {error}", file=sys.stderr)
+        print(f"torchrun: {paragraph(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (RendezvousConnectionError, RendezvousStateError) as error:
         sys.exit(f"torchrun: {error}")

@@ -407,3 +407,13 @@ def test_a_run_that_goes_on_writes_through_no_link(run_directory: Path, syntheti
     assert done.returncode == 2
     assert f"log.txt is a link to {elsewhere}" in done.stderr
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ['{"AP": "x"}', "[" * 5_000, "3", '{"AP": 0.1}', "{"])
+def test_scores_that_cannot_be_read_are_said(text: str, stranger: Stranger) -> None:
+    folder = stranger()
+    (folder / "eval/step_00000020").mkdir(parents=True)
+    (folder / "eval/step_00000020/metrics.json").write_text(text)
+    result = run("checkpoint", "inspect", folder)
+    assert result.exception is None
+    assert "metrics.json cannot be read" in result.output
