@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.nodes import joined
+from tests.launch.strangers import rewritten
 
 SMALL = (
     "model.backbone=resnet18.a1_in1k",
@@ -95,3 +96,16 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
     pack(folder / "chosen.json", images, folder / "shards", workers=1, shard_bytes=16 << 10)
     assert len(ShardIndex.load(folder / "shards").shards) >= 4
     return make_run(folder / "run", folder / "shards", (10, 20))
+
+
+@pytest.fixture
+def stranger(run_directory: Path, tmp_path: Path) -> Callable[..., Path]:
+    """As `Stranger` of tests/launch/strangers.py says."""
+    from ddetr.core.checkpoint import load_detector
+    from ddetr.core.config import changed, dump
+
+    def make(*overrides: str) -> Path:
+        config = changed(load_detector(run_directory).config, overrides, "a stranger")
+        return rewritten(run_directory, tmp_path / "stranger", config=dump(config))
+
+    return make
