@@ -113,7 +113,7 @@ def test_a_lost_node_is_done_without_and_taken_back(
             subprocess.run(["ip", "-n", SECOND, "link", "set", DEVICES[1], "up"], check=True)
             here, there = ((tmp_path / f"{name}.{number}.log").read_text() for number, name in enumerate(nodes))
             # Both nodes see one /proc here: whichever rank gives up first, the other may be seen to have ended.
-            said = r"stopping: (nothing was heard of rank 1 on \S+ for 8 s|rank 1 on \S+ died)\nwhere the ranks were"
+            said = r"stopping: (nothing was heard of rank 1 on \S+ for 8 s|rank 1 on \S+ died)\n +where the ranks were"
             assert re.search(said, here), here
             assert "where the ranks met, has not answered for 8 s" in there
             kill(other)  # its launcher would end a minute later
