@@ -116,9 +116,7 @@ class World:
         numbers = [int(length) for length in lengths]
         for rank, number in enumerate(numbers):
             if not 0 < number <= MOST_BYTES:
-                raise OSError(
-                    f"rank {rank} announces {number} bytes, of at most {MOST_BYTES}: it is no rank of ddetr"
-                )
+                raise OSError(f"rank {rank} announces {number} bytes, of at most {MOST_BYTES}: it is no rank of ddetr")
         return numbers
 
 
