@@ -241,13 +241,13 @@ def load(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Values of overrides are YAML: `model.queries=100`, `optim.drop_epochs=[30,40]`, `data.train=null`.
     Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one, and
-    ForeignSettingError when the file lies in a run directory and gives orders that are not the user's.
+    ForeignSettingError when the file came with weights and gives orders that are not the user's.
     """
     overrides = list(overrides)
     path = _path(preset_or_path)
-    belongs_to_run = path.parent != PRESETS and any(map(_is_run_directory, path.resolve().parents[:3]))
-    config = _checked(_read(path, aliases=not belongs_to_run), overrides, str(preset_or_path))
-    if belongs_to_run:
+    foreign = path.parent != PRESETS and came_with_weights(path)
+    config = _checked(_read(path, aliases=not foreign), overrides, str(preset_or_path))
+    if foreign:
         check_own(config, ORDERS, overrides, path)
     return config
 
@@ -333,9 +333,13 @@ def _sections(values: Any, source: str) -> dict[str, Any]:
     return values
 
 
-def _is_run_directory(folder: Path) -> bool:
-    records = ("metrics.jsonl", "events.jsonl")
-    return any((folder / name).exists() for name in records) or any(folder.glob("checkpoints/step_*"))
+def came_with_weights(file: Path) -> bool:
+    """Whether a file lies in a run directory or beside a checkpoint's weights."""
+    return any(
+        any((folder / name).exists() for name in ("metrics.jsonl", "events.jsonl", "model.safetensors"))
+        or any(folder.glob("checkpoints/step_*"))
+        for folder in file.resolve().parents[:3]
+    )
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, mistakes: list[str]) -> None:

@@ -80,7 +80,7 @@ def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[
             f"{source} comes with {len(foreign)} setting(s) that are carried out only when you give them:\n"
             + "\n".join(lines)
             + f"\nIf you want just that, add to the command: {repeated}\nOtherwise add the same settings with values "
-            "of your own (docs/operations.md, what is trusted)"
+            "of your own, or put them into a file of your own (docs/operations.md, what is trusted)"
         )
 
 

@@ -28,8 +28,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..core.config import Config, ConfigError, changed, load
+from ..core.config import Config, ConfigError, came_with_weights, changed, load
 from ..core.evaluator import METRICS
+from ..core.ownership import ORDERS, check_own
 from ..data.cache import open_shards
 from ..data.documents import in_one_line, parse_yaml
 
@@ -113,7 +114,8 @@ class Sweep(_Part):
 def read_sweep(path: Path) -> tuple[Sweep, Config]:
     """The sweep and the configuration that its trials start from; each searched key and value is tried on it.
 
-    Raises ConfigError that lists every mistake.
+    Raises ConfigError that lists every mistake, and ForeignSettingError when the file came with weights and gives
+    orders that are not the user's.
     """
     try:
         values = parse_yaml(path.read_text(), aliases=True)
@@ -126,6 +128,8 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     except ValidationError as error:
         raise _mistakes(path, [_describe(item) for item in error.errors()]) from error
     base = load(sweep.base, sweep.overrides)
+    if came_with_weights(path):
+        check_own(base, ORDERS, (), path)
     found: list[str] = []
     for key, distribution in sweep.search.items():
         if key in RESERVED:

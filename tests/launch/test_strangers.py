@@ -168,6 +168,16 @@ def test_each_order_alone_is_refused(stranger: Stranger, tmp_path: Path) -> None
         shutil.rmtree(folder)
 
 
+def test_files_beside_weights_came_with_them(run_directory: Path, tmp_path: Path) -> None:
+    shutil.copy(run_directory / "checkpoints/step_00000020" / WEIGHTS, tmp_path)
+    (tmp_path / "recipe.yaml").write_text("data: {train: 'pipe:touch executed; cat {}'}\n")
+    said = refusal(run("train", tmp_path / "recipe.yaml"))
+    assert "data.train=pipe:touch executed; cat {}" in said
+    sweep = "base: tiny\noverrides: ['data.train=pipe:touch executed; cat {}']\nsamples: 1\n"
+    (tmp_path / "sweep.yaml").write_text(f"{sweep}search: {{optim.clip_norm: {{uniform: [0.1, 0.2]}}}}\n")
+    assert "data.train=pipe:touch executed; cat {}" in refusal(run("tune", tmp_path / "sweep.yaml"))
+
+
 def test_what_was_given_once_is_own(stranger: Stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = stranger(*orders())
