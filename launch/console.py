@@ -54,7 +54,9 @@ def brief(text: str, most: int = NAME_LENGTH) -> str:
 def paragraph(text: str) -> str:
     """The text visible, in lines as it has them, those after the first set in: none can pass for a line of its own."""
     first, *more = (visible(line) for line in text.split("\n"))
-    return "\n".join([first, *(f"  {line}" if line[:1].strip() else line for line in more)])
+    if any(line[:1].strip() for line in more):
+        more = [f"  {line}" if line else line for line in more]
+    return "\n".join([first, *more])
 
 
 class LogFormatter(logging.Formatter):

@@ -100,7 +100,7 @@ def test_a_frozen_rank_is_found_with_its_stack_and_images(ranks: Callable[..., R
     output = run.output(0)
     assert f"nothing was heard of rank 1 on {HOST} for 4 s" in output
     about = rf"rank 1 on {HOST} \(pid {run.processes[1].pid}, stopped by a signal\), its images \[\d+, \d+\]:\n"
-    assert re.search(about + r"(  .*\n)*  core/\w+\.py:\d+ \w+\n", output), output
+    assert re.search(about + r"(  .*\n)* +core/\w+\.py:\d+ \w+\n", output), output
     run.processes[1].send_signal(signal.SIGCONT)
     assert run.processes[1].wait(60) == TRY_AGAIN  # it reads what the other one left, or misses it
 
@@ -117,8 +117,8 @@ def test_a_rank_that_gets_no_further_is_told_from_those_that_wait_for_it(ranks: 
     assert "stopping: no rank got any further for 6 s" in output
     assert re.search(rf"waiting for its batch for \d+ s, in .*: rank 1 on {HOST}\n", output), output
     assert re.search(rf"training for \d+ s, in .*distributed.*: rank 0 on {HOST}\n", output), output
-    assert f"\nrank 1 on {HOST} (pid" in output
-    assert f"\nrank 0 on {HOST} (pid" not in output
+    assert f"\n  rank 1 on {HOST} (pid" in output
+    assert f"\n  rank 0 on {HOST} (pid" not in output
     assert "stopping: no rank got any further for 6 s" in run.output(1)
 
 
@@ -131,7 +131,7 @@ def test_a_failure_of_one_rank_is_told_to_the_others(ranks: Callable[..., Ranks]
     for process in run.processes:
         assert process.wait(90) != 0
     assert f"stopping: rank 1 on {HOST} failed in step" in run.output(0)
-    assert "DataLoader worker" in run.output(0)
+    assert re.search(r"OSError: a loader process was lost \(pid \d+ killed by SIGKILL\)", run.output(0))
 
 
 @pytest.mark.slow
