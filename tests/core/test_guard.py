@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from ddetr.core.detector import build
 from ddetr.core.guard import finite_or_poison, first_not_finite
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Train, collect, command, succeeded
+from tests.core.runs import SMALL, Train, collect, succeeded
 
 POISONED_RUN = Path(__file__).with_name("poisoned_run.py")
 
@@ -70,9 +71,8 @@ def test_a_poisoned_image_costs_one_step_on_every_rank(
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=run"]
     arguments += [f"train.zero_stage={stage}", f"train.precision={precision}", "train.max_steps=6"]
     arguments += ["train.checkpoint_every_steps=1", "train.checkpoint_every_epochs=1"]
-    words = command(ranks, *arguments)
-    module = words.index("ddetr.launch.cli")
-    words[module - 1 : module + 1] = [str(POISONED_RUN)]  # in place of `-m ddetr.launch.cli`
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    words = [sys.executable, *launcher, str(POISONED_RUN), "train", *arguments]
     environment = os.environ | {"POISONED_IMAGE": str(poisoned)}
     finished = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
     run = succeeded(collect(tmp_path / "run", finished.stdout + finished.stderr, finished.returncode))
