@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.categories import Categories
 from ..data.documents import parse_json
 from ..data.text import visible
-from .config import Config, ConfigError, EvalConfig, changed, dump, parse
+from .config import Config, ConfigError, EvalConfig, changed, dump, parse, without_logins
 from .detector import Detector, build
 from .ownership import check_own
 from .published import from_published, published_arguments, published_config, read_published, to_published
@@ -166,7 +166,7 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
         if metadata.get("format") != "ddetr":
             raise ValueError(f"{file}: was not written by ddetr; its metadata names no configuration")
         try:
-            stored = parse(metadata["config"], str(file))
+            stored = _with_logins(parse(metadata["config"], str(file)), file)
             categories = Categories.from_json(parse_json(metadata["categories"]))
             step, epoch = int(metadata["step"]), int(metadata["epoch"])
         except ConfigError:
@@ -178,6 +178,22 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
     if fixed:
         raise ValueError(f"{', '.join(fixed)}: the weights in {file} fix the model; leave the override out")
     return Contents(file, config, categories, step, epoch, shapes, weights)
+
+
+def _with_logins(stored: Config, file: Path) -> Config:
+    """Addresses as the config.yaml of the checkpoint's run has them: weights, which are handed on, hold no logins."""
+    own = file.parent.parent.parent / "config.yaml"
+    if file.parent.parent.name != "checkpoints" or not own.is_file():
+        return stored
+    with contextlib.suppress(ValueError, OSError):  # weights can be used without
+        data = parse(own.read_text(), str(own)).data
+        same = {
+            key: getattr(data, key)
+            for key in ("train", "validation")
+            if getattr(data, key) and without_logins(getattr(data, key)) == getattr(stored.data, key)
+        }
+        return stored.model_copy(update={"data": stored.data.model_copy(update=same)})
+    return stored
 
 
 def load_detector(
@@ -196,7 +212,7 @@ def load_detector(
     found = contents(path, overrides)
     if config is None:
         config = found.config
-        check_own(config, ("model.backbone",), overrides, found.file)
+        check_own(config, ("model.backbone", "data.most_pixels"), overrides, found.file)
     without_download = config.model.model_copy(update={"pretrained_backbone": False})
     with torch.device("meta"):
         _check(build(without_download), found.shapes, found.file)

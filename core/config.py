@@ -1,6 +1,7 @@
 """The configuration: a YAML preset or file, then dotted overrides, checked as a whole before anything starts."""
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -12,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..data.addresses import is_remote, shown
 from ..data.config import DataConfig
-from ..data.documents import parse_yaml
+from ..data.documents import MOST_BYTES, parse_yaml
 from ..data.text import visible
-from .ownership import ORDERS, check_own
+from .ownership import ORDERS, check_own, is_shortened
 
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
@@ -236,16 +237,17 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load(preset_or_path: str | Path, overrides: Iterable[str] = (), *, of_run: bool = False) -> Config:
     """Read a preset (by name) or a YAML file, apply `section.key=value` overrides, check everything.
 
     Values of overrides are YAML: `model.queries=100`, `optim.drop_epochs=[30,40]`, `data.train=null`.
+    of_run: the file is a run's, even where it does not look so.
     Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one, and
     ForeignSettingError when the file came with weights and gives orders that are not the user's.
     """
     overrides = list(overrides)
     path = _path(preset_or_path)
-    foreign = path.parent != PRESETS and came_with_weights(path)
+    foreign = path.parent != PRESETS and (of_run or came_with_weights(path))
     config = _checked(_read(path, aliases=not foreign), overrides, str(preset_or_path))
     if foreign:
         check_own(config, ORDERS, overrides, path)
@@ -281,7 +283,7 @@ def without_logins(values: Any) -> Any:
         return {key: without_logins(value) for key, value in values.items()}
     if isinstance(values, list):
         return [without_logins(value) for value in values]
-    return shown(values) if isinstance(values, str) and is_remote(values) else values
+    return shown(values) if isinstance(values, str) and is_remote(values) and is_shortened(values) else values
 
 
 def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
@@ -319,7 +321,8 @@ def _path(preset_or_path: str | Path) -> Path:
 
 def _read(path: Path, *, aliases: bool) -> dict[str, Any]:
     try:
-        values = parse_yaml(path.read_text(), aliases=aliases)
+        with path.open("rb") as file:
+            values = parse_yaml(file.read(MOST_BYTES + 1), aliases=aliases)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     return _sections(values, str(path))
@@ -334,11 +337,16 @@ def _sections(values: Any, source: str) -> dict[str, Any]:
 
 
 def came_with_weights(file: Path) -> bool:
-    """Whether a file lies in a run directory or beside a checkpoint's weights."""
+    """Whether a file, or what it is a link to, lies somewhere in a run directory or beside a model.safetensors."""
+    places = [Path(os.path.abspath(file)), file.resolve()]
+    if places[0].is_relative_to("/proc/self/fd"):  # handed over by the program that started this one
+        return False
+    if any((place.parent / "model.safetensors").exists() for place in places):
+        return True
     return any(
-        any((folder / name).exists() for name in ("metrics.jsonl", "events.jsonl", "model.safetensors"))
+        any((folder / name).exists() for name in ("metrics.jsonl", "events.jsonl"))
         or any(folder.glob("checkpoints/step_*"))
-        for folder in file.resolve().parents[:3]
+        for folder in {folder for place in places for folder in place.parents}
     )
 
 

@@ -20,6 +20,7 @@ MANIFEST = "checkpoint.json"
 LATEST = "latest"
 EVALUATION = "evaluation.json"
 _VERSION = 1
+_VALUES = {"step", "epoch", "step_in_epoch", "optimizer_steps", "moving_average", "loss_scale", "ranks", "zero_stage"}
 
 
 def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], None], values: Mapping[str, Any]) -> None:
@@ -75,6 +76,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         values = parse_json(path.read_bytes())
         if values["version"] != _VERSION:
             raise ValueError(f"version {values['version']}, this release reads {_VERSION}")
+        if missing := _VALUES - values.keys():
+            raise ValueError(f"no {sorted(missing)[0]!r} in it")
         sizes = {name: described["bytes"] for name, described in values["files"].items()}
         if away := [name for name in sizes if Path(name).name != name]:
             raise ValueError(f"{away[0]!r} is no file name")
@@ -122,9 +125,12 @@ def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
 
 
 def _average_precision(checkpoint: Path) -> float:
-    """-1 where it was not evaluated."""
+    """-1 where it was not evaluated, or where nobody can say how well."""
     path = checkpoint / EVALUATION
-    return json.loads(path.read_text())["AP"] if path.is_file() else -1.0
+    try:
+        return float(parse_json(path.read_bytes())["AP"]) if path.is_file() else -1.0
+    except (ValueError, KeyError, TypeError):
+        return -1.0
 
 
 def _damaged(checkpoint: Path, what: str) -> str:
@@ -139,7 +145,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with path.open("x") as file:  # x: not through a link that a stranger left there
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -147,6 +153,7 @@ def _write(path: Path, text: str) -> None:
 
 def _replace(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}")
+    unfinished.unlink(missing_ok=True)
     _write(unfinished, text)
     unfinished.replace(path)
     _sync(path.parent)

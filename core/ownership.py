@@ -36,16 +36,21 @@ ORDERS = {
     "data.train": "runs a command or opens a connection",
     "data.validation": "runs a command or opens a connection",
     "data.cache": "writes and deletes files in a folder",
+    "data.cache_bytes": "fills or empties the cache",
+    "data.most_pixels": "lets an image take more or less memory",
     "train.initial_weights": "opens a connection",
     "train.output": "writes a folder",
+    "train.auto_resume": "continues a run of yours, and deletes checkpoints of it",
     "train.deepspeed_extra": "tells DeepSpeed what to load and write",
     "monitor.host": "opens a port to others",
     "monitor.port": "opens a port",
 }
 # These are orders where they name something elsewhere (pipe:..., https://..., hf-hub:...), all others where they are
 # not the default.
-_PLACES = ("data.train", "data.validation", "train.initial_weights", "model.backbone")
-_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:")
+_PLACES = {name: re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:") for name in ("data.train", "data.validation")}
+_PLACES |= {"train.initial_weights": _PLACES["data.train"], "model.backbone": re.compile(r".*[:/]", re.DOTALL)}
+# What is said anew each time: another run would do just the same at it.
+_NEVER_REMEMBERED = ("train.auto_resume",)
 
 
 def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict
     for setting in settings:
         section, key = setting.split(".")
         value = values[section][key]
-        if value != defaults[section][key] and (setting not in _PLACES or _ELSEWHERE.match(value or "")):
+        if value != defaults[section][key] and (setting not in _PLACES or _PLACES[setting].match(value or "")):
             found[setting] = value
     return found
 
@@ -71,17 +76,25 @@ def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[
     foreign = {
         key: value
         for key, value in orders(config, settings).items()
-        if key not in given and _digest(key, value) not in own
+        if key not in given and (key in _NEVER_REMEMBERED or _digest(key, value) not in own)
     }
     if foreign:
         lines = [f"  {_written(key, value)}  ({ORDERS[key]})" for key, value in foreign.items()]
-        repeated = " ".join(shlex.quote(_written(key, value)) for key, value in foreign.items())
+        exact = {key: value for key, value in foreign.items() if not is_shortened(value)}
+        repeated = " ".join(shlex.quote(_written(key, value)) for key, value in exact.items())
+        lines += [f"If you want just that, add to the command: {repeated}"] if exact else []
+        lines += ["Logins and queries of addresses are left out here: give them yourself"] if exact != foreign else []
         raise ForeignSettingError(
             f"{source} comes with {len(foreign)} setting(s) that are carried out only when you give them:\n"
             + "\n".join(lines)
-            + f"\nIf you want just that, add to the command: {repeated}\nOtherwise add the same settings with values "
-            "of your own, or put them into a file of your own (docs/operations.md, what is trusted)"
+            + "\nOtherwise add the same settings with values of your own, or put them into a file of your own "
+            "(docs/operations.md, what is trusted)"
         )
+
+
+def is_shortened(value: Any) -> bool:
+    """Whether it is an address that is not shown as it is, or one that was written down so."""
+    return isinstance(value, str) and (shown(value) != visible(value) or value.endswith("?..."))
 
 
 def check_links(run_directory: Path, *written: Path) -> None:
@@ -90,6 +103,8 @@ def check_links(run_directory: Path, *written: Path) -> None:
     Raises ForeignSettingError that names the link and where it leads.
     """
     for path in written:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ForeignSettingError(f"{path} is neither a file nor a folder, and this command would write to it")
         if path.is_symlink() and not path.resolve().is_relative_to(run_directory.resolve()):
             raise ForeignSettingError(
                 f"{path} is a link to {path.resolve()}, where this command would write: put a folder or file of its "
@@ -99,17 +114,18 @@ def check_links(run_directory: Path, *written: Path) -> None:
 
 def remember(config: BaseModel) -> None:
     """Take the orders of a run that this user starts down as the user's own."""
-    if new := {_digest(key, value) for key, value in orders(config).items()} - _remembered():
-        file = own_settings_file()
+    given = {key: value for key, value in orders(config).items() if key not in _NEVER_REMEMBERED}
+    if new := {_digest(key, value) for key, value in given.items()} - _remembered():
         try:
+            file = own_settings_file()
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(descriptor, "w") as opened:  # one write: ranks of this machine do the same
                 opened.write("".join(f"{digest}\n" for digest in sorted(new)))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this account's home
             log.warning(
-                "%s cannot be written (%s): --resume and eval of this run will ask for %s again",
-                *(file, error.strerror, ", ".join(orders(config))),
+                "what this run was given is not remembered (%s): --resume and eval of it will ask for %s again",
+                *(error, ", ".join(given)),
             )
 
 
@@ -120,8 +136,8 @@ def own_settings_file() -> Path:
 
 def _remembered() -> set[str]:
     try:
-        return set(own_settings_file().read_text().split())
-    except (FileNotFoundError, NotADirectoryError):
+        return set(own_settings_file().read_text(errors="replace").split())
+    except (OSError, RuntimeError):  # then nothing is
         return set()
 
 

@@ -5,12 +5,14 @@ Reading runs no code of the file's: tensors and plain values only.
 
 import argparse
 import logging
+import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
@@ -75,12 +77,15 @@ def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{file}: neither safetensors nor a checkpoint of plain tensors ({reason})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{file}: expected the published layout, a dictionary with a state_dict under 'model'")
+    size = file.stat().st_size
     for name, tensor in content["model"].items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not (isinstance(name, str) and plain):
             raise ValueError(f"{file}: {visible(str(name))[:80]} in its 'model' is no plain tensor")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if tensor.numel() * tensor.element_size() > min(tensor.untyped_storage().nbytes(), size):
             raise ValueError(f"{file}: {visible(name)} claims the shape {tuple(tensor.shape)}, but has fewer values")
+    if sum(tensor.nbytes for tensor in from_published(content["model"]).values()) > size:
+        raise ValueError(f"{file}: its tensors are larger than the file")
     arguments = content.get("args", {})  # a Namespace in the published files, a plain dictionary in ours
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
@@ -90,11 +95,28 @@ def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _is_compressed(file: Path) -> bool:
+    """Raises ValueError for an archive that one reader could take for another than the next one."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
+            if archive.start_dir != _stated_start(raw):
+                raise ValueError(f"{file}: its table of contents is not where the archive says; not a checkpoint")
             return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
     except zipfile.BadZipFile as error:
         raise ValueError(f"{file}: not a readable archive ({error})") from error
+
+
+def _stated_start(raw: BinaryIO) -> int | None:
+    """Where the last bytes of an archive say that its table of contents begins (APPNOTE.TXT, 4.3.14 to 4.3.16)."""
+    raw.seek(-42, os.SEEK_END)
+    locator, end = raw.read(20), raw.read(22)
+    if not end.startswith(b"PK\5\6"):
+        return None
+    (start,) = struct.unpack_from("<L", end, 16)
+    if not locator.startswith(b"PK\6\7"):
+        return start
+    raw.seek(struct.unpack_from("<Q", locator, 8)[0])
+    (long_start,) = struct.unpack_from("<Q", raw.read(56).ljust(56, b"\0"), 48)
+    return long_start if start in (long_start, 0xFFFFFFFF) else None
 
 
 def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:

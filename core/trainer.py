@@ -288,10 +288,12 @@ def _evaluate(
         if world.rank == 0:
             log.warning("the evaluation of step %d is left for the run that continues this one", step)
         return None
-    gathered = world.to_first([_told(result) for result in mine], list[_Told])
+    # A shard at a time: what a rank says at once is limited.
+    rounds = range(-(-len(index.shards) // world.size))
+    gathered = [world.to_first([_told(result) for result in mine[i : i + 1]], list[_Told]) for i in rounds]
 
     def scored() -> dict[str, float]:
-        metrics = coco_metrics(index.ground_truth(), merge(_heard(told) for told in chain(*gathered)))
+        metrics = coco_metrics(index.ground_truth(), merge(_heard(told) for told in chain(*chain(*gathered))))
         try:
             record_evaluation(checkpoint, metrics)
         except OSError as error:  # the disk is full: the report has the numbers

@@ -15,7 +15,7 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-_MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more
+MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more
 
 
 class _WithoutAliases(yaml.SafeLoader):
@@ -33,8 +33,8 @@ def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
     Where aliases are not allowed, the text is a stranger's: then for more than 1 MiB of it, too. No tag of it makes an
     object, let alone runs anything.
     """
-    if not aliases and len(text) > _MOST_BYTES:
-        raise ValueError(f"it is {len(text) / 2**20:.1f} MiB long, more than {_MOST_BYTES >> 20} MiB")
+    if not aliases and len(text) > MOST_BYTES:
+        raise ValueError(f"it is {len(text) / 2**20:.1f} MiB long, more than {MOST_BYTES >> 20} MiB")
     try:
         return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:

@@ -295,7 +295,8 @@ def file_sha256(path: Path) -> str:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it has its name only when it is whole and on the disk."""
     partial = partial_path(path)
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:  # x: not through a link that a stranger left there
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

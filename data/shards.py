@@ -162,7 +162,8 @@ def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> Shard | list[F
     unfinished = partial_path(job.path)
     try:
         # mtime 0, fixed owner and mode: equal content gives equal bytes.
-        with unfinished.open("wb") as file:
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("xb") as file:
             with TarWriter(file, encoder=False, mtime=0.0) as tar:
                 for image, path in zip(job.images, job.files, strict=True):
                     finding, suffix, data = inspect_file(image, path, most_pixels)

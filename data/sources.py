@@ -338,7 +338,11 @@ class Pipe:
                     kept, skipped = piece[skipped:], max(0, skipped - len(piece))
                     if kept:
                         yield kept
-                if process.wait(self._timeout_seconds):
+                try:
+                    status = process.wait(self._timeout_seconds)
+                except subprocess.TimeoutExpired as error:
+                    raise LostError(f"the command did not end within {self._timeout_seconds:g} s") from error
+                if status:
                     said.seek(-min(said.seek(0, os.SEEK_END), 4 * _TOLD), os.SEEK_END)
                     text = shown(said.read().decode(errors="replace").strip())[-_TOLD:]
                     raise LostError(f"the command ended with status {process.returncode}: {text}")

@@ -154,8 +154,8 @@ def train(
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     if resume is not None:  # where it is now, whatever its file says of where it was
-        arguments.append(f"train.output={in_one_line(str(resume.resolve().parent))}")
-    config = load(source, arguments)
+        arguments += [f"train.output={in_one_line(str(resume.resolve().parent))}", "train.auto_resume=false"]
+    config = load(source, arguments, of_run=resume is not None)
     if ray is not None:
         from .ranks import train_on_ray
 

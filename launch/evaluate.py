@@ -48,20 +48,22 @@ def evaluate(
     paths = _every_checkpoint(path) if all_checkpoints else [path]
     metrics: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        evaluate_shards: EvaluateShards | None = None
+        evaluators: dict[str, EvaluateShards] = {}  # by where the shards are
         for checkpoint in paths:
             detector = load_detector(checkpoint, overrides=overrides)
             index = _shards(data, detector, overrides)
             check_categories(detector, index)
             folder = _output_folder(detector.path, output, each=all_checkpoints)
             if output is None:
-                check_links(detector.path.parent.parent.parent, folder, folder.parent)
-            if evaluate_shards is None:
+                in_run = detector.path.parent.parent.name == "checkpoints"
+                own = detector.path.parents[2] if in_run else detector.path.parent
+                check_links(own, folder, *[folder.parent] * in_run)
+            if index.real_location not in evaluators:
                 here = contextlib.nullcontext(_evaluate_here)
                 there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
-                evaluate_shards = stack.enter_context(there or here)
+                evaluators[index.real_location] = stack.enter_context(there or here)
             with _progress(console, detector, index) as advance:
-                found = merge(evaluate_shards(detector, index, advance))
+                found = merge(evaluators[index.real_location](detector, index, advance))
             truth = index.ground_truth()
             metrics = coco_metrics(truth, found)
             _write(folder, {"detections.json": found, "ground_truth.json": truth, "metrics.json": metrics})
@@ -84,7 +86,7 @@ def _shards(data: str | None, detector: TrainedDetector, overrides: list[str]) -
     if location is None:
         raise ValueError(f"{file} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
     if is_remote(location):
-        check_own(config, ["data.cache"], overrides, file)
+        check_own(config, ["data.cache", "data.cache_bytes"], overrides, file)
     return open_shards(location, config.data)
 
 

@@ -65,7 +65,8 @@ def report(run_directory: Path) -> Path:
     path = Path(run_directory) / "report.html"
     unfinished = path.with_suffix(".html.unfinished")
     unfinished.unlink(missing_ok=True)  # which may be a link, in a stranger's run
-    unfinished.write_text(page(f"{run.name} · ddetr", filter(None, body)), encoding="utf-8")
+    with unfinished.open("x", encoding="utf-8") as file:
+        file.write(page(f"{run.name} · ddetr", filter(None, body)))
     unfinished.replace(path)
     return path
 
@@ -112,7 +113,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _json_lines(path: Path, is_record: Callable[[dict[str, Any]], bool], unreadable: list[str]) -> list[dict[str, Any]]:
     """The records of a file, one a line; the places of other lines are added to `unreadable`."""
     records = []
-    if path.exists():
+    if path.is_file():
         for place, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
             try:
                 record = json.loads(line)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..core.config import Config, ConfigError, came_with_weights, changed, load
 from ..core.evaluator import METRICS
-from ..core.ownership import ORDERS, check_own
+from ..core.ownership import ORDERS, ForeignSettingError, check_own
 from ..data.cache import open_shards
 from ..data.documents import in_one_line, parse_yaml
 
@@ -117,8 +117,9 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     Raises ConfigError that lists every mistake, and ForeignSettingError when the file came with weights and gives
     orders that are not the user's.
     """
+    foreign = came_with_weights(path)
     try:
-        values = parse_yaml(path.read_text(), aliases=True)
+        values = parse_yaml(path.read_text(), aliases=not foreign)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):
@@ -128,8 +129,14 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     except ValidationError as error:
         raise _mistakes(path, [_describe(item) for item in error.errors()]) from error
     base = load(sweep.base, sweep.overrides)
-    if came_with_weights(path):
+    if foreign:
         check_own(base, ORDERS, (), path)
+        orders = [key for key in sweep.search if any(f"{key}.".startswith(f"{order}.") for order in ORDERS)]
+        if orders := [*orders, *["output"] * (sweep.output is not None)]:
+            raise ForeignSettingError(
+                f"{path} came with weights, and sets {', '.join(orders)}: copy it into a folder of your own if you "
+                "want that (docs/operations.md, what is trusted)"
+            )
     found: list[str] = []
     for key, distribution in sweep.search.items():
         if key in RESERVED:

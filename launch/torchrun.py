@@ -36,6 +36,10 @@ def settled(options: argparse.Namespace) -> argparse.Namespace:
         given = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port or rendezvous.DEFAULT_PORT}"
         options.rdzv_endpoint = given
         if numbered:
+            if options.max_restarts:
+                raise ValueError(
+                    "--max-restarts is for nodes that come and go: leave out --node-rank, or restart by hand"
+                )
             conf.append(f"rank={options.node_rank}")
         else:
             host, _ = parse_rendezvous_endpoint(given, rendezvous.DEFAULT_PORT)

@@ -123,13 +123,14 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
         )
     train_index = open_shards(config.data.train, config.data)
     validation_index = open_shards(config.data.validation, config.data) if config.data.validation else None
-    if len(train_index.categories) != config.model.num_classes:
+    if (count := len(train_index.categories)) != config.model.num_classes:
         raise ValueError(
-            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {len(train_index.categories)} "
-            f"categories; set model.num_classes={len(train_index.categories)}"
+            f"model.num_classes={config.model.num_classes}, but {train_index.location} has {count} categories; "
+            f"set model.num_classes={count}"
         )
     if validation_index and validation_index.categories != train_index.categories:
-        raise ValueError(f"{config.data.train} and {config.data.validation} differ in their categories; pack both anew")
+        places = f"{train_index.location} and {validation_index.location}"
+        raise ValueError(f"{places} differ in their categories; pack both anew")
     return train_index, validation_index
 
 
@@ -166,7 +167,7 @@ def _run_directory(config: Config, model: Detector, resume: Path | None) -> tupl
     path = resume.resolve() if resume is not None else path
     resumes = resume is not None or bool(checkpoints(path))
     if path.exists():
-        check_links(path, *(path / name for name in ("checkpoints", *_Record.FILES)))
+        check_links(path, *(path / name for name in ("checkpoints", *_Record.FILES)), *path.glob("checkpoints/*"))
     if resumes:  # says so now if there is none, or one that is damaged or does not fit
         checkpoint = find_checkpoint(path)
         values = verify(checkpoint)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..core.config import Config, changed
+from ..core.config import Config, changed, without_logins
 from ..data.index import write_whole
 from .cluster import cluster
 from .console import Terminal, brief, paragraph, say
@@ -169,9 +169,16 @@ def _rank(row: dict[str, Any], mode: str) -> tuple[bool, float, str]:
     return best is None, 0.0 if best is None else (-best if mode == "max" else best), row["trial"]
 
 
+def _shown(sweep: Sweep) -> dict[str, Any]:
+    """The sweep as results.json, which is handed on, has it: without logins of addresses."""
+    values = sweep.model_dump(mode="json")
+    split = [override.partition("=") for override in values["overrides"]]
+    return {**values, "overrides": [f"{key}={without_logins(value)}" for key, _, value in split]}
+
+
 def _write(folder: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"metric": sweep.metric, "mode": sweep.mode, "sweep": sweep.model_dump(mode="json"), "trials": rows}
+    content = {"metric": sweep.metric, "mode": sweep.mode, "sweep": _shown(sweep), "trials": rows}
     write_whole(folder / "results.json", json.dumps(content, indent=1).encode())
     text = io.StringIO()
     fields = ["trial", *sweep.search, "best", "best_epoch", "epochs", "stopped_early", "error", "run_directory"]

@@ -70,5 +70,7 @@ def write_targets(path: str | Path, targets: Iterable[tuple[str, Mapping[str, st
     groups = [{"targets": [address], "labels": dict(labels)} for address, labels in targets]
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(groups, indent=2) + "\n")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x") as file:  # x: not through a link that a stranger left there
+        file.write(json.dumps(groups, indent=2) + "\n")
     unfinished.replace(path)

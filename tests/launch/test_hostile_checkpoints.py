@@ -87,6 +87,7 @@ def published(change: Callable[[dict[str, Any]], object], run_directory: Path, f
         (lambda c: c["model"].update({"class_embed.0.bias": torch.zeros(1).expand(2**40)}), "claims the shape"),
         (lambda c: c["model"].update({"class_embed.0.bias": torch.empty(2**40, device="meta")}), "no plain tensor"),
         (lambda c: c["model"].update({"class_embed.0.bias": "text"}), "no plain tensor"),
+        (lambda c: c["model"].update(dict.fromkeys(map(str, range(999)), torch.zeros(2**18))), "larger than the file"),
         (lambda c: c["args"].update(nheads=0), "fit no model"),
         (lambda c: c["args"].update(nheads="8"), "fit no model"),
         (lambda c: c["args"].update(num_queries=10**9), "no model that can be built"),
@@ -100,6 +101,26 @@ def test_published_files_ask_for_no_more_than_they_hold(
     file = published(change, run_directory, tmp_path / "published.pth")
     with pytest.raises(ValueError, match=rf"{file}: .*{message}"):
         load_detector(file)
+
+
+def test_a_second_table_of_contents_hides_nothing(tmp_path: Path) -> None:
+    """Python's reader takes the one before the end, torch's the one that the end points to."""
+    torch.save({"model": {"a": torch.zeros(2**20)}}, tmp_path / "plain.pth")
+    plain = zipfile.ZipFile(tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    data = (tmp_path / "bomb.pth").read_bytes()
+    start, end = zipfile.ZipFile(tmp_path / "bomb.pth").start_dir, len(data) - 22
+    table = bytearray(data[start:end])
+    position = 0
+    while (position := table.find(b"PK\1\2", position)) >= 0:
+        table[position + 10 : position + 12] = b"\0\0"  # stored, it says
+        position += 4
+    (tmp_path / "bomb.pth").write_bytes(data[:end] + table + data[end:])
+    assert all(member.compress_type == 0 for member in zipfile.ZipFile(tmp_path / "bomb.pth").infolist())
+    with pytest.raises(ValueError, match=r"bomb.pth: its table of contents is not where the archive says"):
+        load_detector(tmp_path / "bomb.pth")
 
 
 def test_a_compressed_archive_is_refused_unread(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from ddetr.core.checkpoint import WEIGHTS, load_detector, save_weights
 from ddetr.core.config import changed, dump, load
+from ddetr.core.manifest import record_evaluation, write_checkpoint
 from ddetr.core.ownership import ORDERS, ForeignSettingError, check_links, own_settings_file, remember
+from ddetr.data.index import write_whole
+from ddetr.monitoring.exporter import write_targets
 
 from tests.core.runs import SMALL
 from tests.data.file_server import FileServer
@@ -123,8 +126,11 @@ HOSTILE = {
     "data.train": "pipe:touch executed; cat shards/{}",
     "data.validation": "https://somewhere.example/shards",
     "data.cache": "/home",
+    "data.cache_bytes": 1,
+    "data.most_pixels": 2_000_000_000,
     "train.initial_weights": "https://somewhere.example/weights",
     "train.output": "/home",
+    "train.auto_resume": True,
     "train.deepspeed_extra": {"tensorboard": {"enabled": True, "output_path": "/home"}},
     "monitor.host": "0.0.0.0",
     "monitor.port": 22,
@@ -132,7 +138,7 @@ HOSTILE = {
 
 
 def orders() -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in HOSTILE.items()]
+    return ["train.name=theirs", *(f"{key}={json.dumps(value)}" for key, value in HOSTILE.items())]
 
 
 def test_each_order_has_its_case() -> None:
@@ -150,7 +156,7 @@ def test_settings_of_a_run_are_refused_together(command: str, stranger: Stranger
     sweep.write_text(f"base: {folder}/config.yaml\nsamples: 1\nsearch: {{optim.clip_norm: {{uniform: [0.1, 0.2]}}}}\n")
     before = everything(tmp_path)
     said = refusal(run(*command.format(folder=folder, sweep=sweep).split()))
-    moved = {"train.output"} if "--resume" in command else set()  # a run goes on where it is
+    moved = {"train.output", "train.auto_resume"} if "--resume" in command else set()  # a run goes on where it is
     for key in {*ORDERS} - moved:
         assert f"\n  {key}=" in said
     assert not any(f"\n  {key}=" in said for key in moved)
@@ -158,8 +164,9 @@ def test_settings_of_a_run_are_refused_together(command: str, stranger: Stranger
 
 
 def test_each_order_alone_is_refused(stranger: Stranger, tmp_path: Path) -> None:
-    for order in orders():
-        folder = stranger(order)
+    name, *each = orders()
+    for order in each:
+        folder = stranger(name, order)
         with pytest.raises(ForeignSettingError, match=f"1 setting.*\n  {order.partition('=')[0]}="):
             load(folder / "config.yaml")
         assert load(folder / "config.yaml", [order])
@@ -178,17 +185,64 @@ def test_files_beside_weights_came_with_them(run_directory: Path, tmp_path: Path
     assert "data.train=pipe:touch executed; cat {}" in refusal(run("tune", tmp_path / "sweep.yaml"))
 
 
+@pytest.mark.parametrize("key", [*ORDERS, "train.deepspeed_extra.tensorboard.output_path"])
+def test_a_search_that_came_with_weights_gives_no_orders(key: str, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").touch()
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"base: tiny\nsamples: 1\nsearch: {{{key}: {{choice: [1]}}}}\n")
+    assert f"{sweep} came with weights, and sets {key}: copy it" in refusal(run("tune", sweep))
+    sweep.write_text("base: tiny\nsamples: 1\noutput: /home\nsearch: {optim.clip_norm: {choice: [1]}}\n")
+    assert "sets output" in refusal(run("tune", sweep))
+
+
+def test_a_run_is_known_through_links_and_from_below(tmp_path: Path) -> None:
+    (tmp_path / "run/a/b/c/d").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").touch()
+    (tmp_path / "run/a/b/c/d/real.yaml").write_text("data: {train: 'pipe:touch executed; cat {}'}\n")
+    (tmp_path / "run/config.yaml").symlink_to("a/b/c/d/real.yaml")
+    (tmp_path / "outside.yaml").symlink_to("run/config.yaml")
+    for file in ("run/a/b/c/d/real.yaml", "run/config.yaml", "outside.yaml"):
+        with pytest.raises(ForeignSettingError, match=r"data.train=pipe:touch executed"):
+            load(tmp_path / file)
+
+
+def test_what_is_resumed_is_a_run_however_it_looks(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.yaml").write_text(f"data: {{train: 'pipe:touch {marker}; cat {{}}'}}\n")
+    assert f"data.train=pipe:touch {marker}" in refusal(run("train", "--resume", tmp_path / "theirs"))
+    assert not marker.exists()
+
+
 def test_what_was_given_once_is_own(stranger: Stranger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = stranger(*orders())
     config = load(folder / "config.yaml", orders())
     remember(config)
-    assert load(folder / "config.yaml") == config
+    with pytest.raises(
+        ForeignSettingError, match=r"1 setting\(s\) .*\n  train.auto_resume=true"
+    ):  # of any other run, too
+        load(folder / "config.yaml")
+    assert load(folder / "config.yaml", ["train.auto_resume=true"]) == config
     assert own_settings_file().stat().st_mode & 0o777 == 0o600
     assert "touch" not in own_settings_file().read_text()
     (folder / "config.yaml").write_text(dump(changed(config, ["data.train=pipe:touch other; cat {}"], "a stranger")))
     with pytest.raises(ForeignSettingError, match=r"1 setting\(s\) .*\n  data.train=pipe:touch other"):
-        load(folder / "config.yaml")
+        load(folder / "config.yaml", ["train.auto_resume=true"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"no digests\n", None])
+def test_what_is_remembered_stops_nobody(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file, a folder in its place: then nothing is remembered."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    own_settings_file().parent.mkdir()
+    if content is None:
+        own_settings_file().mkdir()
+    else:
+        own_settings_file().write_bytes(content)
+    remember(load("tiny", ["data.train=s3://bucket/train"]))
 
 
 def test_a_home_that_cannot_be_written_to_is_said(
@@ -197,7 +251,7 @@ def test_a_home_that_cannot_be_written_to_is_said(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     remember(load("tiny", ["data.train=s3://bucket/train"]))
-    assert "--resume and eval of this run will ask for data.train again" in caplog.text
+    assert "--resume and eval of it will ask for data.train again" in caplog.text
     caplog.clear()
     remember(load("tiny"))
     assert not caplog.text
@@ -227,6 +281,50 @@ def test_a_run_on_a_server_is_resumed_by_who_started_it(
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
 
 
+def test_an_address_with_a_login_is_that_of_the_own_run(
+    run_directory: Path, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights hold it without, the run's config.yaml as it is."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    address = f"{server.url.replace('http://', 'http://me:secret@')}?token=secret"
+    settings = [f"data.validation={address}", f"data.cache={tmp_path}/cache"]
+    config = changed(load_detector(run_directory).config, settings, "mine")
+    folder = rewritten(run_directory, tmp_path / "run", config=dump(config, for_others=True))
+    (folder / "config.yaml").write_text(dump(config))
+    assert "data.validation" in refusal(run("eval", folder))
+    assert not server.requests
+    remember(config)
+    assert run("eval", folder).exception is None
+    assert server.requests
+
+
+def test_weights_alone_write_beside_them_through_no_link(run_directory: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "theirs", tmp_path / "projects"
+    folder.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(run_directory / "checkpoints/step_00000020" / WEIGHTS, folder)
+    (folder / "model_eval").symlink_to(elsewhere)
+    assert f"model_eval is a link to {elsewhere}" in refusal(run("eval", folder / WEIGHTS))
+    assert not list(elsewhere.iterdir())
+
+
+def test_files_are_written_aside_through_no_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    checkpoint, pid = tmp_path / "run/checkpoints/step_00000001", os.getpid()
+    checkpoint.mkdir(parents=True)
+    links = [checkpoint / ".evaluation.json", tmp_path / f"run/.config.yaml.{pid}.partial"]
+    links += [tmp_path / f"run/.targets.json.{pid}", tmp_path / "run/report.html.unfinished"]
+    for link in (*links, tmp_path / "run/checkpoints/.latest"):
+        link.symlink_to(victim)
+    record_evaluation(checkpoint, {"AP": 0.5})
+    write_whole(tmp_path / "run/config.yaml", b"model: {}\n")
+    write_targets(tmp_path / "run/targets.json", [])
+    assert run("report", tmp_path / "run").exception is None
+    write_checkpoint(checkpoint, 0, lambda folder: (folder / "weights").touch(), {})
+    assert victim.read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["eval", "eval/step_00000020"])
 def test_nothing_is_written_through_a_link(name: str, stranger: Stranger, tmp_path: Path) -> None:
     folder, elsewhere = stranger(), tmp_path / "elsewhere"
@@ -250,6 +348,10 @@ def test_logins_stay_with_the_run(run_directory: Path, tmp_path: Path) -> None:
     for command in (["checkpoint", "inspect", folder], ["eval", folder], ["report", folder]):
         result = run(*command)
         assert "secret" not in result.output + str(result.exception)
+    said = refusal(run("eval", folder))
+    assert "data.validation=https://somewhere.example/shards?..." in said
+    assert "left out here: give them yourself" in said
+    assert "add to the command" not in said
     assert "somewhere.example" in (folder / "report.html").read_text()
     assert "secret" not in (folder / "report.html").read_text()
 
