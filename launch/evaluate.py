@@ -31,7 +31,7 @@ EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], 
 def evaluate(
     path: Path,
     overrides: list[str],
-    data: str | None = None,
+    data: str | Path | None = None,
     ray_address: str | None = None,
     output: Path | None = None,
     all_checkpoints: bool = False,
@@ -78,11 +78,11 @@ def _every_checkpoint(run_directory: Path) -> list[Path]:
     return found
 
 
-def _shards(data: str | None, detector: TrainedDetector, overrides: list[str]) -> ShardIndex:
+def _shards(data: str | Path | None, detector: TrainedDetector, overrides: list[str]) -> ShardIndex:
     config, file = detector.config, detector.path
     if data is None:
         check_own(config, ["data.validation"], overrides, file)
-    location = config.data.validation if data is None else data
+    location = config.data.validation if data is None else str(data)
     if location is None:
         raise ValueError(f"{file} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
     if is_remote(location):
