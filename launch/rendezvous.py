@@ -78,7 +78,7 @@ class NumberedNodes(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._nodes == 1:  # a restart meets at a store without what the last round left
-            self._store = None
+            self._store, self._port = None, 0
         if self._store is None and self._rank == 0:
             address = own_address(self._host, NAME_SECONDS)
             if address is None:

@@ -9,6 +9,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from ddetr.core.network import hosted_store
 from ddetr.launch import rendezvous
@@ -18,7 +19,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, Rendezvou
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState, create_handler
 from torch.distributed.run import parse_args
 
-from tests.core.runs import free_port
+from tests.core.runs import SMALL, collect, free_port, start, succeeded, wait_for
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -150,3 +151,27 @@ def test_wrong_use_is_one_message() -> None:
     result = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2, result.stderr
     assert result.stderr == "torchrun: 192.0.2.1, where the nodes meet, is not this machine, which is node 0\n"
+
+
+@pytest.mark.slow
+def test_ranks_of_one_node_start_again(synthetic_shards: Path, tmp_path: Path) -> None:
+    """At a store of their own: what the lost round left in the old one would mislead them."""
+    launcher = ["-m", "ddetr.launch.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--", "train"]
+    settings = [*SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=run"]
+    settings += ["train.auto_resume=true", "train.checkpoint_every_steps=2", "train.max_steps=40"]
+    process = start([sys.executable, *launcher, "tiny", *settings])
+    wait_for(tmp_path / "run/checkpoints/step_00000004", process)
+    ranks = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    output, _ = process.communicate(timeout=300)
+    run = collect(tmp_path / "run", output, process.returncode)
+    assert succeeded(run).steps[-1]["step"] == 40
+    assert [event["event"] for event in run.events].count("resume") == 1
+
+
+def test_nodes_with_numbers_do_not_start_again() -> None:
+    command = [sys.executable, "-m", "ddetr.launch.torchrun", "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1"]
+    done = subprocess.run([*command, "--max-restarts=1", "--", "train"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--max-restarts is for nodes that come and go" in done.stderr
