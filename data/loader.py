@@ -7,6 +7,7 @@ itself, within seconds, when its batch is waited for; and one that does not end 
 
 import signal
 from collections.abc import Generator
+from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
@@ -37,7 +38,9 @@ class Loader(Generic[Item]):
         try:
             if not self._killed:  # while they were started
                 yield from iterator
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not isinstance(error, RuntimeError):  # of a worker's socket, which goes a little before it
+                connection.wait([worker.sentinel for worker in self._workers], _REAP_SECONDS)
             if lost := [worker for worker in self._workers if worker.exitcode]:
                 how = ", ".join(f"pid {worker.pid} {_how(worker.exitcode)}" for worker in lost)
                 raise OSError(
