@@ -343,7 +343,9 @@ def _by_epoch(run: RunLog) -> str:
 
 def _pictures(folder: Path) -> str:
     suffixes = (".png", ".jpg", ".jpeg")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.is_symlink())
+    inside = folder.parent.resolve()  # not what a stranger's links lead to
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    paths = sorted(path for path in found if path.resolve().is_relative_to(inside))
     if not paths:
         return ""
     shown = "".join(picture(path, str(path.relative_to(folder))) for path in paths[:PICTURES])

@@ -17,6 +17,7 @@ from ddetr.core.manifest import record_evaluation, write_checkpoint
 from ddetr.core.ownership import ORDERS, ForeignSettingError, check_links, own_settings_file, remember
 from ddetr.data.index import write_whole
 from ddetr.monitoring.exporter import write_targets
+from PIL import Image
 
 from tests.core.runs import SMALL
 from tests.data.file_server import FileServer
@@ -306,6 +307,22 @@ def test_weights_alone_write_beside_them_through_no_link(run_directory: Path, tm
     (folder / "model_eval").symlink_to(elsewhere)
     assert f"model_eval is a link to {elsewhere}" in refusal(run("eval", folder / WEIGHTS))
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("link", ["eval", "eval/photo.png"])
+def test_a_report_shows_no_picture_from_elsewhere(link: str, stranger: Stranger, tmp_path: Path) -> None:
+    folder, photos = stranger(), tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (32, 32)).save(photos / "photo.png")
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(photos if link == "eval" else photos / "photo.png")
+    assert run("report", folder).exception is None
+    assert "photo.png" not in (folder / "report.html").read_text()
+    (folder / link).unlink()
+    (folder / "eval").mkdir(exist_ok=True)
+    shutil.copy(photos / "photo.png", folder / "eval")
+    assert run("report", folder).exception is None
+    assert "photo.png" in (folder / "report.html").read_text()
 
 
 def test_files_are_written_aside_through_no_link(tmp_path: Path) -> None:
