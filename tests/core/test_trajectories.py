@@ -66,7 +66,7 @@ def assert_same_trajectory(reference: Run, other: Run, initial: dict[str, Tensor
     apart = np.abs(found - expected) / expected
     print(f"largest difference of a loss: {apart.max():.1e}, of the first ten {apart[:10].max():.1e}")
     assert len(found) == STEPS
-    assert apart[:10].max() < 1e-6
+    assert apart[:10].max() < 1e-5  # 6e-8 on one kind of CPU, 5e-6 on another
     # Later a single proposal or a pair of the matching is chosen otherwise in a few steps.
     assert np.sort(apart)[:-5].max() < 1e-3
     assert apart.max() < 0.1
