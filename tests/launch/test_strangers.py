@@ -273,7 +273,7 @@ def test_a_run_on_a_server_is_resumed_by_who_started_it(
         other = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "other")}
         refused = subprocess.run([*resume, "train.max_steps=4"], env=other, capture_output=True, text=True, timeout=200)
         assert refused.returncode == 2
-        assert f"\n  data.train={server.url}" in refused.stderr
+        assert f"  data.train={server.url}" in refused.stderr
         (repeat,) = re.findall(r"add to the command: (.*)\n", refused.stderr)
         subprocess.run([*resume, "train.max_steps=4", *shlex.split(repeat)], env=other, check=True, timeout=200)
     finally:
