@@ -41,6 +41,9 @@ def opened(
 
 def assert_ended(stream: TrainStream, workers: set) -> None:
     stream.close()
+    deadline = time.monotonic() + 60  # a killed process needs a moment of a core to go
+    while workers & set(multiprocessing.active_children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for _ in range(20):  # a handler of Python's runs between two of its operations
         time.sleep(0.01)
     assert not workers & set(multiprocessing.active_children())
