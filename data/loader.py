@@ -38,8 +38,9 @@ class Loader(Generic[Item]):
         try:
             if not self._killed:  # while they were started
                 yield from iterator
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if not isinstance(error, RuntimeError):  # of a worker's socket, which goes a little before it
+        except (RuntimeError, OSError, EOFError) as error:
+            # What was being handed over fails in many ways, a little before the worker that it came from is gone.
+            if self._workers:
                 connection.wait([worker.sentinel for worker in self._workers], _REAP_SECONDS)
             if lost := [worker for worker in self._workers if worker.exitcode]:
                 how = ", ".join(f"pid {worker.pid} {_how(worker.exitcode)}" for worker in lost)
