@@ -5,7 +5,6 @@ WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which; 
 """
 
 import datetime
-import ipaddress
 import logging
 import os
 import socket
@@ -204,8 +203,6 @@ def _store(rank: int, size: int, alone: bool, timeout: datetime.timedelta) -> di
     if rank > 0 or of_launcher:
         return dist.TCPStore(host, port, size, False, timeout)
     address = own_address(host)
-    if address is not None and not alone and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        raise OSError(f"MASTER_ADDR={host} is loopback, where the ranks of other machines do not reach rank 0")
     if address is None:
         raise OSError(f"MASTER_ADDR={host} is no address of this machine, {socket.gethostname()}, where rank 0 is")
     return hosted_store(address, port, timeout, size)[0]
