@@ -6,6 +6,8 @@ A folder with the name of a step is therefore whole, wherever the process was ki
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +18,12 @@ from safetensors import SafetensorError
 
 from ..data.documents import parse_json
 
+log = logging.getLogger("ddetr")
+
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 EVALUATION = "evaluation.json"
 _VERSION = 1
-_VALUES = {"step", "epoch", "step_in_epoch", "optimizer_steps", "moving_average", "loss_scale", "ranks", "zero_stage"}
 
 
 def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], None], values: Mapping[str, Any]) -> None:
@@ -76,8 +79,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         values = parse_json(path.read_bytes())
         if values["version"] != _VERSION:
             raise ValueError(f"version {values['version']}, this release reads {_VERSION}")
-        if missing := _VALUES - values.keys():
-            raise ValueError(f"no {sorted(missing)[0]!r} in it")
         sizes = {name: described["bytes"] for name, described in values["files"].items()}
         if away := [name for name in sizes if Path(name).name != name]:
             raise ValueError(f"{away[0]!r} is no file name")
@@ -111,12 +112,14 @@ def record_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
 def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
     """Delete all but the newest `keep` checkpoints (0: none) and the one with the best AP; returns the deleted.
 
-    checkpoints: oldest first.
+    checkpoints: oldest first. One whose evaluation cannot be read stays, too: it may be the best.
     """
     checkpoints = list(checkpoints)
     scores = {path: _average_precision(path) for path in checkpoints}
-    best = max(checkpoints, key=lambda path: scores[path], default=None)
-    surplus = [path for path in checkpoints[:-keep] if path != best or scores[path] < 0] if keep else []
+    unread = [path for path in checkpoints if scores[path] == math.inf]
+    evaluated = [path for path in checkpoints if 0 <= scores[path] < math.inf]
+    kept = {*unread, *sorted(evaluated, key=lambda path: scores[path], reverse=True)[:1]}
+    surplus = [path for path in checkpoints[:-keep] if path not in kept] if keep else []
     for path in surplus:
         unnamed = path.with_name(f".{path.name}")  # at once no checkpoint any more, however long deleting takes
         path.rename(unnamed)
@@ -125,12 +128,13 @@ def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
 
 
 def _average_precision(checkpoint: Path) -> float:
-    """-1 where it was not evaluated, or where nobody can say how well."""
+    """-1 where it was not evaluated, infinity where that cannot be read."""
     path = checkpoint / EVALUATION
     try:
         return float(parse_json(path.read_bytes())["AP"]) if path.is_file() else -1.0
-    except (ValueError, KeyError, TypeError):
-        return -1.0
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s: %s): its checkpoint is kept", path, type(error).__name__, error)
+        return math.inf
 
 
 def _damaged(checkpoint: Path, what: str) -> str:

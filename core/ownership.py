@@ -122,7 +122,7 @@ def remember(config: BaseModel) -> None:
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(descriptor, "w") as opened:  # one write: ranks of this machine do the same
                 opened.write("".join(f"{digest}\n" for digest in sorted(new)))
-        except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this account's home
+        except (OSError, RuntimeError) as error:
             log.warning(
                 "what this run was given is not remembered (%s): --resume and eval of it will ask for %s again",
                 *(error, ", ".join(given)),
@@ -137,7 +137,10 @@ def own_settings_file() -> Path:
 def _remembered() -> set[str]:
     try:
         return set(own_settings_file().read_text(errors="replace").split())
-    except (OSError, RuntimeError):  # then nothing is
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this account's home
+        log.warning("what your earlier runs were given cannot be read (%s), so it counts as a stranger's", error)
         return set()
 
 

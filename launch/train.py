@@ -172,7 +172,7 @@ def _run_directory(config: Config, model: Detector, resume: Path | None) -> tupl
         checkpoint = find_checkpoint(path)
         values = verify(checkpoint)
         load_weights(model, checkpoint)
-        if config.train.ema_decay is not None and not values["moving_average"]:
+        if config.train.ema_decay is not None and not values.get("moving_average"):
             raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
     return path, resumes
 

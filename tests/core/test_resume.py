@@ -217,6 +217,10 @@ def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert prune(checkpoints(tmp_path), 0) == []
     assert prune(checkpoints(tmp_path), 2) == [paths[0], paths[2]]
     assert checkpoints(tmp_path) == [paths[1], paths[3], paths[4]]
+    for text in ('{"AP": "x"}', "[" * 5_000, "{"):  # nobody can say how good it is: it may be the best
+        (paths[3] / EVALUATION).write_text(text)
+        assert prune(checkpoints(tmp_path), 1) == []
+    record_evaluation(paths[3], {"AP": 0.45})
     assert json.loads((paths[1] / EVALUATION).read_text()) == {"AP": 0.5}
     assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005\n"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
