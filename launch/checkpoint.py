@@ -225,7 +225,8 @@ def _resumable(folder: Path) -> str:
     except ValueError as error:
         return f"no: {error}"
     total = sum(described["bytes"] for described in values["files"].values())
-    return f"{_bytes(total)} in all, checksums right; written by {values.get('ranks')} rank(s), ZeRO {values.get('zero_stage')}"
+    by = f"{values.get('ranks')} rank(s), ZeRO {values.get('zero_stage')}"
+    return f"{_bytes(total)} in all, checksums right; written by {by}"
 
 
 def _bytes(count: int) -> str:
