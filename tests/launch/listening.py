@@ -3,21 +3,20 @@
 import ipaddress
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
 
 import psutil
-import pytest
+
+from tests.launch.nodes import need
 
 Socket = tuple[str, int, str]  # address ("0.0.0.0" and "::" for all), port, the process's name
 
 
 def listening(pid: int) -> set[Socket]:
     """What the process and its descendants listen on, by iproute2's ss. Skips the test where that is missing."""
-    if shutil.which("ss") is None or shutil.which("nsenter") is None:
-        pytest.skip("ss is missing: apt-get install iproute2 util-linux")
+    need("ss", "nsenter")
     names: dict[int, str] = {}
     networks: dict[str, int] = {}
     try:

@@ -14,11 +14,18 @@ NODES = {FIRST: "10.117.0.1", SECOND: "10.117.0.2"}
 DEVICES = ("ddetr_da", "ddetr_db")
 
 
+def need(*programs: str) -> None:
+    """Skip the test, naming those of its programs that are not there; CONTRIBUTING.md has their packages."""
+    if missing := [name for name in programs if shutil.which(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[dict[str, str]]:
     """Name and address of each namespace. Skips the test without root."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    need("ip")
     try:
         for name in NODES:
             subprocess.run(["ip", "netns", "add", name], check=True)
@@ -40,9 +47,7 @@ def on(node: str) -> list[str]:
 @contextlib.contextmanager
 def ssh_servers(nodes: dict[str, str], folder: Path) -> Iterator[Path]:
     """An ssh server in each namespace; a folder for the front of PATH, whose ssh gets into them."""
-    for tool in ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing: apt-get install openssh-server pdsh")
+    need("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh")
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     client = folder / "bin/ssh"  # found first on the PATH, so that no file of the user's is touched

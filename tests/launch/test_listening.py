@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -18,13 +17,11 @@ import pytest
 
 from tests.core.runs import SMALL, command, free_port, kill
 from tests.launch.listening import beyond_loopback, listening_on, listening_until
-from tests.launch.nodes import FIRST, NODES, SECOND, on, ssh_servers
+from tests.launch.nodes import FIRST, NODES, SECOND, need, on, ssh_servers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_"))}
 ENVIRONMENT |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-
-pytestmark = pytest.mark.slow
 
 
 def endless(shards: Path, folder: Path) -> list[str]:
@@ -66,7 +63,13 @@ def wait(until: Callable[[], object], folder: Path, seconds: float = 300) -> Non
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("way", ["alone", "local.sh with 1 rank", "local.sh with 2 ranks", "torchrun.sh on one node"])
+SLOW_WAYS = ("local.sh with 1 rank", "torchrun.sh on one node")
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["alone", "local.sh with 2 ranks", *(pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS)],
+)
 def test_on_one_machine(way: str, synthetic_shards: Path, tmp_path: Path) -> None:
     """All of it on loopback: launcher's store, gloo, exporter; from the start on."""
     arguments = endless(synthetic_shards, tmp_path)
@@ -83,10 +86,12 @@ def test_on_one_machine(way: str, synthetic_shards: Path, tmp_path: Path) -> Non
         assert beyond_loopback(found) == set()
 
 
+@pytest.mark.slow
 def test_where_the_host_name_is_unknown_and_ipv6_is_off(synthetic_shards: Path, tmp_path: Path) -> None:
     """A machine without a network, as many laptops and containers are."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("a host name of its own needs root and unshare")
+    if os.geteuid() != 0:
+        pytest.skip("a host name of its own needs root")
+    need("unshare", "hostname", "ip")
     prepare = "hostname no-such-host && ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6"
     line = ["unshare", "--uts", "--net", "sh", "-c", f'{prepare} && exec "$@"', "sh"]
     line += [REPOSITORY / "launch/local.sh", "--ranks", "2", *endless(synthetic_shards, tmp_path)]
@@ -117,6 +122,7 @@ def assert_given_addresses_alone(port: int | None, servers: str = "-") -> None:
             assert (port in {number for _, number, _ in found}) == (name == FIRST), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbered", [True, False], ids=["fixed nodes", "nodes numbered as they come"])
 def test_on_two_nodes(numbered: bool, nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> None:
     """And a stranger on the second node replaces what the first one's store holds, by pickles."""
@@ -161,6 +167,7 @@ def test_the_attack_would_be_one(tmp_path: Path) -> None:
     assert (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_over_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in nodes.values()))
