@@ -166,7 +166,8 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
         if metadata.get("format") != "ddetr":
             raise ValueError(f"{file}: was not written by ddetr; its metadata names no configuration")
         try:
-            stored = _with_logins(parse(metadata["config"], str(file)), file)
+            settings = [override for override in overrides if not override.strip().startswith("model.")]
+            stored = _with_logins(parse(metadata["config"], str(file), settings), file)
             categories = Categories.from_json(parse_json(metadata["categories"]))
             step, epoch = int(metadata["step"]), int(metadata["epoch"])
         except ConfigError:

@@ -121,7 +121,7 @@ def remember(config: BaseModel) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(descriptor, "w") as opened:  # one write: ranks of this machine do the same
-                opened.write("".join(f"{digest}\n" for digest in sorted(new)))
+                opened.write("\n" + "".join(f"{digest}\n" for digest in sorted(new)))  # after half a line, too
         except (OSError, RuntimeError) as error:
             log.warning(
                 "what this run was given is not remembered (%s): --resume and eval of it will ask for %s again",

@@ -32,3 +32,7 @@ def rewritten(run_directory: Path, folder: Path, **metadata: str) -> Path:
     save_file(load_file(source), step / WEIGHTS, metadata={**known, **metadata})
     (folder / "config.yaml").write_text(metadata.get("config", known["config"]))
     return folder
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

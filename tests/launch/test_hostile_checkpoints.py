@@ -141,3 +141,13 @@ def test_scores_that_cannot_be_read_are_said(text: str, stranger: Stranger) -> N
     result = run("checkpoint", "inspect", folder)
     assert result.exception is None
     assert "metrics.json cannot be read" in result.output
+
+
+def test_a_setting_that_is_none_any_more_can_be_given_anew(run_directory: Path, tmp_path: Path) -> None:
+    """A checkpoint whose configuration an earlier version took."""
+    with safe_open(run_directory / "checkpoints/step_00000020" / WEIGHTS, framework="pt") as opened:
+        config = re.sub(r"\n  name: \S+", "\n  name: team/first", opened.metadata()["config"])
+    folder = rewritten(run_directory, tmp_path / "old", config=config)
+    with pytest.raises(ValueError, match=r"train.name"):
+        load_detector(folder)
+    assert load_detector(folder, overrides=["train.name=first"]).config.train.name == "first"
