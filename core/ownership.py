@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..data.addresses import shown
+from ..data.addresses import is_remote, shown
 from ..data.documents import in_one_line
 from ..data.text import visible
 
@@ -45,10 +45,6 @@ ORDERS = {
     "monitor.host": "opens a port to others",
     "monitor.port": "opens a port",
 }
-# These are orders where they name something elsewhere (pipe:..., https://..., hf-hub:...), all others where they are
-# not the default.
-_PLACES = {name: re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:") for name in ("data.train", "data.validation")}
-_PLACES |= {"train.initial_weights": _PLACES["data.train"], "model.backbone": re.compile(r".*[:/]", re.DOTALL)}
 # What is said anew each time: another run would do just the same at it.
 _NEVER_REMEMBERED = ("train.auto_resume",)
 
@@ -60,9 +56,18 @@ def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict
     for setting in settings:
         section, key = setting.split(".")
         value = values[section][key]
-        if value != defaults[section][key] and (setting not in _PLACES or _PLACES[setting].match(value or "")):
+        if value != defaults[section][key] and _is_order(setting, value):
             found[setting] = value
     return found
+
+
+def _is_order(setting: str, value: Any) -> bool:
+    """Of a value that is not the default: of these four only where it names something elsewhere."""
+    if setting in ("data.train", "data.validation"):
+        return is_remote(value)
+    if setting == "train.initial_weights":
+        return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value) is not None
+    return setting != "model.backbone" or ":" in value or "/" in value
 
 
 def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[str], source: str | Path) -> None:
