@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from .config import MOST_PIXELS
 from .text import visible
 
-# Decoded by libraries made for it. Of PIL's other formats one (EPS) would be run as a program, by Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")
+# What photographs and drawings are stored in. Of PIL's other formats one (EPS) would be run, by Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI")
 MOST_FILE_BYTES = 1 << 30  # of an image file, and of any other that is read at once
 _BAND_PIXELS = 1 << 24  # converted to RGB at a time, so that a large image is not in memory several times
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF

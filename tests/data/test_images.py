@@ -1,5 +1,6 @@
 """Images that state more than they should, are no files, or are opened past PIL's own limit."""
 
+import io
 import os
 import struct
 import subprocess
@@ -189,3 +190,11 @@ def test_only_ordinary_files_are_read(tmp_path: Path):
     with pytest.raises(ValueError, match=r"large.jpg: the file has more than 99 bytes"):
         read_file(tmp_path / "large.jpg", 99)
     assert read_file(tmp_path / "large.jpg", 100) == bytes(100)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "TGA", "PCX", "SGI"])
+def test_usual_and_old_formats_are_read(format: str) -> None:
+    pixels = (np.arange(40 * 30 * 3).reshape(30, 40, 3) // 1200 * 83).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **({"lossless": True} if format == "WEBP" else {}))
+    assert (load_image(file.getvalue()) == pixels).all()
