@@ -91,8 +91,9 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
 
     With `new_class_head`, class heads made for another number of classes stay as they are in `model`; the names of
     their tensors are returned. Raises FileNotFoundError when there is no such file, ValueError that lists the
-    missing, unexpected and re-shaped names when it belongs to another architecture; the model is unchanged then. For
-    a model on the meta device nothing but that is checked.
+    missing, unexpected and re-shaped names when it belongs to another architecture, and that names the first tensor
+    with a value that is not finite; the model is unchanged then. For a model on the meta device nothing but that is
+    checked.
     """
     file = _weights_file(path)
     weights = _read_safetensors(file) if file.suffix == ".safetensors" else from_published(read_published(file)[0])
@@ -110,6 +111,7 @@ def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = Fa
         file,
         ", or start the class heads anew with train.new_class_head=true" if resized else "",
     )
+    _check_finite(weights, file)
     if not any(tensor.is_meta for tensor in ours.values()):
         model.load_state_dict(weights)
     return resized
@@ -119,15 +121,20 @@ def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     """What a checkpoint has of each trained parameter, by name.
 
     kind: "weights" that training goes on with, their "average", which the model's file holds where there is one, or one
-    of the optimizer's averages.
+    of the optimizer's averages. Raises ValueError for a file that cannot be read or a value that is not finite.
     """
-    with safe_open(checkpoint / TRAINING, framework="pt") as opened:
+    file = checkpoint / TRAINING
+    with _opened(file) as opened:
         stored = set(opened.keys())
         trained = [name.removeprefix("exp_avg/") for name in stored if name.startswith("exp_avg/")]
         if kind not in ("weights", "average") or f"{kind}/{trained[0]}" in stored:
-            return {name: opened.get_tensor(f"{kind}/{name}") for name in trained}
-    with safe_open(checkpoint / WEIGHTS, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in trained}
+            found = {name: opened.get_tensor(f"{kind}/{name}") for name in trained}
+            _check_finite(found, file)
+            return found
+    with _opened(checkpoint / WEIGHTS) as opened:
+        found = {name: opened.get_tensor(name) for name in trained}
+    _check_finite(found, checkpoint / WEIGHTS)
+    return found
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ def load_detector(
     overrides: of its configuration, section.key=value. config: what to take for that configuration, the user's own;
     for checkpoints of the run that asks. Raises what `contents` raises; ForeignSettingError for a backbone to be
     fetched from elsewhere that is not the user's word; ValueError, before any memory is taken, when the configuration
-    describes another or a larger model than the tensors are.
+    describes another or a larger model than the tensors are, and for a value that is not finite.
     """
     found = contents(path, overrides)
     if config is None:
@@ -218,7 +225,9 @@ def load_detector(
     with torch.device("meta"):
         _check(build(without_download), found.shapes, found.file)
     model = build(without_download)
-    model.load_state_dict(_read_safetensors(found.file) if found.weights is None else found.weights)
+    weights = _read_safetensors(found.file) if found.weights is None else found.weights
+    _check_finite(weights, found.file)
+    model.load_state_dict(weights)
     model.to(device).eval().requires_grad_(False)
     return TrainedDetector(model, config, found.categories, found.step, found.epoch, found.file)
 
@@ -247,6 +256,15 @@ def _check(model: Detector, stored: Shapes, file: Path, hint: str = "") -> None:
             f"{file}: holds another architecture than the configuration describes; {len(mistakes)} tensor(s) "
             f"differ:\n{shown}{more}\nSet the model section to what the checkpoint was trained with{hint}."
         )
+
+
+def _check_finite(weights: Mapping[str, Tensor], file: Path) -> None:
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
+            raise ValueError(
+                f"{file}: {visible(name)} has {bad} of {tensor.numel()} values that are infinite or not a number; what "
+                f"it was trained in had diverged. Take an earlier checkpoint"
+            )
 
 
 def _weights_file(path: str | Path) -> Path:

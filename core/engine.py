@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data.categories import Categories
 from .checkpoint import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
@@ -147,12 +148,17 @@ class Engine:
         """Copy all that a checkpoint holds to rank 0's memory. Collective.
 
         What it returns writes the checkpoint, on rank 0 and at any time later: whole or, with an OSError, not at all.
+        Raises FloatingPointError on all ranks when a value of some rank is not finite: no run can go on from there.
         """
         state = self._state
-        gathered = {"weights": state.gather(state.masters)}
-        gathered |= {key: state.gather(state.averages(key)) for key in AVERAGES}
-        if self._average is not None:
-            gathered["average"] = state.gather(self._average.values)
+        beside = self._beside
+        bad = [f"{kind} of {name}" for kind, tensors in beside.items() for name in state.not_finite(tensors)]
+        if everyones := self.world.gather(bad[:1], str):
+            raise FloatingPointError(
+                f"step {position['step']}: the {everyones[0]} is not finite, so it is not saved; the checkpoints "
+                f"before it are unharmed. Resume with a lower optim.learning_rate, or with optim.clip_norm"
+            )
+        gathered = {kind: state.gather(tensors) for kind, tensors in beside.items()}
         values = {
             **position,
             "optimizer_steps": state.steps,
@@ -194,14 +200,17 @@ class Engine:
                 f"{checkpoint}: its optimizer state is of other parameters; start from its weights instead: "
                 f"train.initial_weights={checkpoint}"
             )
-        beside = {"weights": state.masters} | {key: state.averages(key) for key in AVERAGES}
-        if self._average is not None:
-            beside["average"] = self._average.values
-        for key, tensors in beside.items():
+        for key, tensors in self._beside.items():
             state.deal(load_parameters(checkpoint, key), tensors)
         state.set_steps(values["optimizer_steps"])
         vars(self._scaler).update({n: v for n, v in values["loss_scale"].items() if n in vars(self._scaler)})
         return {name: values[name] for name in ("step", "epoch", "step_in_epoch")}
+
+    @property
+    def _beside(self) -> dict[str, list[Tensor]]:
+        """All that a checkpoint holds of the trained parameters: of each kind a tensor beside each master."""
+        beside = {"weights": self._state.masters} | {key: self._state.averages(key) for key in AVERAGES}
+        return beside if self._average is None else beside | {"average": self._average.values}
 
     @property
     def _scaler(self) -> Any:

@@ -6,6 +6,7 @@ and with it every detection, is the same whichever process evaluates the shard a
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,20 @@ class ShardResult:
     shard: int
     detections: list[dict]
     num_images: int
+    num_not_finite: int = 0  # queries without a detection, because the model gave infinities or NaN for them
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The one result of an evaluation: of all shards, in their order, whatever the order of arrival.
+
+    metrics: COCO's twelve numbers by name. All are NaN when a query was not finite: no score of such a model may be
+    preferred to another one's. A file has null for NaN.
+    """
+
+    detections: list[dict]
+    metrics: dict[str, float]
+    num_not_finite: int
 
 
 def evaluate_shard(
@@ -59,18 +74,20 @@ def evaluate_shard(
     """
     config = detector.config
     found: list[dict] = []
-    num_images = 0
+    num_images = num_not_finite = 0
     for batch in until(stop, evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size)):
-        found += detect(detector, batch.to(torch.device(device)))
+        detections, not_finite = detect(detector, batch.to(torch.device(device)))
+        found += detections
+        num_not_finite += not_finite
         num_images += len(batch.image_ids)
         if progress is not None:
             progress(len(batch.image_ids))
-    return ShardResult(shard, found, num_images)
+    return ShardResult(shard, found, num_images, num_not_finite)
 
 
 @torch.inference_mode()
-def detect(detector: TrainedDetector, batch: Batch) -> list[dict]:
-    """Detections in one batch, in COCO's result format with the original category ids."""
+def detect(detector: TrainedDetector, batch: Batch) -> tuple[list[dict], int]:
+    """Detections in one batch, in COCO's result format with the original category ids; and queries not finite."""
     images = normalised(batch.images, batch.padding_mask)
     predictions = detector.model(images, batch.padding_mask)
     results = top_detections(predictions, batch.original_sizes, detector.config.eval.top_k)
@@ -83,7 +100,7 @@ def detect(detector: TrainedDetector, batch: Batch) -> list[dict]:
             {"image_id": image_id, "category_id": category_id(detector.categories, label), "bbox": box, "score": score}
             for label, box, score in rows
         ]
-    return found
+    return found, sum(result.num_not_finite for result in results)
 
 
 def category_id(categories: Categories | None, label: int) -> int:
@@ -97,6 +114,14 @@ def merge(results: Iterable[ShardResult]) -> list[dict]:
     shards = [result.shard for result in ordered]
     assert len(set(shards)) == len(shards), f"a shard was counted twice: {shards}"
     return [detection for result in ordered for detection in result.detections]
+
+
+def evaluation(ground_truth: dict, results: Iterable[ShardResult]) -> Evaluation:
+    """The results of all shards as one, scored against a COCO dictionary, which is not changed."""
+    results = list(results)
+    found, num_not_finite = merge(results), sum(result.num_not_finite for result in results)
+    metrics = dict.fromkeys(METRICS, math.nan) if num_not_finite else coco_metrics(ground_truth, found)
+    return Evaluation(found, metrics, num_not_finite)
 
 
 def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:

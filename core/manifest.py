@@ -5,7 +5,6 @@ A folder with the name of a step is therefore whole, wherever the process was ki
 
 import errno
 import hashlib
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..data.documents import parse_json
+from ..data.documents import as_json, parse_json
 
 log = logging.getLogger("ddetr")
 
@@ -48,7 +47,7 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
         unfinished.mkdir()
         write(unfinished)
         files = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
-        text = json.dumps({"version": _VERSION, **values, "files": files}, indent=1)
+        text = as_json({"version": _VERSION, **values, "files": files}, indent=1)
         _write(unfinished / MANIFEST, text)
         _sync(unfinished)
         if final.exists():  # the same step once more, after a resume from before it
@@ -106,7 +105,7 @@ def is_evaluated(checkpoint: Path) -> bool:
 
 
 def record_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
-    _replace(checkpoint / EVALUATION, json.dumps(dict(metrics)))
+    _replace(checkpoint / EVALUATION, as_json(dict(metrics)))
 
 
 def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
@@ -128,11 +127,13 @@ def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
 
 
 def _average_precision(checkpoint: Path) -> float:
-    """-1 where it was not evaluated, infinity where that cannot be read."""
+    """-1 where it was not evaluated or met numbers that are not finite, infinity where that cannot be read."""
     path = checkpoint / EVALUATION
     try:
-        return float(parse_json(path.read_bytes())["AP"]) if path.is_file() else -1.0
-    except (ValueError, KeyError, TypeError) as error:
+        stored = parse_json(path.read_bytes())["AP"] if path.is_file() else None
+        score = -1.0 if stored is None else float(stored)
+        return -1.0 if math.isnan(score) else score
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%s: %s): its checkpoint is kept", path, type(error).__name__, error)
         return math.inf
 

@@ -1,6 +1,5 @@
 """What a run tells while it goes on: reports of steps, checkpoints and evaluations, and now and then a line to read."""
 
-import json
 import logging
 import math
 import statistics
@@ -8,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from ..data import documents
 from ..data.text import visible
 from .config import Config
 from .criterion import PARTS
@@ -44,9 +44,10 @@ class EvaluationReport:
 
     step: int
     epoch: int
-    metrics: dict[str, float]  # COCO's twelve numbers
+    metrics: dict[str, float]  # COCO's twelve numbers; all NaN where the model gave numbers that are not finite
     images: int
     seconds: float
+    num_not_finite: int = 0  # queries that detect nothing because of those
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,18 @@ def named_losses(values: list[float], layers: tuple[str, ...]) -> dict[str, floa
     return named
 
 
+def without_score(num_not_finite: int) -> str:
+    """What an evaluation says that met so many queries with numbers that are not finite."""
+    return (
+        f"{num_not_finite} queries gave infinities or NaN and detect nothing, so this evaluation has no score: the "
+        "model has diverged, or its numbers overflow. Go on from an earlier checkpoint"
+    )
+
+
 def as_json(report: StepReport | EvaluationReport) -> str:
-    """One line of metrics.jsonl."""
+    """One line of metrics.jsonl; what is not finite is null in it."""
     kind = {StepReport: "step", EvaluationReport: "evaluation"}[type(report)]
-    return json.dumps({"kind": kind, "time": time.time(), **asdict(report)})
+    return documents.as_json({"kind": kind, "time": time.time(), **asdict(report)})
 
 
 class Pace:
@@ -150,6 +159,9 @@ class Progress:
         self._since, self._wait = (now, report.step), 0.0
 
     def evaluation(self, report: EvaluationReport) -> None:
+        if report.num_not_finite and not self.quiet:
+            log.error("step %d: %s", report.step, without_score(report.num_not_finite))
+            return
         shown = ", ".join(f"{name} {report.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75", "AP_small"))
         self.line(f"evaluated step {report.step} on {report.images} images in {report.seconds:.1f} s: {shown}")
 

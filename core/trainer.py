@@ -32,7 +32,7 @@ from .config import Config
 from .criterion import criterion
 from .detector import build
 from .engine import Engine
-from .evaluator import ShardResult, coco_metrics, evaluate_shard, merge
+from .evaluator import ShardResult, evaluate_shard, evaluation
 from .guard import finite_or_poison, first_not_finite
 from .heartbeat import Watch
 from .manifest import is_evaluated, record_evaluation
@@ -292,31 +292,33 @@ def _evaluate(
     rounds = range(-(-len(index.shards) // world.size))
     gathered = [world.to_first([_told(result) for result in mine[i : i + 1]], list[_Told]) for i in rounds]
 
-    def scored() -> dict[str, float]:
-        metrics = coco_metrics(index.ground_truth(), merge(_heard(told) for told in chain(*chain(*gathered))))
+    def scored() -> tuple[dict[str, float], int]:
+        found = evaluation(index.ground_truth(), (_heard(told) for told in chain(*chain(*gathered))))
         try:
-            record_evaluation(checkpoint, metrics)
+            record_evaluation(checkpoint, found.metrics)
         except OSError as error:  # the disk is full: the report has the numbers
             log.error("%s: its evaluation is not recorded: %s", checkpoint, error)
-        return metrics
+        return found.metrics, found.num_not_finite
 
-    metrics = world.agree(scored, dict[str, float])
-    return EvaluationReport(step, epoch, metrics, index.num_samples, time.perf_counter() - started)
+    metrics, num_not_finite = world.agree(scored, tuple[dict[str, float], int])
+    seconds = time.perf_counter() - started
+    return EvaluationReport(step, epoch, metrics, index.num_samples, seconds, num_not_finite)
 
 
-# What rank 0 is told of a shard: its number, its images, and each detection's image, category, box and score.
-_Told = tuple[int, int, list[tuple[int, int, list[float], float]]]
+# What rank 0 is told of a shard: its number, its images, its queries that were not finite, and each detection's image,
+# category, box and score.
+_Told = tuple[int, int, int, list[tuple[int, int, list[float], float]]]
 
 
 def _told(result: ShardResult) -> _Told:
     rows = [(row["image_id"], row["category_id"], row["bbox"], row["score"]) for row in result.detections]
-    return result.shard, result.num_images, rows
+    return result.shard, result.num_images, result.num_not_finite, rows
 
 
 def _heard(told: _Told) -> ShardResult:
-    shard, num_images, rows = told
+    shard, num_images, num_not_finite, rows = told
     keys = ("image_id", "category_id", "bbox", "score")
-    return ShardResult(shard, [dict(zip(keys, row, strict=True)) for row in rows], num_images)
+    return ShardResult(shard, [dict(zip(keys, row, strict=True)) for row in rows], num_images, num_not_finite)
 
 
 def _is_due(every: int, done: int, last: bool = False) -> bool:

@@ -108,6 +108,12 @@ class TrainingState:
             for master in masters:
                 self._state(master)["step"].fill_(max(steps.values()))
 
+    def not_finite(self, beside: Sequence[Tensor]) -> list[str]:
+        """Parameters of which this rank holds a value that is not finite in `beside`: a tensor beside each master."""
+        finite = torch.stack([tensor.isfinite().all() for tensor in beside]).tolist()
+        held = (f for f in self._fragments if not finite[f.master])
+        return [f.name for f in held if not bool(_run(beside[f.master], f.offset, f.numel).isfinite().all())]
+
     def gather(self, beside: Sequence[Tensor]) -> Gathered:
         """What all ranks hold of each trained parameter in `beside`: a tensor beside each master. Collective."""
         parts = [_run(beside[f.master], f.offset, f.numel) for f in self._fragments]

@@ -16,7 +16,7 @@ class DataConfig(BaseModel):
     The defaults are the published augmentation (Deformable DETR inherits it from DETR, appendix A.4).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: str | None = None
     validation: str | None = None

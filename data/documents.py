@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+from functools import partial
 from typing import Any
 
 import yaml
@@ -13,6 +15,24 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON that every reader takes: infinities and NaN, for which it has no words, are null."""
+    separators = (",", ":") if indent is None else None
+    written = partial(json.dumps, indent=indent, separators=separators, allow_nan=False)
+    try:
+        return written(value)
+    except ValueError:  # rare, and looking for them beforehand takes longer than writing
+        return written(_without_nan(value))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more

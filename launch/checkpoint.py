@@ -213,6 +213,8 @@ def _evaluated(found: Contents) -> str | None:
                 row = parse_json(line)
                 if row["kind"] == "evaluation" and row["step"] == found.step:
                     metrics = row["metrics"]
+        if metrics and metrics["AP"] is None:
+            return "no score: the model gave infinities or NaN"
         return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
     except (ValueError, KeyError, TypeError) as error:
         return f"{file} cannot be read ({type(error).__name__}: {error})"

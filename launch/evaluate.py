@@ -1,7 +1,7 @@
 """`ddetr eval`: the twelve COCO numbers of a checkpoint, or of every checkpoint of a run, here or on a Ray cluster."""
 
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from rich.text import Text
 
 from ..core.checkpoint import TrainedDetector, checkpoints, load_detector
 from ..core.config import Config
-from ..core.evaluator import ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ..core.evaluator import ShardResult, check_categories, evaluate_shard, evaluation
 from ..core.ownership import check_links, check_own
+from ..core.reports import without_score
 from ..core.world import device_for
 from ..data.cache import open_shards
+from ..data.documents import as_json
 from ..data.index import ShardIndex, write_whole
 from ..data.sources import is_remote
 from ..data.text import file_name
@@ -42,11 +44,13 @@ def evaluate(
     ray_address: an address as `cluster` takes it; None evaluates in this process.
     output: folder for detections.json, ground_truth.json and metrics.json, with `all_checkpoints` for one folder a
     step; the run's `eval/step_XXXXXXXX` otherwise.
-    Returns the numbers of the last checkpoint.
+    Returns the numbers of the last checkpoint. Raises FloatingPointError, when all is written, for checkpoints that
+    gave numbers that are not finite and so have no score.
     """
     console = Terminal()
     paths = _every_checkpoint(path) if all_checkpoints else [path]
     metrics: dict[str, float] = {}
+    without: list[str] = []
     with contextlib.ExitStack() as stack:
         evaluators: dict[str, EvaluateShards] = {}  # by where the shards are
         for checkpoint in paths:
@@ -63,11 +67,16 @@ def evaluate(
                 there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
                 evaluators[index.real_location] = stack.enter_context(there or here)
             with _progress(console, detector, index) as advance:
-                found = merge(evaluators[index.real_location](detector, index, advance))
+                results = evaluators[index.real_location](detector, index, advance)
             truth = index.ground_truth()
-            metrics = coco_metrics(truth, found)
-            _write(folder, {"detections.json": found, "ground_truth.json": truth, "metrics.json": metrics})
+            found = evaluation(truth, results)
+            metrics = found.metrics
+            _write(folder, {"detections.json": found.detections, "ground_truth.json": truth, "metrics.json": metrics})
             _print(console, detector, index, metrics, folder)
+            if found.num_not_finite:
+                without.append(f"{detector.path}: {without_score(found.num_not_finite)}")
+    if without:
+        raise FloatingPointError("\n".join(without))
     return metrics
 
 
@@ -139,7 +148,7 @@ def _output_folder(file: Path, output: Path | None, each: bool) -> Path:
 def _write(folder: Path, contents: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        write_whole(folder / name, json.dumps(content).encode())
+        write_whole(folder / name, as_json(content).encode())
 
 
 def _print(
@@ -150,6 +159,6 @@ def _print(
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}" if value >= 0 else "no such objects")
+        table.add_row(name, "not finite" if math.isnan(value) else f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)
     console.print(f"Written to {folder}", soft_wrap=True)

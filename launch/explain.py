@@ -53,7 +53,8 @@ def explain(
 ) -> Explanation:
     """Draw the sampling points of `query` (default: the one with the best score) of an image into the file `output`.
 
-    Raises ValueError for an image that cannot be read, a query that does not exist and an unknown picture format.
+    Raises ValueError for an image that cannot be read, a query that does not exist and an unknown picture format, and
+    FloatingPointError for a query whose numbers are not finite.
     """
     data = read_file(image)
     detector = load_detector(checkpoint, overrides=overrides)
@@ -82,9 +83,11 @@ def explained(detector: TrainedDetector, pixels: np.ndarray, query: int | None =
         predictions = model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
     scores = predictions.logits[0].sigmoid()  # (Q, K)
     if query is None:
-        query = int(scores.amax(-1).argmax())
+        query = int(scores.nan_to_num(nan=-1.0).amax(-1).argmax())
     if not 0 <= query < len(scores):
         raise ValueError(f"query {query}: this detector has queries 0 to {len(scores) - 1}")
+    if not (predictions.logits[0, query].isfinite().all() and predictions.boxes[0, query].isfinite().all()):
+        raise FloatingPointError(f"query {query}: {detector.path} gives infinities or NaN for this image")
     label = int(scores[query].argmax())
     box_xyxy = cxcywh_to_xyxy(predictions.boxes[0, query]).cpu()
     height, width = encoder.spatial_shapes[0]

@@ -1,6 +1,6 @@
 """`ddetr predict`: detections in image files, as JSON and drawn."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..core.evaluator import category_id
 from ..core.postprocess import Detections, detections
 from ..core.world import device_for
 from ..data.batch import collate, normalised
+from ..data.documents import as_json
 from ..data.images import load_image, read_file
 from ..data.index import write_whole
 from ..data.text import file_name, visible
@@ -29,7 +30,8 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
     those of at least eval.score_threshold. Returns the path of the JSON.
 
     Raises FileNotFoundError before anything is written for an image that does not exist, and ValueError after the
-    other images are done that names every image that could not be read.
+    other images are done that names every image that could not be read; FloatingPointError that names those for which
+    the model gave numbers that are not finite.
     """
     files = _image_files(images)
     drawn_names = _drawn_names(files)
@@ -39,6 +41,7 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
     names = category_names(detector)
     entries: list[dict[str, Any]] = []
     unreadable: list[str] = []
+    not_finite: list[str] = []
     with progress_bar() as progress:
         for file, drawn_name in progress.track(list(zip(files, drawn_names, strict=True)), description="predicting"):
             try:
@@ -59,13 +62,20 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
             entries.append(
                 {"file": str(file), "height": height, "width": width, "drawn": drawn_name, "detections": rows}
             )
+            if found.num_not_finite:
+                not_finite.append(visible(f"{file}: {found.num_not_finite} queries"))
     json_file = output / "predictions.json"
     if entries:
         content = {"checkpoint": str(detector.path), "step": detector.step, "images": entries}
-        write_whole(json_file, json.dumps(content, indent=1).encode())
+        write_whole(json_file, as_json(content, indent=1).encode())
         say(f"{len(entries)} image(s): {json_file} and drawn images beside it")
     if unreadable:
         raise ValueError(f"{len(unreadable)} of {len(files)} image(s) could not be read:\n" + "\n".join(unreadable))
+    if not_finite:
+        raise FloatingPointError(
+            f"{len(not_finite)} of {len(files)} image(s) gave infinities or NaN, which detect nothing: "
+            f"{detector.path} has diverged, or its numbers overflow\n" + "\n".join(not_finite)
+        )
     return json_file
 
 
@@ -75,7 +85,7 @@ def detect_image(detector: TrainedDetector, pixels: Any, device: torch.device) -
     batch = collate([evaluation_sample(pixels, detector.config.data)]).batch().to(device)
     predictions = detector.model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
     found = detections(predictions, batch.original_sizes, detector.config.eval.top_k)[0]
-    return Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu())
+    return replace(found, scores=found.scores.cpu(), labels=found.labels.cpu(), boxes_xyxy=found.boxes_xyxy.cpu())
 
 
 def category_names(detector: TrainedDetector) -> tuple[str, ...]:

@@ -190,9 +190,11 @@ def _head(run: RunLog) -> str:
     waited = sum(record["data_wait_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True))
     tiles = []
     if run.evaluations:
-        metrics = run.evaluations[-1]["metrics"]
-        note = f"AP50 {_percent(metrics['AP50'])}"
-        tiles.append(tile("AP, last evaluation", _percent(metrics["AP"]), note=note))
+        last_evaluation = run.evaluations[-1]
+        note = f"AP50 {_percent(_score(last_evaluation, 'AP50'))}"
+        if last_evaluation.get("num_not_finite"):
+            note = "the model gave infinities or NaN"
+        tiles.append(tile("AP, last evaluation", _percent(_score(last_evaluation, "AP")), note=note))
     epochs = run.config.get("train", {}).get("epochs")
     tiles += [
         tile(
@@ -246,7 +248,7 @@ def _precision(run: RunLog) -> str:
     last = run.evaluations[-1]
     rows = []
     for name, meaning in SCORES.items():
-        values = [(_finite(record["metrics"][name]), record["epoch"] + 1) for record in run.evaluations]
+        values = [(_score(record, name), record["epoch"] + 1) for record in run.evaluations]
         best, epoch = max(values)
         rows.append((name, meaning, _percent(values[-1][0]), _percent(best), str(epoch) if best >= 0 else "–"))
     scores = table(("", "COCO metric", "last", "best", "epoch"), rows, numbers=(2, 3, 4))
@@ -254,7 +256,7 @@ def _precision(run: RunLog) -> str:
 
     def lines(*names: str) -> list[Line]:
         """Names without any objects to be computed on are left out."""
-        values = {name: [_finite(record["metrics"][name]) for record in run.evaluations] for name in names}
+        values = {name: [_score(record, name) for record in run.evaluations] for name in names}
         return [
             Line(name, epochs, [100 * value if value >= 0 else math.nan for value in values[name]])
             for name in names
@@ -266,7 +268,7 @@ def _precision(run: RunLog) -> str:
     over_size = chart(sizes, title="AP by object size", x_name="epoch", from_zero=True)
     note = (
         f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {_duration(last['seconds'])}. "
-        "A dash means that the images have no such objects."
+        "A dash means that the images have no such objects, or that the model gave infinities or NaN."
     )
     return (
         f'<h2>Precision</h2><div class="pair"><div class="card">{scores}<p class="note">{escaped(note)}</p></div>'
@@ -322,7 +324,7 @@ def _by_epoch(run: RunLog) -> str:
     """The curves as numbers, one row an epoch."""
     if not run.steps:
         return ""
-    precision = {record["epoch"]: record["metrics"]["AP"] for record in run.evaluations}
+    precision = {record["epoch"]: _score(record, "AP") for record in run.evaluations}
     rows = []
     for epoch in sorted({record["epoch"] for record in run.steps}):
         steps = [record for record in run.steps if record["epoch"] == epoch]
@@ -378,6 +380,12 @@ def _short(value: object) -> str:
 def _finite(value: float | None) -> float:
     """JSON written by others may hold null for what is not a number."""
     return math.nan if value is None else value
+
+
+def _score(record: dict[str, Any], name: str) -> float:
+    """A number of an evaluation; -1 where there is none."""
+    value = record["metrics"][name]
+    return -1.0 if value is None or math.isnan(value) else value
 
 
 def _percent(share: float) -> str:

@@ -24,6 +24,7 @@ from ..core.ownership import check_links, remember
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
 from ..core.trainer import train, training_stream
 from ..core.world import device_for, join
+from ..data import documents
 from ..data.cache import open_shards
 from ..data.index import ShardIndex, write_whole
 from ..data.text import visible
@@ -229,7 +230,7 @@ class _Record:
                 say(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
 
     def event(self, name: str, **details: Any) -> None:
-        self._append(self._events, json.dumps({"time": time.time(), "event": name, **details}))
+        self._append(self._events, documents.as_json({"time": time.time(), "event": name, **details}))
 
     def _append(self, file: TextIO, line: str) -> None:
         """A disk that is full costs lines, not the run."""
@@ -256,6 +257,8 @@ class _Record:
             return
         if isinstance(item, EvaluationReport):
             self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
+            if item.num_not_finite:
+                self.event("evaluation_not_finite", step=item.step, queries=item.num_not_finite)
         for message in item.slow_ranks if isinstance(item, StepReport) else ():
             self.event("slow_rank", step=item.step, reason=message)
         for message in item.bad_samples if isinstance(item, StepReport) else ():

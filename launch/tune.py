@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 import os
 import time
@@ -13,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.config import Config, changed, without_logins
+from ..core.reports import EvaluationReport, without_score
+from ..data.documents import as_json
 from ..data.index import write_whole
 from .cluster import cluster
 from .console import Terminal, brief, paragraph, say
@@ -130,10 +131,13 @@ def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str) -> 
     overrides = [override(key, value) for key, value in parameters.items()]
     overrides += [override("train.output", str(Path(folder) / "trials")), override("train.name", name)]
     config = changed(Config.model_validate(base), overrides, name)
-    run(
-        config,
-        report=lambda report: ray_tune.report({"epoch": report.epoch + 1, "step": report.step, **report.metrics}),
-    )
+
+    def told(report: EvaluationReport) -> None:
+        if report.num_not_finite:  # no scheduler may compare it
+            raise FloatingPointError(f"step {report.step}: {without_score(report.num_not_finite)}")
+        ray_tune.report({"epoch": report.epoch + 1, "step": report.step, **report.metrics})
+
+    run(config, report=told)
 
 
 def _row(result: Any, sweep: Sweep, base: Config, folder: Path) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _shown(sweep: Sweep) -> dict[str, Any]:
 def _write(folder: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {"metric": sweep.metric, "mode": sweep.mode, "sweep": _shown(sweep), "trials": rows}
-    write_whole(folder / "results.json", json.dumps(content, indent=1).encode())
+    write_whole(folder / "results.json", as_json(content, indent=1).encode())
     text = io.StringIO()
     fields = ["trial", *sweep.search, "best", "best_epoch", "epochs", "stopped_early", "error", "run_directory"]
     writer = csv.DictWriter(text, fields, extrasaction="ignore")

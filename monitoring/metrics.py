@@ -77,12 +77,17 @@ DEVICE_MEMORY = Metric(
 SCORE = Metric(
     "ddetr_evaluation_score_ratio",
     "gauge",
-    "COCO metrics of the last evaluation, 0 to 1; NaN where the set has no such objects.",
+    "COCO metrics of the last evaluation, 0 to 1; NaN where the set has no such objects or the model has diverged.",
     "metric",
     SCORES,
 )
 EVALUATION_SECONDS = Metric("ddetr_evaluation_seconds", "gauge", "Duration of the last evaluation.")
 EVALUATION_IMAGES = Metric("ddetr_evaluation_images", "gauge", "Images of the last evaluation.")
+EVALUATION_NOT_FINITE = Metric(
+    "ddetr_evaluation_not_finite_queries",
+    "gauge",
+    "Queries of the last evaluation for which the model gave infinities or NaN; above 0 it has no score.",
+)
 START_TIME = Metric("ddetr_start_timestamp_seconds", "gauge", "Unix time at which this process began to train.")
 STEP_TIME = Metric("ddetr_last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended.")
 CHECKPOINT_TIME = Metric(
@@ -92,7 +97,8 @@ CHECKPOINT_TIME = Metric(
 METRICS = (
     *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
     *(STEP_SECONDS, DATA_WAIT_SECONDS, OWN_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
-    *(SCORE, EVALUATION_SECONDS, EVALUATION_IMAGES, START_TIME, STEP_TIME, CHECKPOINT_TIME),
+    *(SCORE, EVALUATION_SECONDS, EVALUATION_IMAGES, EVALUATION_NOT_FINITE),
+    *(START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
 
 
@@ -136,6 +142,8 @@ class EvaluationReport(Protocol):
     def metrics(self) -> Mapping[str, float]: ...
     @property
     def images(self) -> int: ...
+    @property
+    def num_not_finite(self) -> int: ...
     @property
     def seconds(self) -> float: ...
 
@@ -204,6 +212,7 @@ class RunMetrics:
             self._set(SCORE, math.nan if value < 0 else value, metric=name)
         self._set(EVALUATION_SECONDS, report.seconds)
         self._set(EVALUATION_IMAGES, report.images)
+        self._set(EVALUATION_NOT_FINITE, report.num_not_finite)
 
     def _set(self, metric: Metric, value: float, /, **label: str) -> None:
         self._gauges[metric].labels(**self._labels, **label).set(value)

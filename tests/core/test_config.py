@@ -99,6 +99,13 @@ def test_other_names_stay_as_they_are(name: str) -> None:
     assert config.load("tiny", [f"train.name={in_one_line(name)}"]).train.name == name
 
 
+def test_numbers_are_finite() -> None:
+    given = ["optim.learning_rate=.inf", "optim.betas=[.nan,0.999]", "data.fetch_timeout_seconds=.inf"]
+    with pytest.raises(ConfigError) as refusal:
+        config.load("tiny", given)
+    assert str(refusal.value).count("finite number") == len(given)
+
+
 def test_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean r50_refine"):
         config.load("r50_refin")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ import torch
 from ddetr.core.checkpoint import TrainedDetector
 from ddetr.core.config import load
 from ddetr.core.detector import DeformableDetr
-from ddetr.core.evaluator import METRICS, ShardResult, check_categories, coco_metrics, evaluate_shard, merge
+from ddetr.core.evaluator import (
+    METRICS,
+    ShardResult,
+    check_categories,
+    coco_metrics,
+    evaluate_shard,
+    evaluation,
+    merge,
+)
+from ddetr.core.heads import Predictions
+from ddetr.core.postprocess import detections
 from ddetr.data.batch import IMAGE_MEAN, IMAGE_STD
 from ddetr.data.categories import Categories
 from ddetr.data.index import ShardIndex, ShardReader
@@ -83,6 +94,35 @@ def test_nothing_is_printed_or_changed(capsys: pytest.CaptureFixture[str]) -> No
     coco_metrics(ground_truth, detections)
     assert (ground_truth, detections) == before
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_a_query_that_is_not_finite_detects_nothing(softmax: bool) -> None:
+    """The others detect what they would without it."""
+    generator = torch.Generator().manual_seed(1)
+    logits, boxes = torch.randn(2, 9, 4, generator=generator), torch.rand(2, 9, 4, generator=generator)
+    logits[0, 2, 1], logits[0, 3], logits[1, 4, 0] = torch.nan, torch.inf, -torch.inf
+    boxes[0, 5, 3], boxes[0, 6, 0] = torch.nan, -torch.inf
+    sizes = torch.tensor([[480, 640], [96, 64]])
+    for top_k in (3, 100):
+        found = detections(Predictions(logits, boxes, (), None, softmax), sizes, top_k)
+        assert [result.num_not_finite for result in found] == [4, 1]
+        for image, good in enumerate(([0, 1, 4, 7, 8], [0, 1, 2, 3, 5, 6, 7, 8])):
+            alone = Predictions(logits[image : image + 1, good], boxes[image : image + 1, good], (), None, softmax)
+            (expected,) = detections(alone, sizes[image : image + 1], top_k)
+            assert torch.equal(found[image].scores, expected.scores)
+            assert torch.equal(found[image].labels, expected.labels)
+            assert torch.equal(found[image].boxes_xyxy, expected.boxes_xyxy)
+
+
+def test_an_evaluation_that_met_infinities_or_nan_has_no_score() -> None:
+    box = [10.0, 10.0, 50.0, 50.0]
+    results = [ShardResult(1, [], 1, 3), ShardResult(0, [found(1, box, 0.9)], 1)]
+    diverged = evaluation(truth((1, box)), results)
+    assert list(diverged.metrics) == list(METRICS)
+    assert all(math.isnan(value) for value in diverged.metrics.values())
+    assert (diverged.detections, diverged.num_not_finite) == (results[1].detections, 3)
+    assert evaluation(truth((1, box)), results[1:]).metrics["AP"] == pytest.approx(1.0)
 
 
 @given(st.permutations(range(6)))

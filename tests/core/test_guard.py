@@ -1,15 +1,19 @@
 """Numbers that are not finite: who made them, and that no rank takes the step."""
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.config import ModelConfig
+from ddetr.core.checkpoint import WEIGHTS, load_detector, load_weights, save_weights
+from ddetr.core.config import ModelConfig, load
 from ddetr.core.detector import build
 from ddetr.core.guard import finite_or_poison, first_not_finite
+from ddetr.data.categories import Categories
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Train, collect, succeeded
@@ -104,3 +108,35 @@ def test_a_run_that_only_skips_stops_with_its_state_saved(train: Train) -> None:
     assert [step["skipped"] for step in run.steps[-3:]] == [True] * 3
     assert (run.directory / f"checkpoints/step_{last['step']:08d}/model.safetensors").is_file()
     assert [event["event"] for event in run.events].count("skipped") == 3
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.ema_decay=0.5", "train.zero_stage=2")])
+def test_weights_that_are_not_finite_are_not_saved(train: Train, overrides: tuple[str, ...]) -> None:
+    """A weight of 1 decays by 3e38 times itself and steps by as much: the first step leaves float32's range."""
+    run = train(1, "optim.learning_rate=3e38", "optim.weight_decay=1", "optim.clip_norm=0", *overrides, steps=1)
+    assert run.exit_status == 2
+    assert "Traceback" not in run.output
+    last = run.output.splitlines()[-1]
+    assert re.match(r"ddetr: step 1: the weights of \S+ is not finite, so it is not saved", last), last
+    assert not list((run.directory / "checkpoints").glob("*"))
+    assert run.events[-1]["event"] == "error"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    config = load("tiny", SMALL)
+    model = build(config.model.model_copy(update={"pretrained_backbone": False}))
+    weights = dict(model.state_dict())
+    spoiled = "transformer.decoder.layers.1.linear1.weight"
+    weights[spoiled] = weights[spoiled].clone()
+    weights[spoiled][3, 5] = value
+    path = tmp_path / WEIGHTS
+    save_weights(path, weights, config, Categories(ids=(1, 2, 3), names=("a", "b", "c")), step=1, epoch=0)
+    message = f"{spoiled} has 1 of 4096 values that are infinite or not a number"
+    before = model.state_dict()[spoiled].clone()
+    with torch.device("meta"):  # as it is checked before a run
+        empty = build(config.model.model_copy(update={"pretrained_backbone": False}))
+    for use in (lambda: load_detector(path), lambda: load_weights(model, path), lambda: load_weights(empty, path)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            use()
+    assert torch.equal(model.state_dict()[spoiled], before)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from ddetr.core.checkpoint import TRAINING, WEIGHTS, checkpoints, find_checkpoin
 from ddetr.core.manifest import EVALUATION, LATEST, MANIFEST, prune, record_evaluation, verify, write_checkpoint
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Run, Train, collect, command, start, succeeded, wait_for
+from tests.core.runs import SMALL, Run, Train, collect, command, start, strict_json, succeeded, wait_for
 
 EXACT = ("model.dropout=0", "train.checkpoint_every_steps=4")
 STEPS = 8
@@ -203,6 +204,16 @@ def fill(filler: Path) -> None:
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
+
+
+def test_a_diverged_checkpoint_is_never_the_best(tmp_path: Path) -> None:
+    for step, score in ((1, 0.001), (2, math.nan), (3, math.nan)):
+        path = step_directory(tmp_path, step)
+        write_checkpoint(path, 10, lambda folder: (folder / WEIGHTS).write_text("weights"), {"step": step})
+        record_evaluation(path, {"AP": score, "AP50": score})
+    assert strict_json((path / EVALUATION).read_text()) == {"AP": None, "AP50": None}
+    assert [path.name for path in prune(checkpoints(tmp_path), 1)] == ["step_00000002"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
 
 
 def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:

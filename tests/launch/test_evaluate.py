@@ -3,23 +3,29 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
-from ddetr.core.checkpoint import load_detector
+from ddetr.core.checkpoint import WEIGHTS, load_detector
 from ddetr.core.evaluator import METRICS, merge
 from ddetr.data.index import ShardIndex
 from ddetr.launch.cluster import cluster
 from ddetr.launch.evaluate import CPU_THREADS, evaluate
+from ddetr.launch.explain import explain
+from ddetr.launch.predict import predict
 from ddetr.launch.workers import ShardWorkers
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from tests.core.runs import strict_json
 from tests.launch.nodes import two_ray_nodes
 
 
@@ -71,6 +77,42 @@ def test_ray_gives_the_local_files_and_is_shut_down(run_directory: Path, local: 
     evaluate(run_directory, [], ray_address="local", output=tmp_path)
     assert written(tmp_path) == written(local)
     assert not ray.is_initialized()
+
+
+def test_numbers_that_overflow_leave_no_score_and_no_bare_nan(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of a diverged run are finite and huge: products of them are not."""
+    run = tmp_path / "run"
+    shutil.copytree(run_directory / "checkpoints", run / "checkpoints")
+    rewritten_weights(run / "checkpoints/step_00000010", lambda name: 1e38 if "linear1.weight" in name else None)
+    with pytest.raises(FloatingPointError, match=r"step_00000010.*queries gave infinities or NaN") as refusal:
+        evaluate(run, [], all_checkpoints=True)
+    assert "step_00000020" not in str(refusal.value)
+    found = {name: strict_json(data.decode()) for name, data in written(run / "eval/step_00000010").items()}
+    assert found["metrics.json"] == dict.fromkeys(METRICS)
+    assert all(math.isfinite(value) for row in found["detections.json"] for value in (*row["bbox"], row["score"]))
+    assert strict_json((run / "eval/step_00000020/metrics.json").read_text())["AP"] > 0.05
+    assert capsys.readouterr().out.count("not finite") == len(METRICS)
+
+    image = sorted((run_directory.parent / "coco/images").iterdir())[0]
+    with pytest.raises(FloatingPointError, match=f"{image.name}: [0-9]+ queries"):
+        predict(run / "checkpoints/step_00000010", [image], tmp_path / "out", [])
+    strict_json((tmp_path / "out/predictions.json").read_text())
+    with pytest.raises(FloatingPointError, match=r"query [0-9]+: .* gives infinities or NaN"):
+        explain(run / "checkpoints/step_00000010", image, tmp_path / "picture.png")
+
+
+def rewritten_weights(checkpoint: Path, value: Callable[[str], float | None]) -> None:
+    """Fill the tensors whose names have a value with it."""
+    file = checkpoint / WEIGHTS
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    for name, tensor in weights.items():
+        if (filled := value(name)) is not None:
+            tensor.fill_(filled)
+    save_file(weights, file, metadata=metadata)
 
 
 @pytest.mark.slow

@@ -78,7 +78,16 @@ def test_evaluation_and_checkpoint(metrics: RunMetrics):
     assert math.isnan(value(metrics, "ddetr_evaluation_score_ratio", metric="AP_large"))
     assert value(metrics, "ddetr_evaluation_seconds") == 12.5
     assert value(metrics, "ddetr_evaluation_images") == 100
+    assert value(metrics, "ddetr_evaluation_not_finite_queries") == 0
     assert before <= value(metrics, "ddetr_last_checkpoint_timestamp_seconds") <= time.time()
+
+
+def test_an_evaluation_without_a_score(metrics: RunMetrics):
+    metrics.observe(evaluation_report(10))
+    diverged = replace(evaluation_report(20), metrics=dict.fromkeys(SCORES, math.nan), num_not_finite=7)
+    metrics.observe(diverged)
+    assert math.isnan(value(metrics, "ddetr_evaluation_score_ratio", metric="AP"))
+    assert value(metrics, "ddetr_evaluation_not_finite_queries") == 7
 
 
 def test_before_the_first_step_counters_are_zero_and_gauges_absent(metrics: RunMetrics):
