@@ -37,6 +37,7 @@ class EvaluationReport:
     metrics: dict[str, float]
     images: int
     seconds: float
+    num_not_finite: int = 0
 
 
 def step_report(step: int, rank: int = 0) -> StepReport:

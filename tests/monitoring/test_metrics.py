@@ -142,7 +142,7 @@ def test_anything_but_a_report_is_refused(metrics: RunMetrics):
 
 def test_names_follow_the_convention():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-    nouns = ("loss", "rate", "norm", "scale", "epoch", "step", "images")
+    nouns = ("loss", "rate", "norm", "scale", "epoch", "step", "images", "queries")
     for metric in METRICS:
         assert re.fullmatch(r"ddetr(_[a-z0-9]+)+", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == "counter")
