@@ -7,11 +7,12 @@ beside that, whole and by parameter; and checkpoint.json, the manifest. Nothing 
 
 import contextlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,18 +20,36 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.categories import Categories
-from ..data.documents import parse_json
+from ..data.documents import in_one_line, parse_json
 from ..data.text import visible
-from .config import Config, ConfigError, EvalConfig, changed, dump, parse, without_logins
+from .config import Config, ConfigError, EvalConfig, ModelConfig, changed, dump, parse, without_logins
 from .detector import Detector, build
+from .labels import check_shared, continued_heads, label_map
+from .manifest import damaged
 from .ownership import check_own
-from .published import from_published, published_arguments, published_config, read_published, to_published
+from .published import (
+    Published,
+    from_published,
+    is_published,
+    published_arguments,
+    published_categories,
+    published_config,
+    read_published,
+    to_published,
+    unwrapped,
+)
+
+log = logging.getLogger("ddetr")
 
 WEIGHTS = "model.safetensors"
 TRAINING = "training.safetensors"
 _STEP = re.compile(r"step_(\d{8})")
 
+# What the names of all our tensors begin with.
+PARTS = ("backbone", "input_proj", "transformer", "query_embed", "class_embed", "bbox_embed")
+
 Shapes = dict[str, tuple[int, ...]]
+Described = TypeVar("Described")
 
 
 @dataclass(frozen=True)
@@ -50,18 +69,14 @@ def step_directory(run_directory: Path, step: int) -> Path:
 
 
 def checkpoints(run_directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(
-        path
-        for path in (run_directory / "checkpoints").glob("step_*")
-        if _STEP.fullmatch(path.name) and (path / WEIGHTS).is_file()
-    )
+    """The checkpoints of a run, oldest first. One that lost a file later, or was copied in part, is among them."""
+    return sorted(path for path in (run_directory / "checkpoints").glob("step_*") if _STEP.fullmatch(path.name))
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The newest complete checkpoint of a run directory, or `path` itself when it is one.
+    """The newest checkpoint of a run directory, or `path` itself when it is one.
 
-    Raises FileNotFoundError that says what was looked for.
+    Raises FileNotFoundError that says what was looked for, and ValueError when the newest one has no weights.
     """
     path = Path(path)
     if (path / WEIGHTS).is_file():
@@ -69,6 +84,8 @@ def find_checkpoint(path: str | Path) -> Path:
     found = checkpoints(path)
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint here; expected checkpoints/step_*/{WEIGHTS} or {WEIGHTS}")
+    if not (found[-1] / WEIGHTS).is_file():
+        raise ValueError(damaged(found[-1], f"{WEIGHTS} is missing"))
     return found[-1]
 
 
@@ -86,35 +103,61 @@ def save_weights(
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata=metadata)
 
 
-def load_weights(model: Detector, path: str | Path, *, new_class_head: bool = False) -> list[str]:
+def load_weights(
+    model: Detector,
+    path: str | Path,
+    *,
+    new_class_head: bool = False,
+    categories: Categories | None = None,
+    tell: Callable[[str], None] = log.warning,
+) -> list[str]:
     """Fill `model` from a run directory, a checkpoint directory, a safetensors file or a published checkpoint.
 
-    With `new_class_head`, class heads made for another number of classes stay as they are in `model`; the names of
-    their tensors are returned. Raises FileNotFoundError when there is no such file, ValueError that lists the
-    missing, unexpected and re-shaped names when it belongs to another architecture, and that names the first tensor
-    with a value that is not finite; the model is unchanged then. For a model on the meta device nothing but that is
-    checked.
+    categories: what the model's labels mean. Where the file says what its own mean, rows of the class heads go to the
+    labels of the same name. With `new_class_head` those heads stay as they are in `model`; the names of their tensors
+    are returned. `tell` is given what there is to know of the file in one line each: which of several state dicts was
+    taken, foreign tensors that were left out, classes kept, moved and started anew.
+
+    Raises FileNotFoundError when there is no such file, ValueError that lists the missing, unexpected and re-shaped
+    names when it belongs to another architecture, that names the first tensor with a value that is not finite, or when
+    no class goes on; the model is unchanged then. For a model on the meta device nothing but that is checked.
     """
     file = _weights_file(path)
-    weights = _read_safetensors(file) if file.suffix == ".safetensors" else from_published(read_published(file)[0])
-    ours = model.state_dict()
-    resized = [
-        name
-        for name, tensor in ours.items()
-        if name.startswith("class_embed.") and name in weights and weights[name].shape != tensor.shape
-    ]
-    if new_class_head:
-        weights |= {name: ours[name] for name in resized}
-    _check(
-        model,
-        _shapes(weights),
-        file,
-        ", or start the class heads anew with train.new_class_head=true" if resized else "",
-    )
+    weights, stored_categories = _stored_weights(file, tell)
     _check_finite(weights, file)
+    ours = model.state_dict()
+    heads = [name for name in ours if name.startswith("class_embed.")]
+    if new_class_head:
+        weights |= {name: ours[name] for name in heads if name in weights}
+    elif categories is not None and stored_categories is not None:
+        labels = label_map(stored_categories, categories)
+        check_shared(labels, stored_categories, file, tell)
+        weights |= continued_heads(weights, ours, model.config, labels)
+    foreign = _check(model, _shapes(weights), file)
+    if foreign:
+        shown = ", ".join(map(visible, foreign[:8])) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
+        tell(f"{file}: left out, no part of this detector: {shown}")
     if not any(tensor.is_meta for tensor in ours.values()):
-        model.load_state_dict(weights)
-    return resized
+        model.load_state_dict({name: weights[name] for name in ours})
+    return heads if new_class_head else []
+
+
+def _stored_weights(file: Path, tell: Callable[[str], None]) -> tuple[dict[str, Tensor], Categories | None]:
+    """The tensors of a file under our names, and what the labels of their class heads mean, if that is known."""
+    if file.suffix == ".safetensors":
+        with _opened(file) as opened:
+            weights = unwrapped({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+            described = (opened.metadata() or {}).get("categories")
+        if described is not None:
+            return weights, _described_by(file, lambda: Categories.from_json(parse_json(described)))
+        weights = from_published(weights) if is_published(weights) else weights
+    else:
+        published = read_published(file)
+        if published.taken:
+            tell(published.taken)
+        weights = from_published(published.weights)
+    classes = [len(tensor) for name, tensor in weights.items() if re.fullmatch(r"class_embed\.(0\.)?bias", name)]
+    return weights, published_categories(classes[0]) if classes else None
 
 
 def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
@@ -158,29 +201,37 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
     checkpoint, and for overrides of the model, which the weights have fixed.
     """
     file = _weights_file(path)
-    if file.suffix != ".safetensors":
-        published, arguments = read_published(file)
-        model_config = published_config(published, arguments, file)
-        top_k = min(EvalConfig().top_k, model_config.queries * model_config.num_classes)
-        stored, categories, step, epoch = Config(model=model_config, eval=EvalConfig(top_k=top_k)), None, None, None
-        weights = from_published(published)
-        shapes = _shapes(weights)
-    else:
-        weights = None
+    weights, metadata = None, {}
+    if file.suffix == ".safetensors":
         with _opened(file) as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-        if metadata.get("format") != "ddetr":
+    if metadata.get("format") != "ddetr":
+        published = (
+            read_published(file) if file.suffix != ".safetensors" else Published(_read_safetensors(file), {}, None)
+        )
+        if file.suffix == ".safetensors" and not is_published(unwrapped(published.weights)):
             raise ValueError(f"{file}: was not written by ddetr; its metadata names no configuration")
-        try:
-            settings = [override for override in overrides if not override.strip().startswith("model.")]
-            stored = _with_logins(parse(metadata["config"], str(file), settings), file)
-            categories = Categories.from_json(parse_json(metadata["categories"]))
-            step, epoch = int(metadata["step"]), int(metadata["epoch"])
-        except ConfigError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: its metadata cannot be used: {type(error).__name__}: {error}") from error
+        if published.taken:
+            log.warning("%s", published.taken)
+        named = unwrapped(published.weights)
+        model_config = published_config(named, published.arguments, file)
+        top_k = min(EvalConfig().top_k, model_config.queries * model_config.num_classes)
+        stored, categories, step, epoch = Config(model=model_config, eval=EvalConfig(top_k=top_k)), None, None, None
+        weights = from_published(named)
+        shapes = _shapes(weights)
+    else:
+        settings = [override for override in overrides if not override.strip().startswith("model.")]
+
+        def described() -> tuple[Config, Categories, int, int]:
+            return (
+                _with_logins(parse(metadata["config"], str(file), settings), file),
+                Categories.from_json(parse_json(metadata["categories"])),
+                int(metadata["step"]),
+                int(metadata["epoch"]),
+            )
+
+        stored, categories, step, epoch = _described_by(file, described)
     config = changed(stored, overrides, str(path))
     fixed = [f"model.{name}" for name, value in stored.model if getattr(config.model, name) != value]
     if fixed:
@@ -223,11 +274,11 @@ def load_detector(
         check_own(config, ("model.backbone", "data.most_pixels"), overrides, found.file)
     without_download = config.model.model_copy(update={"pretrained_backbone": False})
     with torch.device("meta"):
-        _check(build(without_download), found.shapes, found.file)
+        foreign = _check(build(without_download), found.shapes, found.file)
     model = build(without_download)
     weights = _read_safetensors(found.file) if found.weights is None else found.weights
     _check_finite(weights, found.file)
-    model.load_state_dict(weights)
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in foreign})
     model.to(device).eval().requires_grad_(False)
     return TrainedDetector(model, config, found.categories, found.step, found.epoch, found.file)
 
@@ -240,10 +291,12 @@ def export_published(model: Detector, path: str | Path) -> None:
     torch.save({"model": to_published(model), "args": published_arguments(model)}, path)
 
 
-def _check(model: Detector, stored: Shapes, file: Path, hint: str = "") -> None:
+def _check(model: Detector, stored: Shapes, file: Path) -> list[str]:
+    """Tensors of the file that are no part of any detector of ours. Raises ValueError when the others do not fit."""
     ours = _shapes(model.state_dict())
+    foreign = [name for name in stored if name.split(".")[0] not in PARTS]
     mistakes = [f"missing: {name}" for name in ours if name not in stored]
-    mistakes += [f"unexpected: {name}" for name in stored if name not in ours]
+    mistakes += [f"unexpected: {name}" for name in stored if name not in ours and name not in foreign]
     mistakes += [
         f"re-shaped: {name} is {stored[name]} in the file, {shape} in the model"
         for name, shape in ours.items()
@@ -254,8 +307,45 @@ def _check(model: Detector, stored: Shapes, file: Path, hint: str = "") -> None:
         more = f"\n  and {len(mistakes) - 12} more" if len(mistakes) > 12 else ""
         raise ValueError(
             f"{file}: holds another architecture than the configuration describes; {len(mistakes)} tensor(s) "
-            f"differ:\n{shown}{more}\nSet the model section to what the checkpoint was trained with{hint}."
+            f"differ:\n{shown}{more}\n{_advice(file, model.config, stored)}"
         )
+    return foreign
+
+
+def _advice(file: Path, config: ModelConfig, stored: Shapes) -> str:
+    """How to bring a file's weights and a configuration together, from what the file says of itself."""
+    if not any(name.split(".")[0] in PARTS for name in stored):
+        return "None of its tensors has a name of this detector: it is the checkpoint of another program."
+    try:
+        theirs = contents(file).config.model
+    except ValueError as error:
+        return f"It does not say which model it is of ({str(error).splitlines()[0]})."
+    differing = [
+        f"model.{key}={in_one_line(value)}"
+        for key, value in theirs.model_dump(mode="json").items()
+        if value != getattr(config, key) and key not in ("pretrained_backbone", "dropout")
+    ]
+    if differing == [f"model.num_classes={theirs.num_classes}"]:
+        return "Only the number of classes differs: start the class heads anew with train.new_class_head=true."
+    hint = (
+        ", and start the class heads anew with train.new_class_head=true"
+        if theirs.num_classes != config.num_classes
+        else ""
+    )
+    wanted = [setting for setting in differing if not setting.startswith("model.num_classes=")]
+    if not wanted:
+        return "Its own description fits the configuration, so the file was changed or cut after it was written."
+    return f"The file is of a model with {' '.join(map(visible, wanted))}: set that{hint}."
+
+
+def _described_by(file: Path, read: Callable[[], Described]) -> Described:
+    """What a file's metadata says. Raises ValueError when it cannot be used."""
+    try:
+        return read()
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: its metadata cannot be used: {type(error).__name__}: {error}") from error
 
 
 def _check_finite(weights: Mapping[str, Tensor], file: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +16,10 @@ from ..data.categories import Categories
 from .checkpoint import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
 from .config import Config
 from .detector import Detector
-from .manifest import read_manifest, write_checkpoint
+from .manifest import resumable, write_checkpoint
 from .moving_average import MovingAverage
 from .optimizer import adamw
+from .timetable import Position
 from .training_state import AVERAGES, TrainingState
 from .transformer import TransformerLayer
 from .world import World
@@ -102,11 +104,17 @@ class Engine:
                 module.compile(dynamic=True)
         self._optimizer = adamw(model, config.optim)  # DeepSpeed wraps it and keeps its groups
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        # DeepSpeed makes its float32 weights from the rounded ones of half precision.
+        exact = {
+            n: p.detach().clone() for n, p in self._names.items() if p.requires_grad and self.dtype != torch.float32
+        }
         self._own_norm: float | None = None
         if _clips_itself(config):
             self._optimizer.register_step_pre_hook(self._clip)
         self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
         self._state = TrainingState(self.run, self._optimizer, self._names, trained, config.train.zero_stage, world)
+        if exact:
+            self._state.deal(exact, self._state.masters)
         decay = config.train.ema_decay
         self._average = MovingAverage(self._state.masters, decay) if decay is not None else None
 
@@ -144,7 +152,7 @@ class Engine:
         self._own_norm = float(norm)
         optimizer.overflow = not math.isfinite(self._own_norm)  # DeepSpeed's way to be told so
 
-    def snapshot(self, run_directory: Path, position: Mapping[str, int], categories: Categories) -> Callable[[], Path]:
+    def snapshot(self, run_directory: Path, position: Position, categories: Categories) -> Callable[[], Path]:
         """Copy all that a checkpoint holds to rank 0's memory. Collective.
 
         What it returns writes the checkpoint, on rank 0 and at any time later: whole or, with an OSError, not at all.
@@ -155,19 +163,19 @@ class Engine:
         bad = [f"{kind} of {name}" for kind, tensors in beside.items() for name in state.not_finite(tensors)]
         if everyones := self.world.gather(bad[:1], str):
             raise FloatingPointError(
-                f"step {position['step']}: the {everyones[0]} is not finite, so it is not saved; the checkpoints "
+                f"step {position.step}: the {everyones[0]} is not finite, so it is not saved; the checkpoints "
                 f"before it are unharmed. Resume with a lower optim.learning_rate, or with optim.clip_norm"
             )
         gathered = {kind: state.gather(tensors) for kind, tensors in beside.items()}
         values = {
-            **position,
+            **asdict(position),
             "optimizer_steps": state.steps,
             "moving_average": self._average is not None,
             "loss_scale": {name: value for name, value in vars(self._scaler).items() if name in LOSS_SCALE},
             "ranks": self.world.size,
             "zero_stage": self.config.train.zero_stage,
         }
-        final, constant = step_directory(run_directory, position["step"]), self._constant
+        final, constant = step_directory(run_directory, position.step), self._constant
 
         def write(folder: Path) -> None:
             training = {f"{key}/{name}": value for key in AVERAGES for name, value in gathered[key].whole().items()}
@@ -176,7 +184,7 @@ class Engine:
                 training |= {f"weights/{name}": value for name, value in weights.items()}
                 weights = gathered["average"].whole()
             weights |= {name: value.cpu() for name, value in constant.items()}
-            save_weights(folder / WEIGHTS, weights, self.config, categories, position["step"], position["epoch"])
+            save_weights(folder / WEIGHTS, weights, self.config, categories, position.step, position.epoch)
             save_file(training, folder / TRAINING)
 
         needed = sum(values.nbytes for values in (*gathered.values(), *constant.values()))
@@ -187,24 +195,24 @@ class Engine:
 
         return written
 
-    def load(self, checkpoint: Path) -> dict[str, int]:
+    def load(self, checkpoint: Path) -> Position:
         """The optimizer's state, the float32 weights, their average and the loss scale; returns the position.
 
         It may have been written by another number of ranks and another ZeRO stage. Raises ValueError when it is of
         other parameters.
         """
-        values = read_manifest(checkpoint)
+        stored = resumable(checkpoint)
         state = self._state
-        if set(values["optimizer_steps"]) != set(state.trained):
+        if set(stored.optimizer_steps) != set(state.trained):
             raise ValueError(
                 f"{checkpoint}: its optimizer state is of other parameters; start from its weights instead: "
                 f"train.initial_weights={checkpoint}"
             )
         for key, tensors in self._beside.items():
             state.deal(load_parameters(checkpoint, key), tensors)
-        state.set_steps(values["optimizer_steps"])
-        vars(self._scaler).update({n: v for n, v in values["loss_scale"].items() if n in vars(self._scaler)})
-        return {name: values[name] for name in ("step", "epoch", "step_in_epoch")}
+        state.set_steps(stored.optimizer_steps)
+        vars(self._scaler).update({n: v for n, v in stored.loss_scale.items() if n in vars(self._scaler)})
+        return stored.position
 
     @property
     def _beside(self) -> dict[str, list[Tensor]]:

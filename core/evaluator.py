@@ -120,7 +120,8 @@ def evaluation(ground_truth: dict, results: Iterable[ShardResult]) -> Evaluation
     """The results of all shards as one, scored against a COCO dictionary, which is not changed."""
     results = list(results)
     found, num_not_finite = merge(results), sum(result.num_not_finite for result in results)
-    metrics = dict.fromkeys(METRICS, math.nan) if num_not_finite else coco_metrics(ground_truth, found)
+    nothing: dict[str, float] = dict.fromkeys(METRICS, math.nan)
+    metrics = nothing if num_not_finite else coco_metrics(ground_truth, found)
     return Evaluation(found, metrics, num_not_finite)
 
 

@@ -10,12 +10,15 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ..data.documents import as_json, parse_json
+from .timetable import Position
 
 log = logging.getLogger("ddetr")
 
@@ -87,7 +90,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         size = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
         if size != expected:
             what = "is missing" if size is None else f"has {size} bytes instead of {expected}"
-            raise ValueError(_damaged(checkpoint, f"{name} {what}"))
+            raise ValueError(damaged(checkpoint, f"{name} {what}"))
     return values
 
 
@@ -96,8 +99,31 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     values = read_manifest(checkpoint)
     for name, described in values["files"].items():
         if _described(checkpoint / name) != described:
-            raise ValueError(_damaged(checkpoint, f"the checksum of {name} is wrong"))
+            raise ValueError(damaged(checkpoint, f"the checksum of {name} is wrong"))
     return values
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """What the manifest keeps for a run that goes on. optimizer_steps: of each trained parameter."""
+
+    position: Position
+    optimizer_steps: dict[str, int]
+    loss_scale: dict[str, Any]
+    moving_average: bool
+
+
+def resumable(checkpoint: Path) -> Resumable:
+    """What a run goes on from. Raises ValueError as `read_manifest`, and that names what a manifest lacks."""
+    values = read_manifest(checkpoint)
+    try:
+        if "steps_per_epoch" not in values:  # of versions whose steps were always whole epochs
+            per_epoch = (values["step"] - values["step_in_epoch"]) // values["epoch"] if values["epoch"] else 0
+            values["steps_per_epoch"] = per_epoch
+        position = TypeAdapter(Position).validate_python(values)
+        return TypeAdapter(Resumable).validate_python({**values, "position": position})
+    except (ValidationError, KeyError, TypeError) as error:
+        raise ValueError(damaged(checkpoint, f"{MANIFEST} lacks what a resume needs ({error})")) from error
 
 
 def is_evaluated(checkpoint: Path) -> bool:
@@ -138,8 +164,12 @@ def _average_precision(checkpoint: Path) -> float:
         return math.inf
 
 
-def _damaged(checkpoint: Path, what: str) -> str:
-    return f"{checkpoint} is damaged: {what}. Delete that folder; the run then resumes from the checkpoint before it"
+def damaged(checkpoint: Path, what: str) -> str:
+    """One message for all that can be wrong with a checkpoint's files."""
+    return (
+        f"{checkpoint} is damaged: {what}. Move it away, to {checkpoint.name}.damaged, say; the run then resumes from "
+        f"the checkpoint before it"
+    )
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""AdamW with the published parameter groups; the rate as a function of the step (section 5, implementation details)."""
+"""AdamW with the published parameter groups, and the rate that fits a batch (section 5, implementation details)."""
 
 import torch
 from torch import nn
@@ -8,7 +8,6 @@ from .config import Config, OptimConfig
 SLOW = ("sampling_offsets", "reference_points")
 # Learning rate and images per step with which the published results of each architecture were made.
 PUBLISHED_RATES = {"deformable_detr": (2e-4, 32), "detr": (1e-4, 64)}
-LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
@@ -42,18 +41,6 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, last_step: int) -> float:
-    """The base group's rate at optimizer step `step`, from 0, of `last_step`.
-
-    Linear warm-up; then, as published, a tenth after each drop epoch, or a straight line down to zero at the end.
-    """
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "linear":
-        return config.learning_rate * warm * min(1.0, (last_step - step) / (LINEAR_SHARE * last_step))
-    drops = sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
-    return config.learning_rate * warm * 0.1**drops
 
 
 def rate_advice(config: Config) -> str | None:

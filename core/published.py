@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ..data.categories import Categories
 from ..data.text import visible
 from .config import ModelConfig
 from .detector import Detector
@@ -62,10 +64,25 @@ def published_arguments(model: Detector) -> dict[str, Any]:
     }
 
 
-def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict and the arguments, if the file holds them.
+@dataclass(frozen=True)
+class Published:
+    """weights: under the names they came with. taken: which of several state dicts they are, if any."""
 
-    Raises ValueError when its layout is another one, or when it asks for more memory than it has bytes.
+    weights: dict[str, Tensor]
+    arguments: dict[str, Any]
+    taken: str | None
+
+
+# Where programs of the field keep a state dict; a moving average of the weights, which is what they evaluate, first.
+_AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
+_WEIGHTS = ("model", "state_dict", "model_state_dict")
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+
+
+def read_published(file: Path) -> Published:
+    """The state dict of a file written by torch, without the prefixes of wrappers, and its arguments.
+
+    Raises ValueError when it holds none, or when it asks for more memory than it has bytes.
     """
     if zipfile.is_zipfile(file) and _is_compressed(file):
         raise ValueError(f"{file}: its members are compressed, which torch never does; not a checkpoint")
@@ -75,23 +92,52 @@ def read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file}: neither safetensors nor a checkpoint of plain tensors ({reason})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{file}: expected the published layout, a dictionary with a state_dict under 'model'")
-    size = file.stat().st_size
-    for name, tensor in content["model"].items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not (isinstance(name, str) and plain):
-            raise ValueError(f"{file}: {visible(str(name))[:80]} in its 'model' is no plain tensor")
-        if tensor.numel() * tensor.element_size() > min(tensor.untyped_storage().nbytes(), size):
-            raise ValueError(f"{file}: {visible(name)} claims the shape {tuple(tensor.shape)}, but has fewer values")
-    if sum(tensor.nbytes for tensor in from_published(content["model"]).values()) > size:
-        raise ValueError(f"{file}: its tensors are larger than the file")
+    found = {key: weights for key in (*_AVERAGES, *_WEIGHTS) if (weights := _state_dict(content, key)) is not None}
+    if not found and isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values()):
+        found = {"": content}
+    if not found:
+        raise ValueError(
+            f"{file}: expected the published layout, a dictionary with a state_dict under 'model', or a bare state_dict"
+        )
+    key, weights = next(iter(found.items()))
+    _check_tensors(weights, file)
     arguments = content.get("args", {})  # a Namespace in the published files, a plain dictionary in ours
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
     if not isinstance(arguments, dict):
         raise ValueError(f"{file}: its 'args' are no arguments but {type(arguments).__name__}")
-    return content["model"], arguments
+    others = [f"{other!r}" for other in found if other != key]
+    taken = f"{file}: of its state dicts {key!r} is taken, not {', '.join(others)}" if others else None
+    return Published(unwrapped(weights), arguments, taken)
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that all names have."""
+    names = list(weights)
+    while prefix := next((p for p in _WRAPPERS if names and all(name.startswith(p) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, weights.values(), strict=True))
+
+
+def _state_dict(content: Any, key: str) -> dict[str, Tensor] | None:
+    """What is under a key, perhaps with its own wrapping; not scalars of an average, such as its decay."""
+    inside = content.get(key) if isinstance(content, dict) else None
+    for inner in ("module", "state_dict", "model"):
+        if isinstance(inside, dict) and isinstance(inside.get(inner), dict):
+            inside = inside[inner]
+    return inside if isinstance(inside, dict) and inside else None
+
+
+def _check_tensors(weights: Mapping[Any, Any], file: Path) -> None:
+    size = file.stat().st_size
+    for name, tensor in weights.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not (isinstance(name, str) and plain):
+            raise ValueError(f"{file}: {visible(str(name))[:80]} in its 'model' is no plain tensor")
+        if tensor.numel() * tensor.element_size() > min(tensor.untyped_storage().nbytes(), size):
+            raise ValueError(f"{file}: {visible(name)} claims the shape {tuple(tensor.shape)}, but has fewer values")
+    if sum(tensor.nbytes for tensor in from_published(unwrapped(weights)).values()) > size:
+        raise ValueError(f"{file}: its tensors are larger than the file")
 
 
 def _is_compressed(file: Path) -> bool:
@@ -171,6 +217,20 @@ def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, An
         raise ValueError(
             f"{file}: neither a Deformable DETR nor a DETR checkpoint, it has no {error.args[0]}"
         ) from error
+
+
+def published_categories(num_classes: int) -> Categories | None:
+    """What the labels of a published checkpoint mean; None where it brings no names and is not of COCO's 91 ids."""
+    if num_classes != 91:
+        return None
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    return Categories(tuple(range(91)), tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
+
+
+def is_published(weights: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the published names, and not ours."""
+    return any(name.startswith("backbone.0.body.") for name in weights)
 
 
 def _is_detr(published: Mapping[str, Tensor]) -> bool:

@@ -1,7 +1,6 @@
 """What a run tells while it goes on: reports of steps, checkpoints and evaluations, and now and then a line to read."""
 
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from ..data import documents
 from ..data.text import visible
 from .config import Config
 from .criterion import PARTS
+from .timetable import Timetable
 
 log = logging.getLogger("ddetr")
 
@@ -126,9 +126,9 @@ class Pace:
 class Progress:
     """One readable line every few steps, with the rate since the last line and the time left."""
 
-    def __init__(self, config: Config, step: int, last_step: int, per_epoch: int, quiet: bool) -> None:
+    def __init__(self, config: Config, step: int, timetable: Timetable, quiet: bool) -> None:
         self.quiet = quiet
-        self.config, self.last_step, self.per_epoch = config, last_step, per_epoch
+        self.config, self.last_step, self.num_epochs = config, timetable.last_step, timetable.num_epochs
         self._since = (time.perf_counter(), step)
         self._wait = 0.0
 
@@ -150,7 +150,7 @@ class Progress:
         per_step = (now - then) / max(1, report.step - step)
         losses = " ".join(f"{name} {report.losses[name]:.3f}" for name in PARTS)
         self.line(
-            f"epoch {report.epoch + 1}/{math.ceil(self.last_step / self.per_epoch)} "
+            f"epoch {report.epoch + 1}/{self.num_epochs} "
             f"step {report.step}/{self.last_step} loss {report.losses['total']:.3f} ({losses}) "
             f"gradient {report.gradient_norm:.2f} rate {report.learning_rate:.1e} "
             f"{report.images / per_step:.1f} images/s, {100 * self._wait / max(now - then, 1e-9):.0f} % data wait, "

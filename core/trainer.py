@@ -36,9 +36,9 @@ from .evaluator import ShardResult, evaluate_shard, evaluation
 from .guard import finite_or_poison, first_not_finite
 from .heartbeat import Watch
 from .manifest import is_evaluated, record_evaluation
-from .optimizer import learning_rate
 from .reports import EvaluationReport, FaultReport, Observe, Pace, Progress, StepReport, named_losses
 from .saving import Saver
+from .timetable import Timetable, other_plan
 from .transfer import to_device
 from .world import World
 
@@ -122,15 +122,17 @@ def train(
     train.most_skipped_steps of them in a row, when the state from before them is saved; ValueError or
     FileNotFoundError when train.initial_weights cannot be loaded.
     """
-    per_epoch = stream.steps_per_epoch
-    last_step = config.train.epochs * per_epoch
-    last_step = min(last_step, config.train.max_steps or last_step)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    engine, checkpoint = _engine(config, run_directory, world, resume)
-    step = saved_step = engine.load(checkpoint)["step"] if checkpoint else 0
+    engine, checkpoint = _engine(config, run_directory, world, categories, resume)
+    done_before = engine.load(checkpoint) if checkpoint else None
+    timetable = Timetable.of(config.train, stream.steps_per_epoch, done_before)
+    step = saved_step = done_before.step if done_before else 0
+    last_step = timetable.last_step
     skipped_in_a_row, stopped, left = 0, False, False
     known_bad: set[str] = set()
-    pace, progress = Pace(), Progress(config, step, last_step, per_epoch, quiet=world.rank > 0)
+    pace, progress = Pace(), Progress(config, step, timetable, quiet=world.rank > 0)
+    if done_before and (other := other_plan(done_before, timetable, stream.order)):
+        progress.line(other)
     saver = Saver(run_directory, config.train.keep_checkpoints, world, observe)
 
     def save(wait: bool = False) -> Path | None:
@@ -138,15 +140,15 @@ def train(
         nonlocal saved_step
         watch.at("saving", step)
         if step > saved_step:
-            position = {"step": step, "epoch": step // per_epoch, "step_in_epoch": step % per_epoch}
-            saver.begin(lambda: engine.snapshot(run_directory, position, categories), step, position["epoch"])
+            position = timetable.position(step, stream.order)
+            saver.begin(lambda: engine.snapshot(run_directory, position, categories), step, position.epoch)
             saved_step = step
         return saver.written() if wait else None
 
     def evaluate(saved: Path) -> bool:
         """Whether that was done, and not left for the run that continues this one."""
         assert validation_index is not None
-        report = _evaluate(saved, config, validation_index, world, watch, step, (step - 1) // per_epoch)
+        report = _evaluate(saved, config, validation_index, world, watch, step, timetable.epoch(step - 1))
         if report is not None:
             progress.evaluation(report)
             observe(report)
@@ -154,24 +156,24 @@ def train(
 
     def evaluation_is_due() -> bool:
         every, last = config.train.evaluate_every_epochs, step >= last_step
-        return validation_index is not None and _is_due(every, step // per_epoch, last)
+        return validation_index is not None and _is_due(every, timetable.epoch(step), last)
 
     watch = Watch(world, config.train, lambda message: observe(FaultReport(step, message)), saver.wait)
     with closing(stream), watch, closing(saver), _signals(watch.ask_to_stop):
-        due = step % per_epoch == 0 and evaluation_is_due()
+        due = timetable.step_in_epoch(step) == 0 and evaluation_is_due()
         # The process had ended before.
         if checkpoint and due and not world.agree(lambda: is_evaluated(checkpoint), bool):
             left = not evaluate(checkpoint)
         while step < last_step and not stopped:
-            epoch = step // per_epoch
-            batches = stream.steps(epoch, step % per_epoch, watch.stop)
-            for number in range(step + 1, min((epoch + 1) * per_epoch, last_step) + 1):
+            epoch = timetable.epoch(step)
+            batches = stream.steps(epoch, timetable.step_in_epoch(step), watch.stop)
+            for number in range(step + 1, timetable.end_of_epoch(step) + 1):
                 clock = time.perf_counter()
                 watch.at("waiting for its batch", number)
                 micro_batches = next(batches, [])  # nothing when asked to stop meanwhile
                 waited = time.perf_counter() - clock
                 watch.at("training", number, [i for batch in micro_batches for i in batch.image_ids.tolist()])
-                rate = learning_rate(config.optim, step, per_epoch, last_step)
+                rate = timetable.learning_rate(config.optim, step)
                 engine.set_learning_rate(rate)
                 _seed(config.train.seed, step, world.rank)
                 done = train_step(engine, micro_batches, number, config, world, watch.stop())
@@ -229,7 +231,7 @@ def train(
                         f"data.most_bad_samples={config.data.most_bad_samples:g}; the last one: {bad[-1]}"
                     )
                 every = config.train.checkpoint_every_steps
-                if every and step % every == 0 and step % per_epoch and step < last_step:
+                if every and step % every == 0 and timetable.step_in_epoch(step) and step < last_step:
                     save()
             if stopped:
                 save(wait=True)
@@ -243,12 +245,14 @@ def train(
                     progress.line(f"step {step} is not evaluated either")
                 else:
                     left = not evaluate(cast(Path, saved))
-            elif step >= last_step or _is_due(config.train.checkpoint_every_epochs, step // per_epoch):
+            elif step >= last_step or _is_due(config.train.checkpoint_every_epochs, timetable.epoch(step)):
                 save(wait=step >= last_step)
         return (left or step < last_step) and not watch.asked
 
 
-def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> tuple[Engine, Path | None]:
+def _engine(
+    config: Config, run_directory: Path, world: World, categories: Categories, resume: bool
+) -> tuple[Engine, Path | None]:
     """The model in its engine, with the weights of the returned checkpoint or the ones that the configuration names."""
     checkpoint = world.agree(lambda: find_checkpoint(run_directory), Path) if resume else None
     model_config = config.model
@@ -259,7 +263,13 @@ def _engine(config: Config, run_directory: Path, world: World, resume: bool) -> 
         load_weights(model, checkpoint)
         model.load_state_dict(load_parameters(checkpoint, "weights"), strict=False)
     elif config.train.initial_weights:
-        anew = load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
+        anew = load_weights(
+            model,
+            config.train.initial_weights,
+            new_class_head=config.train.new_class_head,
+            categories=categories,
+            tell=log.info if world.rank == 0 else lambda line: None,
+        )
         if world.rank == 0:
             started_anew = f"; started anew: {', '.join(anew)}" if anew else ""
             log.info("weights of %s%s", config.train.initial_weights, started_anew)

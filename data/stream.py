@@ -6,6 +6,8 @@ sample that cannot be used leaves an empty image in its place and a message with
 """
 
 import atexit
+import hashlib
+import json
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -90,6 +92,7 @@ class TrainStream:
         )
         self.num_samples = index.num_samples
         self.steps_per_epoch = self._plan.steps_per_epoch
+        self.order = _order(index, config, batch_size, seed)
         self._batches: Generator[PackedBatch | SourceError, None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the open loader gives next
         self._prefetch: Prefetch | None = None
@@ -149,6 +152,17 @@ class TrainStream:
             self.close()
             raise batch
         return batch.batch()
+
+
+def _order(index: ShardIndex, config: DataConfig, batch_size: int, seed: int) -> str:
+    """A fingerprint of all that decides which image comes in which step of an epoch."""
+    settings = [batch_size, seed, config.shuffle_window, config.remainder, config.similar_sizes]
+    if config.similar_sizes:
+        settings += [config.short_sides, config.long_side, config.crop, config.crop_resize_short_sides]
+        settings += [config.crop_sizes]
+    settings += [[len(shard.samples) for shard in index.shards]]
+    ids = np.ascontiguousarray(index.samples["image_id"]).tobytes()
+    return hashlib.sha256(json.dumps(settings).encode() + ids).hexdigest()[:16]
 
 
 def training_pipeline(

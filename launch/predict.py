@@ -10,6 +10,7 @@ from PIL import Image
 from ..core.checkpoint import TrainedDetector, load_detector
 from ..core.evaluator import category_id
 from ..core.postprocess import Detections, detections
+from ..core.published import published_categories
 from ..core.world import device_for
 from ..data.batch import collate, normalised
 from ..data.documents import as_json
@@ -93,11 +94,8 @@ def category_names(detector: TrainedDetector) -> tuple[str, ...]:
     if detector.categories is not None:
         return detector.categories.names
     classes = detector.config.model.num_classes
-    if classes != 91:
-        return tuple(str(label) for label in range(classes))
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-    return tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    published = published_categories(classes)
+    return tuple(map(str, range(classes))) if published is None else published.names
 
 
 def _rows(found: Detections, detector: TrainedDetector, names: tuple[str, ...]) -> list[dict[str, Any]]:

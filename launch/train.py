@@ -7,26 +7,32 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
-from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
+from ..core.changes import told_of_changes
+from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weights
 from ..core.config import Config, dump
 from ..core.detector import Detector, build
 from ..core.engine import deepspeed_config
 from ..core.heartbeat import TRY_AGAIN
-from ..core.manifest import verify
+from ..core.labels import check_same
+from ..core.manifest import is_evaluated, resumable, verify
 from ..core.optimizer import rate_advice
 from ..core.ownership import check_links, remember
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
+from ..core.timetable import Timetable, nothing_left
 from ..core.trainer import train, training_stream
 from ..core.world import device_for, join
 from ..data import documents
 from ..data.cache import open_shards
+from ..data.categories import Categories
 from ..data.index import ShardIndex, write_whole
+from ..data.stream import TrainStream
 from ..data.text import visible
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
@@ -55,7 +61,7 @@ def run(
     deepspeed_json = deepspeed_config(config)
     model = _without_weights(config)
     if dry_run:
-        _fit_initial_weights(model, config)
+        _fit_initial_weights(model, config, train_index.categories)
         _print_plan(config, train_index, model, deepspeed_json)
         return Path(config.train.output)
     with contextlib.ExitStack() as stack:
@@ -63,9 +69,14 @@ def run(
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
         machines = check(config, world, [index for index in (train_index, validation_index) if index])
-        run_directory, resumes = world.agree(lambda: _run_directory(config, model, resume), tuple[Path, bool])
+        began = world.agree(lambda: _beginning(config, model, resume, train_index, stream), _Beginning)
+        run_directory, resumes = began.run_directory, began.resumes
+        if began.nothing_left is not None:
+            if world.rank == 0:
+                log.info(began.nothing_left)
+            return run_directory
         if not resumes:
-            world.agree(lambda: _fit_initial_weights(model, config), None)
+            world.agree(lambda: _fit_initial_weights(model, config, train_index.categories), None)
         metrics = RunMetrics(visible(run_directory.name), world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
@@ -92,6 +103,8 @@ def run(
         if world.rank == 0:
             for line in machines:
                 log.info(line)
+            for line in began.told:
+                log.warning(line)
             if advice := rate_advice(config):
                 log.warning(advice)
         record.event(
@@ -141,10 +154,15 @@ def _without_weights(config: Config) -> Detector:
         return build(config.model.model_copy(update={"pretrained_backbone": False}))
 
 
-def _fit_initial_weights(model: Detector, config: Config) -> None:
+def _fit_initial_weights(model: Detector, config: Config, categories: Categories) -> None:
     """Whether they fit the model, before anything is written. Raises what `load_weights` raises."""
     if config.train.initial_weights:
-        load_weights(model, config.train.initial_weights, new_class_head=config.train.new_class_head)
+        new = config.train.new_class_head
+        load_weights(model, config.train.initial_weights, new_class_head=new, categories=categories, tell=_unsaid)
+
+
+def _unsaid(line: str) -> None:
+    """The run says it, once."""
 
 
 def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_json: dict[str, Any]) -> None:
@@ -160,22 +178,41 @@ def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_js
     print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
 
 
-def _run_directory(config: Config, model: Detector, resume: Path | None) -> tuple[Path, bool]:
-    """Where the run is recorded, and whether it resumes what is there."""
+@dataclass(frozen=True)
+class _Beginning:
+    """Where the run is recorded, whether it resumes what is there, and what to say of that."""
+
+    run_directory: Path
+    resumes: bool
+    told: list[str] = field(default_factory=list)
+    nothing_left: str | None = None
+
+
+def _beginning(
+    config: Config, model: Detector, resume: Path | None, index: ShardIndex, stream: TrainStream
+) -> _Beginning:
+    """Raises ValueError for a run that is there already, and for a checkpoint that is damaged or does not fit."""
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
     if resume is None and path.exists() and not config.train.auto_resume:
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
-    resumes = resume is not None or bool(checkpoints(path))
     if path.exists():
         check_links(path, *(path / name for name in ("checkpoints", *_Record.FILES)), *path.glob("checkpoints/*"))
-    if resumes:  # says so now if there is none, or one that is damaged or does not fit
-        checkpoint = find_checkpoint(path)
-        values = verify(checkpoint)
-        load_weights(model, checkpoint)
-        if config.train.ema_decay is not None and not values.get("moving_average"):
-            raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
-    return path, resumes
+    if resume is None and not checkpoints(path):
+        return _Beginning(path, resumes=False)
+    checkpoint = find_checkpoint(path)
+    verify(checkpoint)
+    stored = resumable(checkpoint)
+    load_weights(model, checkpoint)
+    if config.train.ema_decay is not None and not stored.moving_average:
+        raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
+    found = contents(checkpoint)
+    check_same(found.categories, index.categories, checkpoint, index.location)
+    timetable = Timetable.of(config.train, stream.steps_per_epoch, stored.position)
+    unevaluated = bool(config.data.validation and config.train.evaluate_every_epochs) and not is_evaluated(checkpoint)
+    over = None if unevaluated else nothing_left(stored.position, timetable)
+    told = told_of_changes(found.config, config, stored.position, stream.steps_per_epoch)
+    return _Beginning(path, True, told, over)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -184,6 +184,66 @@ def test_class_heads_start_anew_only_when_asked(variant: dict, tmp_path: Path) -
     assert anew == [name for name in fresh if name.startswith("class_embed.")]
     loaded = load_detector(tmp_path / "published.pth").model.state_dict()
     assert_same_state(model.state_dict(), loaded | {name: fresh[name] for name in anew})
+
+
+def wrapped(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (lambda good, other: good, None),
+        (lambda good, other: {"state_dict": wrapped(good, "module."), "epoch": 3}, None),
+        (lambda good, other: {"model": wrapped(good, "module._orig_mod.")}, None),
+        (lambda good, other: {"model": other, "ema": {"module": good, "updates": 7}}, "'ema' is taken, not 'model'"),
+        (lambda good, other: {"model": other, "model_ema": {"state_dict": good}}, "'model_ema' is taken, not 'model'"),
+        (
+            lambda good, other: {"model": good | {"label_enc.weight": torch.ones(3)}},
+            "left out, no part of this detector",
+        ),
+    ],
+    ids=["bare", "parallel", "compiled", "average", "another average", "foreign tensor"],
+)
+def test_files_of_other_programs(layout: Callable, said: str | None, tmp_path: Path) -> None:
+    model, other = (build(configuration().model) for _ in range(2))
+    torch.save(layout(checkpoint.to_published(model), checkpoint.to_published(other)), tmp_path / "theirs.pth")
+    told: list[str] = []
+    again = build(configuration().model)
+    load_weights(again, tmp_path / "theirs.pth", tell=told.append)
+    assert_same_weights(again, model)
+    assert len(told) == (said is not None)
+    assert said is None or said in told[0]
+    assert_same_weights(load_detector(tmp_path / "theirs.pth").model, model)
+
+
+def test_published_tensors_as_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model, again = (build(configuration().model) for _ in range(2))
+    weights = {name: tensor.clone() for name, tensor in checkpoint.to_published(model).items()}
+    save_file(wrapped(weights, "module."), tmp_path / "theirs.safetensors")
+    load_weights(again, tmp_path / "theirs.safetensors")
+    assert_same_weights(again, model)
+    assert_same_weights(load_detector(tmp_path / "theirs.safetensors").model, model)
+
+
+def test_advice_names_the_settings_that_differ(tmp_path: Path) -> None:
+    small, wide = configuration(queries=7), configuration(queries=9, decoder_layers=3, num_classes=5)
+    folder = tmp_path / WEIGHTS
+    save_weights(folder, build(small.model).state_dict(), small, CATEGORIES, step=1, epoch=0)
+    checkpoint.export_published(build(small.model), tmp_path / "published.pth")
+    for file in (folder, tmp_path / "published.pth"):
+        with pytest.raises(ValueError, match="holds another architecture") as refusal:
+            load_weights(build(wide.model), file)
+        advice = str(refusal.value).splitlines()[-1]
+        assert (
+            "The file is of a model with model.decoder_layers=2 model.queries=7: set that, and start the class"
+            in advice
+        )
+    torch.save({"model": {"conv.weight": torch.ones(2)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="it is the checkpoint of another program"):
+        load_weights(build(small.model), tmp_path / "other.pth")
 
 
 class Malicious:

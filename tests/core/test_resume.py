@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.checkpoint import TRAINING, WEIGHTS, checkpoints, find_checkpoint, step_directory
-from ddetr.core.manifest import EVALUATION, LATEST, MANIFEST, prune, record_evaluation, verify, write_checkpoint
+from ddetr.core.manifest import (
+    EVALUATION,
+    LATEST,
+    MANIFEST,
+    prune,
+    record_evaluation,
+    resumable,
+    verify,
+    write_checkpoint,
+)
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Run, Train, collect, command, start, strict_json, succeeded, wait_for
@@ -134,13 +143,65 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(train: Train, tmp_path: P
     with pytest.raises(ValueError, match=f"{TRAINING} has {len(data) - 5} bytes instead of {len(data)}"):
         verify(file.parent)
     file.unlink()
-    with pytest.raises(ValueError, match=f"{TRAINING} is missing. Delete that folder; the run then resumes"):
+    with pytest.raises(
+        ValueError, match=f"{TRAINING} is missing. Move it away, to step_00000008.damaged, say; the run"
+    ):
         verify(file.parent)
-    shutil.rmtree(file.parent)
+    (file.parent / WEIGHTS).rename(file.parent / "other")
+    with pytest.raises(ValueError, match=f"step_00000008 is damaged: {WEIGHTS} is missing. Move it away"):
+        find_checkpoint(run)
+    file.parent.rename(file.parent.with_suffix(".damaged"))
     before = find_checkpoint(run)
     assert before is not None
     assert before.name < file.parent.name
     verify(before)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"step": 4}', None])
+def test_a_manifest_without_what_a_resume_needs_is_named(tmp_path: Path, damage: bytes | None) -> None:
+    path = step_directory(tmp_path, 4)
+    write_checkpoint(path, 1, lambda folder: (folder / WEIGHTS).write_text("weights"), {"step": 4})
+    if damage is not None:
+        (path / MANIFEST).write_bytes(damage)
+    with pytest.raises(ValueError, match="step_00000004"):
+        resumable(path)
+
+
+@pytest.mark.parametrize("side", ["file", "folder"])
+def test_an_unreadable_evaluation_prevents_no_save(tmp_path: Path, side: str) -> None:
+    for step in (1, 2, 3):
+        path = step_directory(tmp_path, step)
+        write_checkpoint(path, 1, lambda folder: (folder / WEIGHTS).write_text("weights"), {"step": step})
+        if side == "folder":
+            (path / EVALUATION).mkdir()
+        else:
+            (path / EVALUATION).write_bytes(b"\xff\x00garbage")
+        prune(checkpoints(tmp_path), 1)
+    assert path in checkpoints(tmp_path)
+
+
+def test_another_batch_size_goes_on_with_the_next_epoch(train: Train, tmp_path: Path) -> None:
+    """Two epochs of 3 steps, then one of 6: every image once more, at the rate of the third epoch."""
+    settings = ("train.batch_size=8", "train.epochs=2", "optim.drop_epochs=[2]")
+    whole = succeeded(train(1, *settings, steps=100))
+    run = Path(shutil.copytree(whole.directory, tmp_path / "run"))
+    before = (run / "config.yaml").read_bytes()
+    finished = succeeded(resume(run, 1))
+    line = "nothing is left to do: 2 epoch(s), 6 steps are done, and train.epochs=2 asks for no more"
+    assert f"{line}; to go on, set a larger train.epochs" in finished.output
+    assert (run / "config.yaml").read_bytes() == before
+
+    told = succeeded(resume(run, 1, "train.batch_size=4", "train.epochs=3", "model.dropout=0", "train.name=other"))
+    assert [(step["step"], step["epoch"]) for step in told.steps[6:]] == [(number, 2) for number in range(7, 13)]
+    assert sum(step["images"] for step in told.steps[6:]) == 24
+    assert {step["learning_rate"] for step in told.steps[6:]} == {pytest.approx(1e-5)}
+    assert "an epoch has 6 steps now, and had 3 until step 6: 2 epoch(s) and 0 of 3 steps are done" in told.output
+    assert "settings changed since step 6: model.dropout 0.1 -> 0.0, train.epochs 2 -> 3, train.batch_size 8 -> 4" in (
+        told.output
+    )
+    assert "without effect, the run goes on with its weights in its folder: train.name" in told.output
+    position = json.loads((find_checkpoint(run) / MANIFEST).read_text())
+    assert [position[key] for key in ("step", "epoch", "step_in_epoch", "steps_per_epoch")] == [12, 3, 0, 6]
 
 
 @pytest.fixture

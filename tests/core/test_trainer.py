@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.checkpoint import find_checkpoint, load_detector
-from ddetr.core.config import OptimConfig
 from ddetr.core.detector import DeformableDetr
-from ddetr.core.optimizer import learning_rate
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Run, Train, collect, command, kill, start, succeeded, wait_for
@@ -91,14 +89,6 @@ def test_warm_up_and_drop_are_followed(train: Train) -> None:
     run = succeeded(train(1, "optim.warmup_steps=2", "optim.drop_epochs=[1]", "optim.learning_rate=1e-4", steps=8))
     rates = [step["learning_rate"] for step in run.steps]
     assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-5])  # 24 images: 6 steps an epoch
-
-
-def test_linear_is_constant_then_falls_to_zero() -> None:
-    optim = OptimConfig(learning_rate=2.0, schedule="linear", warmup_steps=4, drop_epochs=(1,))
-    rates = [learning_rate(optim, step, steps_per_epoch=10, last_step=100) for step in range(100)]
-    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert rates[4:61] == pytest.approx([2.0] * 57)
-    assert rates[61:] == pytest.approx([2.0 * remaining / 40 for remaining in range(39, 0, -1)])
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 2), pytest.param(1, 0, marks=pytest.mark.slow)])

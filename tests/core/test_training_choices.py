@@ -88,6 +88,24 @@ def test_run_starts_from_published_weights_and_says_what_starts_anew(
             torch.testing.assert_close(tensor, given[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_half_precision_begins_with_the_exact_weights(train: Train, tmp_path: Path, stage: int, precision: str) -> None:
+    """A step of a rate of nothing leaves what the optimizer holds in float32, which a checkpoint keeps."""
+    settings = [setting for setting in SMALL if setting.startswith("model.")]
+    config = load("tiny", [*settings, "model.num_classes=3"])
+    torch.manual_seed(11)
+    model = build(config.model)
+    export_published(model, tmp_path / "published.pth")
+    overrides = (f"train.precision={precision}", f"train.zero_stage={stage}", "optim.weight_decay=0")
+    initial = f"train.initial_weights={tmp_path / 'published.pth'}"
+    run = succeeded(train(1, initial, *overrides, "optim.learning_rate=1e-30", steps=1))
+    for name, tensor in load_detector(run.directory).model.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-25)
+
+
 def test_initial_weights_that_are_not_there(train: Train) -> None:
     run = train(1, "train.initial_weights=nowhere.pth")
     assert run.exit_status == 2

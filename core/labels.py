@@ -1,0 +1,125 @@
+"""Class heads between sets of categories: a label means its name, wherever it stands in the list.
+
+Shapes: K classes. Row k of a class head's weight (K, C) and bias (K) belongs to label k; softmax heads have one more
+row, "no object", the last.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..data.categories import Categories
+from ..data.text import visible
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Which label of the weights each label of the run continues; None for one that starts anew."""
+
+    names: tuple[str, ...]  # of the run's labels
+    old_labels: tuple[int | None, ...]
+    num_old: int
+
+    def __str__(self) -> str:
+        kept = [n for k, n in enumerate(self.names) if self.old_labels[k] == k]
+        moved = [n for k, n in enumerate(self.names) if self.old_labels[k] not in (k, None)]
+        anew = [n for k, n in enumerate(self.names) if self.old_labels[k] is None]
+        parts = [
+            f"{len(kept)} kept",
+            f"{len(moved)} moved" + _listed(moved),
+            f"{len(anew)} started anew" + _listed(anew),
+        ]
+        left = self.num_old - len(kept) - len(moved)
+        return f"classes by name: {', '.join(parts)}, {left} of the weights' left out"
+
+    @property
+    def is_identity(self) -> bool:
+        return self.old_labels == tuple(range(self.num_old))
+
+    def rows(self, stored: Tensor, fresh: Tensor, softmax: bool) -> Tensor:
+        """A class head's tensor for the run's labels, (K, ...): stored rows, and `fresh` ones where there are none."""
+        rows = fresh.detach().clone()
+        for label, old in enumerate(self.old_labels):
+            if old is not None:
+                rows[label] = stored[old]
+        if softmax:
+            rows[-1] = stored[-1]
+        return rows
+
+
+def label_map(old: Categories, new: Categories) -> LabelMap:
+    """By name; names that stand for several ids of one of the sets only by id and name together."""
+    several = {name for names in (old.names, new.names) for name, count in Counter(names).items() if count > 1}
+    by_name = {name: label for label, name in enumerate(old.names) if name not in several}
+    by_both = {both: label for label, both in enumerate(zip(old.ids, old.names, strict=True))}
+    found = (
+        by_both.get((category_id, name)) if name in several else by_name.get(name)
+        for category_id, name in zip(new.ids, new.names, strict=True)
+    )
+    return LabelMap(new.names, tuple(found), len(old))
+
+
+def continued_heads(
+    stored: dict[str, Tensor], ours: dict[str, Tensor], config: ModelConfig, labels: LabelMap
+) -> dict[str, Tensor]:
+    """The tensors of the class heads, by our names, for the run's labels.
+
+    Row 0 of a two-stage model's last head stands for any object (section 4.2), so that head is not sorted by name.
+    """
+    heads = {}
+    of_proposals = f"class_embed.{config.decoder_layers}." if config.two_stage else None
+    same_place = tuple(k if k < labels.num_old else None for k in range(len(labels.names)))
+    softmax = config.classification == "softmax"
+    for name, fresh in ours.items():
+        if not name.startswith("class_embed.") or name not in stored or stored[name].shape[1:] != fresh.shape[1:]:
+            continue
+        if len(stored[name]) != labels.num_old + softmax:
+            raise ValueError(f"{name} has {len(stored[name])} rows for {labels.num_old} classes")
+        by_place = of_proposals is not None and name.startswith(of_proposals)
+        by = LabelMap(labels.names, same_place, labels.num_old) if by_place else labels
+        heads[name] = fresh if fresh.is_meta else by.rows(stored[name], fresh, softmax)
+    return heads
+
+
+def check_shared(labels: LabelMap, old: Categories, where: object, tell: Callable[[str], None]) -> None:
+    """Say what becomes of the classes, where that is not obvious. Raises ValueError when none goes on."""
+    if all(label is None for label in labels.old_labels):
+        raise ValueError(
+            f"{where}: none of its classes{_listed(old.names)} is a class of the shards{_listed(labels.names)}; start "
+            f"the class heads anew with train.new_class_head=true"
+        )
+    if not labels.is_identity:
+        tell(str(labels))
+
+
+def check_same(stored: Categories | None, shards: Categories, checkpoint: object, location: object) -> None:
+    """Raises ValueError when the labels of a run that goes on would mean something else."""
+    if stored is None or stored == shards:
+        return
+    differing = [
+        f"label {label} is {a} in the checkpoint and {b} in the shards"
+        for label, (a, b) in enumerate(zip(_described(stored), _described(shards), strict=False))
+        if a != b
+    ]
+    if len(stored) != len(shards):
+        differing.append(f"the checkpoint has {len(stored)} categories, the shards {len(shards)}")
+    raise ValueError(
+        f"the categories of the shards {location} are not those of {checkpoint}: {'; '.join(differing[:4])}"
+        + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+        + f". Resume on shards with its categories, or begin a run with train.initial_weights={checkpoint}, which "
+        "takes the classes by name"
+    )
+
+
+def _described(categories: Categories) -> list[str]:
+    return [f"{visible(name)!r} (id {i})" for i, name in zip(categories.ids, categories.names, strict=True)]
+
+
+def _listed(names: list[str] | tuple[str, ...], most: int = 8) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f" ({', '.join(map(visible, names[:most]))}{more})"

@@ -1,0 +1,114 @@
+"""Which step of a run is which: its epoch, the last one, its learning rate, where a resume goes on. Arithmetic alone.
+
+A step is an optimizer step, counted over the whole run. What was done of a run is told in epochs, because a resume may
+find another number of steps in an epoch: another batch size, or shards that were packed anew.
+"""
+
+from dataclasses import dataclass
+
+from .config import OptimConfig, TrainConfig
+
+LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come, as a checkpoint keeps it.
+
+    steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes when.
+    """
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    steps_per_epoch: int
+    order: str = ""
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The steps of a run of `epochs` epochs, or `max_steps` steps if those are fewer.
+
+    shift: by how much the count of steps is ahead of epochs of `per_epoch` steps; not 0 after a resume that found
+    another number of them.
+    """
+
+    per_epoch: int
+    epochs: int
+    max_steps: int | None = None
+    shift: int = 0
+
+    @classmethod
+    def of(cls, train: TrainConfig, per_epoch: int, done: Position | None = None) -> "Timetable":
+        """Of a new run, or of one that has come so far. A part of an epoch counts as the same part of a new one."""
+        if done is None:
+            return cls(per_epoch, train.epochs, train.max_steps)
+        step_in_epoch = done.step_in_epoch * per_epoch // (done.steps_per_epoch or per_epoch)
+        return cls(per_epoch, train.epochs, train.max_steps, done.step - (done.epoch * per_epoch + step_in_epoch))
+
+    @property
+    def last_step(self) -> int:
+        last = self.epochs * self.per_epoch + self.shift
+        return last if self.max_steps is None else min(last, self.max_steps)
+
+    @property
+    def num_epochs(self) -> int:
+        """Those that begin before the last step."""
+        return -(-(self.last_step - self.shift) // self.per_epoch)
+
+    def epoch(self, step: int) -> int:
+        """From 0, after so many steps."""
+        return (step - self.shift) // self.per_epoch
+
+    def step_in_epoch(self, step: int) -> int:
+        return (step - self.shift) % self.per_epoch
+
+    def end_of_epoch(self, step: int) -> int:
+        """The last step of the epoch that goes on, or begins, after `step`; not beyond the run's last step."""
+        return min((self.epoch(step) + 1) * self.per_epoch + self.shift, self.last_step)
+
+    def position(self, step: int, order: str) -> Position:
+        return Position(step, self.epoch(step), self.step_in_epoch(step), self.per_epoch, order)
+
+    def learning_rate(self, config: OptimConfig, step: int) -> float:
+        """The base group's rate at the step that follows `step` others.
+
+        Linear warm-up over the run's first steps; then, as published, a tenth after each drop epoch, or a straight line
+        down to zero at the end.
+        """
+        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "linear":
+            falls = LINEAR_SHARE * (self.last_step - self.shift)
+            return config.learning_rate * warm * min(1.0, (self.last_step - step) / falls)
+        drops = sum(self.epoch(step) >= epoch for epoch in config.drop_epochs)
+        return config.learning_rate * warm * 0.1**drops
+
+
+def other_plan(done: Position, timetable: Timetable, order: str) -> str | None:
+    """What to say where a run goes on with other steps per epoch, or amid an epoch whose order is another one now."""
+    in_epoch = timetable.step_in_epoch(done.step)
+    again = ": some of its images come twice in it, others not" if done.step_in_epoch else ""
+    if done.steps_per_epoch not in (0, timetable.per_epoch):
+        return (
+            f"an epoch has {timetable.per_epoch} steps now, and had {done.steps_per_epoch} until step {done.step}: "
+            f"{done.epoch} epoch(s) and {done.step_in_epoch} of {done.steps_per_epoch} steps are done, so it goes on "
+            f"at step {in_epoch} of {timetable.per_epoch} of epoch {done.epoch + 1}{again}"
+        )
+    if done.step_in_epoch and done.order and done.order != order:
+        return (
+            f"epoch {done.epoch + 1} has another order of images now, because its shards, train.seed or settings of "
+            f"data changed; it goes on at step {in_epoch} of {timetable.per_epoch}{again}"
+        )
+    return None
+
+
+def nothing_left(done: Position, timetable: Timetable) -> str | None:
+    """What to say of a run that has taken its last step already, and how it goes on."""
+    if done.step < timetable.last_step:
+        return None
+    by_steps = timetable.max_steps is not None and done.step >= timetable.max_steps
+    limit = f"train.max_steps={timetable.max_steps}" if by_steps else f"train.epochs={timetable.epochs}"
+    return (
+        f"nothing is left to do: {done.epoch} epoch(s), {done.step} steps are done, and {limit} asks for no more; "
+        f"to go on, set a larger {limit.partition('=')[0]}"
+    )

@@ -1,0 +1,110 @@
+"""Which step is which, before and after a resume: worked out by hand."""
+
+import pytest
+from ddetr.core.changes import told_of_changes
+from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
+from ddetr.core.timetable import Position, Timetable, nothing_left, other_plan
+
+
+def of(per_epoch: int, done: Position | None = None, **settings: object) -> Timetable:
+    return Timetable.of(TrainConfig.model_validate(settings), per_epoch, done)
+
+
+def test_linear_is_constant_then_falls_to_zero() -> None:
+    optim = OptimConfig(learning_rate=2.0, schedule="linear", warmup_steps=4, drop_epochs=(1,))
+    timetable = of(10, epochs=10)
+    rates = [timetable.learning_rate(optim, step) for step in range(100)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4:61] == pytest.approx([2.0] * 57)
+    assert rates[61:] == pytest.approx([2.0 * remaining / 40 for remaining in range(39, 0, -1)])
+
+
+def test_the_same_batches_go_on_at_their_step() -> None:
+    for step in range(31):
+        done = of(6, epochs=5).position(step, "order")
+        assert of(6, done, epochs=5) == of(6, epochs=5)
+        assert other_plan(done, of(6, done, epochs=5), "order") is None
+
+
+@pytest.mark.parametrize(
+    ("done", "per_epoch", "epochs", "epoch", "in_epoch", "last_step"),
+    [
+        (Position(12, 2, 0, 6), 12, 3, 2, 0, 24),  # half the batch: one epoch of 12 more
+        (Position(24, 2, 0, 12), 6, 3, 2, 0, 30),  # twice the batch: one epoch of 6 more
+        (Position(15, 2, 3, 6), 12, 3, 2, 6, 21),  # half of the third epoch is done
+        (Position(17, 2, 5, 6), 3, 3, 2, 2, 18),  # five sixths of it: one of three steps is left
+        (Position(17, 2, 5, 6), 6, 3, 2, 5, 18),
+        (Position(12, 2, 0, 6), 7, 2, 2, 0, 12),  # nothing is left
+        (Position(3, 0, 3, 0), 6, 2, 0, 3, 12),  # written when the steps of an epoch were not kept
+    ],
+)
+def test_epochs_are_neither_repeated_nor_skipped(
+    done: Position, per_epoch: int, epochs: int, epoch: int, in_epoch: int, last_step: int
+) -> None:
+    timetable = of(per_epoch, done, epochs=epochs)
+    assert (timetable.epoch(done.step), timetable.step_in_epoch(done.step)) == (epoch, in_epoch)
+    assert timetable.last_step == last_step
+    assert timetable.num_epochs == epochs
+    # The epochs of all steps to come, one after another, each of its full length.
+    to_come = [timetable.epoch(step) for step in range(done.step, timetable.last_step)]
+    expected = [number for number in range(epoch, epochs) for _ in range(per_epoch)][in_epoch:]
+    assert to_come == expected
+    # And a second resume, of what the first one wrote, changes nothing.
+    for step in range(done.step, last_step + 1):
+        assert of(per_epoch, timetable.position(step, ""), epochs=epochs) == timetable
+
+
+def test_max_steps_counts_the_steps_of_the_run() -> None:
+    done = Position(12, 2, 0, 6)
+    assert of(12, done, epochs=5, max_steps=20).last_step == 20
+    assert of(12, done, epochs=3, max_steps=90).last_step == 24
+    assert of(6, epochs=5, max_steps=20).num_epochs == 4
+
+
+def test_the_rate_follows_the_epochs() -> None:
+    done = Position(12, 2, 0, 6)
+    steps = OptimConfig(learning_rate=1.0, drop_epochs=(3,))
+    assert [of(12, done, epochs=4).learning_rate(steps, step) for step in (12, 23, 24, 35)] == [1, 1, 0.1, 0.1]
+    linear = OptimConfig(learning_rate=1.0, schedule="linear")
+    # Of five epochs the last two fall. The third begins after step 12, the fourth after 24, the run ends with 48.
+    rates = [of(12, done, epochs=5).learning_rate(linear, step) for step in (12, 24, 36, 47)]
+    assert rates == pytest.approx([1, 1, 0.5, 1 / 24])
+
+
+def test_what_is_said_of_another_plan() -> None:
+    done = Position(15, 2, 3, 6, "a")
+    line = other_plan(done, of(12, done, epochs=3), "b")
+    assert line is not None
+    assert "an epoch has 12 steps now, and had 6 until step 15: 2 epoch(s) and 3 of 6 steps are done" in line
+    assert "at step 6 of 12 of epoch 3: some of its images come twice in it, others not" in line
+    same = other_plan(done, of(6, done, epochs=3), "b")
+    assert same is not None
+    assert "epoch 3 has another order of images now" in same
+    whole = Position(12, 2, 0, 6, "a")
+    assert other_plan(whole, of(6, whole, epochs=3), "b") is None  # a new epoch has its own order anyway
+
+
+def test_nothing_left_names_the_setting_that_ends_it() -> None:
+    done = Position(12, 2, 0, 6)
+    assert nothing_left(done, of(6, done, epochs=3)) is None
+    by_epochs = nothing_left(done, of(6, done, epochs=2))
+    assert by_epochs is not None
+    assert "train.epochs=2 asks for no more; to go on, set a larger train.epochs" in by_epochs
+    by_steps = nothing_left(done, of(6, done, epochs=5, max_steps=12))
+    assert by_steps is not None
+    assert "set a larger train.max_steps" in by_steps
+
+
+def test_changed_settings_are_told_by_what_they_do() -> None:
+    model = ModelConfig(box_refine=True, two_stage=True)
+    before = Config(model=model, optim=OptimConfig(schedule="linear"), train=TrainConfig(epochs=10))
+    overrides = ["train.epochs=20", "model.queries=100", "train.initial_weights=x.pth", "model.dropout=0"]
+    done = Position(80, 8, 0, 10)
+    lines = told_of_changes(before, changed(before, overrides, "test"), done, 10)
+    assert lines == [
+        "settings changed since step 80: model.dropout 0.1 -> 0.0, train.epochs 10 -> 20",
+        "without effect, the run goes on with its weights in its folder: train.initial_weights null -> x.pth",
+        "the weights fit, but the model computes something else with them: model.queries 300 -> 100",
+        "the learning rate of step 81 is 0.0002 and would have been 0.0001",
+    ]
+    assert told_of_changes(before, before, done, 10) == []
