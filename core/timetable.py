@@ -6,7 +6,7 @@ find another number of steps in an epoch: another batch size, or shards that wer
 
 from dataclasses import dataclass
 
-from .config import OptimConfig, TrainConfig
+from .config import Config, OptimConfig, TrainConfig
 
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 
@@ -112,3 +112,19 @@ def nothing_left(done: Position, timetable: Timetable) -> str | None:
         f"nothing is left to do: {done.epoch} epoch(s), {done.step} steps are done, and {limit} asks for no more; "
         f"to go on, set a larger {limit.partition('=')[0]}"
     )
+
+
+def planned(timetable: Timetable, num_images: int, config: Config, done: Position | None) -> str:
+    """The steps of a run in one line."""
+    left = num_images - timetable.per_epoch * config.train.batch_size
+    parts = [
+        f"{num_images} images: {timetable.per_epoch} steps of {config.train.batch_size} images per epoch",
+        f"{timetable.num_epochs} epochs, {timetable.last_step} steps in all",
+    ]
+    if left > 0:
+        parts.append(f"each epoch leaves out {left} images, as many as fill no batch (data.remainder=drop)")
+    if timetable.max_steps is not None and timetable.last_step == timetable.max_steps:
+        parts.append(f"train.max_steps={timetable.max_steps} ends it")
+    if done is not None:
+        parts.append(f"{done.step} steps are done")
+    return "; ".join(parts)

@@ -25,9 +25,10 @@ from ..core.manifest import is_evaluated, resumable, verify
 from ..core.optimizer import rate_advice
 from ..core.ownership import check_links, remember
 from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
-from ..core.timetable import Timetable, nothing_left
+from ..core.timetable import Position, Timetable, nothing_left, planned
 from ..core.trainer import train, training_stream
-from ..core.world import device_for, join
+from ..core.trial import SIDE, Trial, try_step
+from ..core.world import World, join
 from ..data import documents
 from ..data.cache import open_shards
 from ..data.categories import Categories
@@ -52,18 +53,14 @@ def run(
     """Train, as one process or as one rank of many; returns the run directory.
 
     `resume` is a run directory to continue. `report` is called on rank 0 after each evaluation. With `dry_run` all
-    checks are made and printed, nothing is written. Raises ValueError, FileNotFoundError or OSError with one message
-    for what the user can mend, before any work. Exits with status 75 when the run stopped because other ranks were
-    asked to: a launcher should start this one again.
+    checks are made, a step is taken on a small image, the plan is printed, and nothing is written. Raises ValueError,
+    FileNotFoundError or OSError with one message for what the user can mend, before any work. Exits with status 75 when
+    the run stopped because other ranks were asked to: a launcher should start this one again.
     """
     _log_to_console()
     train_index, validation_index = _open_data(config)
     deepspeed_json = deepspeed_config(config)
     model = _without_weights(config)
-    if dry_run:
-        _fit_initial_weights(model, config, train_index.categories)
-        _print_plan(config, train_index, model, deepspeed_json)
-        return Path(config.train.output)
     with contextlib.ExitStack() as stack:
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
@@ -77,6 +74,11 @@ def run(
             return run_directory
         if not resumes:
             world.agree(lambda: _fit_initial_weights(model, config, train_index.categories), None)
+        if dry_run:
+            trial = try_step(config, world)
+            if world.rank == 0:
+                _print_plan(config, stream, began, trial, world, deepspeed_json)
+            return run_directory
         metrics = RunMetrics(visible(run_directory.name), world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
@@ -165,17 +167,23 @@ def _unsaid(line: str) -> None:
     """The run says it, once."""
 
 
-def _print_plan(config: Config, index: ShardIndex, model: Detector, deepspeed_json: dict[str, Any]) -> None:
-    device = device_for(config.train, local_rank=0)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    steps = index.num_samples // config.train.batch_size
+def _print_plan(
+    config: Config, stream: TrainStream, began: "_Beginning", trial: Trial, world: World, deepspeed_json: dict[str, Any]
+) -> None:
+    timetable = Timetable.of(config.train, stream.steps_per_epoch, began.done)
     print(dump(config, for_others=True))
     print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
-    print(f"# device {device.type}; {trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen")
-    if advice := rate_advice(config):
-        print(f"# {advice}")
-    print(f"# {index.num_samples} images, {steps} steps per epoch, {steps * config.train.epochs} steps in all")
+    ranks = f"{world.size} rank(s), device {world.device.type}"
+    print(f"# {ranks}; {trial.trained / 1e6:.1f} M parameters trained, {trial.frozen / 1e6:.1f} M frozen")
+    for line in filter(None, (rate_advice(config), *began.told)):
+        print(f"# {line}")
+    print(f"# {planned(timetable, stream.num_samples, config, began.done)}")
+    print(
+        f"# tried: shards, weights and checkpoint where there are any, one step on one image of {SIDE} x {SIDE} pixels "
+        f"a rank: loss {trial.loss:.3g}, {trial.seconds:.1f} s"
+    )
+    fetched = "fetching the backbone's weights, " if config.model.pretrained_backbone and not began.resumes else ""
+    print(f"# not tried: {fetched}batches of full size, saving")
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,7 @@ class _Beginning:
     run_directory: Path
     resumes: bool
     told: list[str] = field(default_factory=list)
+    done: Position | None = None
     nothing_left: str | None = None
 
 
@@ -212,7 +221,7 @@ def _beginning(
     unevaluated = bool(config.data.validation and config.train.evaluate_every_epochs) and not is_evaluated(checkpoint)
     over = None if unevaluated else nothing_left(stored.position, timetable)
     told = told_of_changes(found.config, config, stored.position, stream.steps_per_epoch)
-    return _Beginning(path, True, told, over)
+    return _Beginning(path, True, told, stored.position, over)
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def test_a_failure_of_one_rank_is_told_to_the_others(ranks: Callable[..., Ranks]
 @pytest.mark.slow
 def test_a_slow_rank_is_named(ranks: Callable[..., Ranks]) -> None:
     """It is stopped for most of the time, as by another program on its cores."""
-    run = ranks("data.workers=0", "train.max_steps=60", "train.checkpoint_every_epochs=0")
+    run = ranks("data.workers=0", "train.max_steps=50", "train.checkpoint_every_epochs=0")
     run.wait_for_steps(1)
     done = threading.Event()
 
@@ -150,7 +150,7 @@ def test_a_slow_rank_is_named(ranks: Callable[..., Ranks]) -> None:
     thread = threading.Thread(target=slow_down)
     thread.start()
     try:
-        assert [process.wait(300) for process in run.processes] == [0, 0], run.output(0)
+        assert [process.wait(1200) for process in run.processes] == [0, 0], run.output(0)
     finally:
         done.set()
         thread.join()

@@ -122,6 +122,23 @@ def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -
     assert "set optim.learning_rate=5e-05" in shown.stdout
 
 
+def test_a_dry_run_promises_what_it_did(synthetic_shards: Path, tmp_path: Path) -> None:
+    """24 images in steps of 7, the last one filled up: 4 an epoch, of which max_steps leaves 10."""
+    arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "data.remainder=pad"]
+    arguments += ["train.batch_size=7", "train.max_steps=10", "--dry-run"]
+    shown = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
+    assert shown.returncode == 0, shown.stderr
+    plan = "24 images: 4 steps of 7 images per epoch; 3 epochs, 10 steps in all; train.max_steps=10 ends it"
+    assert f"# {plan}" in shown.stdout.splitlines()
+    assert "one step on one image of 128 x 128 pixels a rank: loss" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+    arguments[arguments.index("data.remainder=pad")] = "train.batch_size=32"
+    arguments.remove("train.batch_size=7")
+    refused = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2
+    assert "train.batch_size must be at most the number of images in the shards, 24, got 32" in refused.stderr
+
+
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets_have_rates_for_their_batch_sizes(preset: str) -> None:
     assert rate_advice(load(preset)) is None
