@@ -66,20 +66,7 @@ class BuildOperators(build_ext):
         return [f"-L{stub.parent}", "-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
 
     def _compile(self, source: str) -> str:
-        # -fno-trapping-math lets comparisons become vector code. Never -ffast-math: it drops NaN, and linking with it
-        # turns on flush-to-zero in the whole process. Never -march=native: a wheel travels.
-        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"]
-        host += ["-fno-math-errno", "-fno-trapping-math"]
-        shared = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-        shared += ["-isystem", str(self.torch_folder / "include")]
-        if source.endswith(".cu"):
-            command = [str(_cuda_home() / "bin/nvcc"), *shared, "--threads=2", *_gencode()]
-            command += [f"-Xcompiler={flag}" for flag in host]
-        else:
-            command = [_cxx(), *shared, *host, *os.environ.get("CXXFLAGS", "").split()]
-            if Path(source).name == "cuda.cpp":
-                command += ["-DUSE_CUDA", "-isystem", str(_cuda_home() / "include")]
-                command += [f'-DDDETR_CUDA_ARCHITECTURES="{";".join(_cuda_architectures())}"']
+        command = compile_command(Path(source), self.torch_folder / "include")
         # An object is named by all that went into it, so that a rebuild compiles only what changed. Not in build_temp:
         # an editable install throws that away.
         digest = hashlib.sha256(repr((command, self.torch_folder)).encode())
@@ -98,6 +85,23 @@ class BuildOperators(build_ext):
 class WheelForAnyPython(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+def compile_command(source: Path, torch_headers: Path) -> list[str]:
+    """Compiler and flags for a source of the operators; what to do with it, and the source itself, come after them."""
+    # -fno-trapping-math lets comparisons become vector code. Never -ffast-math: it drops NaN, and linking with it
+    # turns on flush-to-zero in the whole process. Never -march=native: a wheel travels.
+    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+    host += ["-fno-math-errno", "-fno-trapping-math"]
+    shared = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(torch_headers)]
+    if source.suffix == ".cu":
+        command = [str(_cuda_home() / "bin/nvcc"), *shared, "--threads=2", *_gencode()]
+        return command + [f"-Xcompiler={flag}" for flag in host]
+    command = [_cxx(), *shared, *host, *os.environ.get("CXXFLAGS", "").split()]
+    if source.name == "cuda.cpp":
+        command += ["-DUSE_CUDA", "-isystem", str(_cuda_home() / "include")]
+        command += [f'-DDDETR_CUDA_ARCHITECTURES="{";".join(_cuda_architectures())}"']
+    return command
 
 
 def _run(command: list[str]) -> None:
@@ -153,4 +157,5 @@ def _extensions() -> list[Extension]:
     return extensions
 
 
-setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildOperators, "bdist_wheel": WheelForAnyPython})
+if __name__ == "__main__":
+    setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildOperators, "bdist_wheel": WheelForAnyPython})

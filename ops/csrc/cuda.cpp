@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "cuda_kernels.cuh"
 #include "operators.h"
@@ -82,7 +83,7 @@ struct Launch {
   cudaStream_t stream;
   explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
     stream = static_cast<cudaStream_t>(handle);
   }
 };

@@ -1,10 +1,15 @@
-"""The built binary beyond this environment: under sanitizers, and as a wheel beside other torch versions."""
+"""The op beyond this environment: under sanitizers, its sources and its wheel beside other torch versions."""
 
+import io
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +68,67 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
     assert str(tmp_path) in loaded.stdout, loaded.stderr[-4000:]
     names = ["test_operators.py", "test_properties.py", "test_autograd.py"]
     _tests_pass(sys.executable, tmp_path, names, **variables)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file behind a URL of which only what is read is fetched."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.position = url, 0
+        self.size = int(self._fetch("0-0")[1].rpartition("/")[2])
+
+    def _fetch(self, extent: str) -> tuple[bytes, str]:
+        request = urllib.request.Request(self.url, headers={"Range": f"bytes={extent}"})
+        with urllib.request.urlopen(request, timeout=180) as response:
+            if response.status != 206:
+                pytest.skip(f"{self.url}: its server gives no parts of a file, and the whole wheel is too large")
+            return response.read(), response.headers["Content-Range"]
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        end = min(self.position + len(buffer), self.size)
+        if end <= self.position:
+            return 0
+        content, _ = self._fetch(f"{self.position}-{end - 1}")
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
+
+
+def _headers_of(version: str, folder: Path) -> Path:
+    """The headers out of torch's wheel: 9 MB of 900."""
+    report = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--report"]
+    found = _run([*report, folder / "report.json", "-q", f"torch=={version}"], folder, 10)
+    if f"No matching distribution found for torch=={version}" in found.stderr:
+        pytest.skip(f"no package registry within reach has torch {version}")
+    assert found.returncode == 0, found.stderr[-4000:]
+    (wheel,) = json.loads((folder / "report.json").read_text())["install"]
+    remote = io.BufferedReader(_RemoteFile(wheel["download_info"]["url"]), 1 << 22)
+    with zipfile.ZipFile(remote) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/torch/")])
+    return folder / "torch/include"
+
+
+def test_the_sources_compile_beside_the_oldest_torch(tmp_path: Path) -> None:
+    """Its own headers: newer ones, asked for what the oldest has, still offer macros that came later."""
+    setup = runpy.run_path(str(REPOSITORY / "setup.py"))
+    headers = _headers_of(OLDEST_TORCH, tmp_path)
+    names = [*setup["CPU_SOURCES"], *(["cuda.cpp"] if setup["_nvcc"]() else [])]
+    for source in (setup["SOURCES"] / name for name in names):
+        command = [*setup["compile_command"](source, headers), "-fsyntax-only", str(source)]
+        compiled = _run(command, REPOSITORY, 10)
+        assert compiled.returncode == 0, compiled.stderr[-4000:]
+    if "cuda.cpp" not in names:
+        pytest.skip("nvcc was not found, so cuda.cpp was not compiled; the CPU's sources were")
 
 
 @pytest.mark.parametrize("version", [OLDEST_TORCH, NEWEST_TORCH])
