@@ -1,6 +1,7 @@
 """The configuration: a YAML preset or file, then dotted overrides, checked as a whole before anything starts."""
 
 import difflib
+import json
 import os
 import types
 import typing
@@ -15,6 +16,7 @@ from ..data.addresses import is_remote, shown
 from ..data.config import DataConfig
 from ..data.documents import MOST_BYTES, parse_yaml
 from ..data.text import visible
+from .overrides import assign, read
 from .ownership import ORDERS, check_own, is_shortened
 
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
@@ -184,6 +186,15 @@ class TrainConfig(_Section):
             )
         return name
 
+    @field_validator("deepspeed_extra")
+    @classmethod
+    def _is_json(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"DeepSpeed reads JSON, which has no such value ({error}); text needs quotes") from error
+        return extra
+
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         if self.new_class_head and not self.initial_weights:
@@ -240,7 +251,7 @@ def preset_names() -> list[str]:
 def load(preset_or_path: str | Path, overrides: Iterable[str] = (), *, of_run: bool = False) -> Config:
     """Read a preset (by name) or a YAML file, apply `section.key=value` overrides, check everything.
 
-    Values of overrides are YAML: `model.queries=100`, `optim.drop_epochs=[30,40]`, `data.train=null`.
+    `model.queries=100`, `optim.drop_epochs=[30,40]`, `train.name=123`, `data.train=null`: core/overrides.py.
     of_run: the file is a run's, even where it does not look so.
     Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one, and
     ForeignSettingError when the file came with weights and gives orders that are not the user's.
@@ -289,16 +300,10 @@ def without_logins(values: Any) -> Any:
 def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
     mistakes: list[str] = []
     for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or path.count(".") < 1:
-            mistakes.append(f"{override!r}: an override is written section.key=value")
-            continue
         try:
-            value = parse_yaml(text) if text else ""
+            assign(values, *read(override, Config))
         except ValueError as error:
-            mistakes.append(f"{override!r}: {error}")
-            continue
-        _assign(values, path.strip().split("."), value, mistakes)
+            mistakes.append(str(error))
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -350,15 +355,6 @@ def came_with_weights(file: Path) -> bool:
     )
 
 
-def _assign(values: dict[str, Any], path: list[str], value: Any, mistakes: list[str]) -> None:
-    for depth, key in enumerate(path[:-1]):
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            mistakes.append(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is not a section")
-            return
-    values[path[-1]] = value
-
-
 def _describe(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     where = ".".join(location) or "config"
@@ -367,8 +363,16 @@ def _describe(item: Any) -> str:
         elsewhere = [f"{s}.{location[-1]}" for s, f in Config.model_fields.items() if location[-1] in _fields(f)]
         hints = [".".join([*location[:-1], near[0]])] if near else elsewhere[:1]
         return f"{where}: no such key." + (f" Did you mean {hints[0]}?" if hints else "")
+    return f"{where}: {complaint(item)}"
+
+
+def complaint(item: Any) -> str:
+    """What pydantic has against a value."""
+    value = item["input"]
+    if item["type"] == "string_type" and not isinstance(value, dict | list):
+        return f"expected text, got {value}, which is none in YAML without quotes around it"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if item["type"] == "value_error" else f", got {item['input']!r}")
+    return message if item["type"] in ("value_error", "missing") else f"{message}, got {value!r}"
 
 
 def _keys_beside(location: list[str]) -> list[str]:

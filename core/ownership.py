@@ -20,8 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..data.addresses import is_remote, shown
-from ..data.documents import in_one_line
 from ..data.text import visible
+from .overrides import written
 
 log = logging.getLogger("ddetr")
 
@@ -155,4 +155,4 @@ def _digest(key: str, value: Any) -> str:
 
 
 def _written(key: str, value: Any) -> str:
-    return visible(f"{key}={in_one_line(shown(value) if isinstance(value, str) else value)}")
+    return visible(written(key, shown(value) if isinstance(value, str) else value))

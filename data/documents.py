@@ -1,6 +1,5 @@
 """JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
 
-import contextlib
 import json
 import math
 from functools import partial
@@ -59,17 +58,7 @@ def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
         return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:  # its loader, of `!!bool x` and the like
+        raise ValueError("not valid YAML: a tag (!!name) does not fit its value") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def in_one_line(value: Any) -> str:
-    """YAML of a value, as the right side of an override has it; a text as it is where that reads back."""
-    if isinstance(value, str) and value:
-        with contextlib.suppress(ValueError):
-            if parse_yaml(value, aliases=True) == value:
-                return value
-    text = yaml.safe_dump([value], default_flow_style=True, width=2**31).strip()[1:-1]
-    if "\n" in text:
-        text = yaml.safe_dump([value], default_flow_style=True, default_style='"', width=2**31).strip()[1:-1]
-    return text

@@ -14,7 +14,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar=OVERRIDES,
         show_default=False,
-        help="Settings to change; values are YAML, e.g. `train.batch_size=16` `data.short_sides=[480,512]`.",
+        help="Settings to change: text as it is, other values in YAML: `train.name=7` `data.short_sides=[480,512]`.",
     ),
 ]
 

@@ -139,7 +139,7 @@ def train(
     `ddetr train r50 data.train=/shared/train train.name=r50 train.auto_resume=true --ray 10.0.0.1:6379 --ranks 16`
     """
     from ..core.config import load
-    from ..data.documents import in_one_line
+    from ..core.overrides import written
 
     on_ray = {"ranks": ranks, "restarts": restarts, "wait": wait}
     if ray is None and (given := [f"--{name}" for name, value in on_ray.items() if value is not None]):
@@ -154,7 +154,7 @@ def train(
     if source is None:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     if resume is not None:  # where it is now, whatever its file says of where it was
-        arguments += [f"train.output={in_one_line(str(resume.resolve().parent))}", "train.auto_resume=false"]
+        arguments += [written("train.output", str(resume.resolve().parent)), "train.auto_resume=false"]
     config = load(source, arguments, of_run=resume is not None)
     if ray is not None:
         from .ranks import train_on_ray

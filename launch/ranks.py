@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from ..core.config import Config, changed, dump
-from ..data.documents import in_one_line
+from ..core.overrides import written
 from .cluster import cluster
 from .console import say
 from .placement import anywhere, placed, requested
@@ -78,7 +78,7 @@ def _everywhere(config: Config, resume: Path | None) -> Config:
     find_checkpoint(resume)  # raises when there is none: auto_resume would start from nothing
     resume = resume.resolve()
     settings = {"output": str(resume.parent), "name": resume.name, "auto_resume": True}
-    return changed(config, [f"train.{key}={in_one_line(value)}" for key, value in settings.items()], str(resume))
+    return changed(config, [written(f"train.{key}", value) for key, value in settings.items()], str(resume))
 
 
 @dataclass

@@ -28,11 +28,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..core.config import Config, ConfigError, came_with_weights, changed, load
+from ..core.config import Config, ConfigError, came_with_weights, changed, complaint, load
 from ..core.evaluator import METRICS
+from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
 from ..data.cache import open_shards
-from ..data.documents import in_one_line, parse_yaml
+from ..data.documents import parse_yaml
 
 RESERVED = ("train.output", "train.name")  # the sweep gives each trial its own directory
 
@@ -160,15 +161,15 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
 def _tried(base: Config, key: str, value: Any, others: dict[str, Distribution]) -> list[str]:
     """What is wrong with a value of a searched key, given the base; nothing when values of the other keys mend it."""
     try:
-        changed(base, [override(key, value)], "search")
+        changed(base, [written(key, value)], "search")
         return []
     except ConfigError as error:
         found = [line.strip() for line in str(error).splitlines()[1:]]
     draw = random.Random(0)
     for _ in range(64 if others else 0):
-        drawn = [override(name, draw.choice(other.extremes())) for name, other in others.items()]
+        drawn = [written(name, draw.choice(other.extremes())) for name, other in others.items()]
         with contextlib.suppress(ConfigError):
-            changed(base, [override(key, value), *drawn], "search")
+            changed(base, [written(key, value), *drawn], "search")
             return []
     return found
 
@@ -186,10 +187,4 @@ def _describe(item: Any) -> str:
             part = Asha
         near = difflib.get_close_matches(location[-1], list(part.model_fields), n=1)
         return f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else "")
-    message = item["msg"].removeprefix("Value error, ")
-    told = item["type"] in ("value_error", "missing")
-    return f"{where}: {message}" + ("" if told else f", got {item['input']!r}")
-
-
-def override(key: str, value: Any) -> str:
-    return f"{key}={in_one_line(value)}"
+    return f"{where}: {complaint(item)}"

@@ -12,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.config import Config, changed, without_logins
+from ..core.overrides import read, written
 from ..core.reports import EvaluationReport, without_score
 from ..data.documents import as_json
 from ..data.index import write_whole
 from .cluster import cluster
 from .console import Terminal, brief, paragraph, say
 from .placement import anywhere
-from .sweep import Sweep, override, read_sweep
+from .sweep import Sweep, read_sweep
 
 
 def tune(sweep_file: Path, ray_address: str | None = None) -> Path:
@@ -128,8 +129,8 @@ def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str) -> 
 
     name = ray_tune.get_context().get_trial_name()
     assert name is not None, "inside a trial"
-    overrides = [override(key, value) for key, value in parameters.items()]
-    overrides += [override("train.output", str(Path(folder) / "trials")), override("train.name", name)]
+    overrides = [written(key, value) for key, value in parameters.items()]
+    overrides += [written("train.output", str(Path(folder) / "trials")), written("train.name", name)]
     config = changed(Config.model_validate(base), overrides, name)
 
     def told(report: EvaluationReport) -> None:
@@ -176,8 +177,8 @@ def _rank(row: dict[str, Any], mode: str) -> tuple[bool, float, str]:
 def _shown(sweep: Sweep) -> dict[str, Any]:
     """The sweep as results.json, which is handed on, has it: without logins of addresses."""
     values = sweep.model_dump(mode="json")
-    split = [override.partition("=") for override in values["overrides"]]
-    return {**values, "overrides": [f"{key}={without_logins(value)}" for key, _, value in split]}
+    split = [read(override, Config) for override in sweep.overrides]
+    return {**values, "overrides": [written(".".join(path), without_logins(value)) for path, value in split]}
 
 
 def _write(folder: Path, rows: list[dict[str, Any]], sweep: Sweep) -> None:

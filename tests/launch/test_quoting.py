@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ddetr.data.documents import in_one_line
+from ddetr.core.overrides import written
 from ddetr.launch.command_line import LONGEST, decoded, encoded, split_off
 from ddetr.launch.pdsh import check_hostfile, quoted
 
@@ -186,7 +186,7 @@ def test_on_ray(synthetic_shards: Path, tmp_path: Path) -> None:
     }
     settings |= {"train.name": "$(touch executed) & 'x' %h", "data.train": str(synthetic_shards), "train.max_steps": 1}
     line = [sys.executable, "-m", "ddetr.launch.cli", "train", "tiny", *SMALL]
-    line += [f"{key}={in_one_line(value)}" for key, value in settings.items()]
+    line += [written(key, value) for key, value in settings.items()]
     result = subprocess.run([*line, "--ray"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     config = yaml.safe_load((Path(settings["train.output"]) / settings["train.name"] / "config.yaml").read_text())

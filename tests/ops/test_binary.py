@@ -112,8 +112,9 @@ def _headers_of(version: str, folder: Path) -> Path:
         pytest.skip(f"no package registry within reach has torch {version}")
     assert found.returncode == 0, found.stderr[-4000:]
     (wheel,) = json.loads((folder / "report.json").read_text())["install"]
-    remote = io.BufferedReader(_RemoteFile(wheel["download_info"]["url"]), 1 << 22)
-    with zipfile.ZipFile(remote) as archive:
+    url = wheel["download_info"]["url"]
+    local = urllib.request.url2pathname(url.removeprefix("file://")) if url.startswith("file:") else None
+    with zipfile.ZipFile(local or io.BufferedReader(_RemoteFile(url), 1 << 22)) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/torch/")])
     return folder / "torch/include"
 

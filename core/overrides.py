@@ -1,0 +1,85 @@
+"""Overrides, `section.key=value`: read as they were typed, and written so that they are read back."""
+
+import contextlib
+import re
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from ..data.documents import parse_yaml
+
+_NONE = ("null", "Null", "NULL", "~")  # in YAML
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
+def read(override: str, configuration: type[BaseModel]) -> tuple[list[str], Any]:
+    """The keys that lead to a setting, and its value.
+
+    A setting that is text takes the text as typed, `123`, `on` and `[x` too, without blanks around it. Quotes around
+    the whole text are YAML's, and `null` or `~` is none where the setting may be none. All others are YAML.
+    configuration: knows which settings are text. Raises ValueError, one line.
+    """
+    key, equals, typed = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2:
+        raise ValueError(f"{override!r}: an override is written section.key=value")
+    kinds = _kinds(path, configuration)
+    try:
+        return path, _text(typed, kinds) if _is_text(kinds) else parse_yaml(typed) if typed else ""
+    except ValueError as error:
+        cause = error.__cause__
+        reason = f"not valid YAML: {cause.problem}" if isinstance(cause, yaml.MarkedYAMLError) else str(error)
+        raise ValueError(f"{override!r}: {' '.join(reason.split())}") from error
+
+
+def written(key: str, value: Any) -> str:
+    """The override that `read` takes for this value; a text as it is where that reads back."""
+    return f"{key}={_in_one_line(value)}"
+
+
+def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Put a value into nested sections. Raises ValueError where what should hold it is none."""
+    for depth, key in enumerate(path[:-1]):
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is not a section")
+    values[path[-1]] = value
+
+
+def _kinds(path: list[str], configuration: type[BaseModel]) -> set[Any]:
+    """The types that a setting may have. One that does not exist is text: that it is missing is said of any value."""
+    kind: Any = configuration
+    for key in path:
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return {Any}  # inside of a free-form setting
+        if key not in kind.model_fields:
+            return {str}
+        kind = kind.model_fields[key].annotation
+    return set(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else {kind}
+
+
+def _is_text(kinds: set[Any]) -> bool:
+    return all(
+        kind is str or (get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)))
+        for kind in kinds - {types.NoneType}
+    )
+
+
+def _text(typed: str, kinds: set[Any]) -> str | None:
+    typed = typed.strip(" \t\r\n")
+    if typed in _NONE and types.NoneType in kinds:
+        return None
+    return parse_yaml(typed) if _QUOTED.fullmatch(typed) else typed
+
+
+def _in_one_line(value: Any) -> str:
+    if isinstance(value, str) and value:
+        with contextlib.suppress(ValueError):
+            if parse_yaml(value, aliases=True) == value:
+                return value
+    text = yaml.safe_dump([value], default_flow_style=True, width=2**31).strip()[1:-1]
+    if "\n" in text:
+        text = yaml.safe_dump([value], default_flow_style=True, default_style='"', width=2**31).strip()[1:-1]
+    return text
