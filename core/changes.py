@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..data.documents import in_one_line
 from ..data.text import visible
 from .config import Config, without_logins
+from .overrides import in_one_line
 from .timetable import Position, Timetable
 
 # The weights are there already, and the run stays where it is.

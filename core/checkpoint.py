@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.categories import Categories
-from ..data.documents import in_one_line, parse_json
+from ..data.documents import parse_json
 from ..data.text import visible
 from .config import Config, ConfigError, EvalConfig, ModelConfig, changed, dump, parse, without_logins
 from .detector import Detector, build
 from .labels import check_shared, continued_heads, label_map
 from .manifest import damaged
+from .overrides import written
 from .ownership import check_own
 from .published import (
     Published,
@@ -321,7 +322,7 @@ def _advice(file: Path, config: ModelConfig, stored: Shapes) -> str:
     except ValueError as error:
         return f"It does not say which model it is of ({str(error).splitlines()[0]})."
     differing = [
-        f"model.{key}={in_one_line(value)}"
+        written(f"model.{key}", value)
         for key, value in theirs.model_dump(mode="json").items()
         if value != getattr(config, key) and key not in ("pretrained_backbone", "dropout")
     ]

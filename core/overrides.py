@@ -36,7 +36,7 @@ def read(override: str, configuration: type[BaseModel]) -> tuple[list[str], Any]
 
 def written(key: str, value: Any) -> str:
     """The override that `read` takes for this value; a text as it is where that reads back."""
-    return f"{key}={_in_one_line(value)}"
+    return f"{key}={in_one_line(value)}"
 
 
 def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -74,7 +74,8 @@ def _text(typed: str, kinds: set[Any]) -> str | None:
     return parse_yaml(typed) if _QUOTED.fullmatch(typed) else typed
 
 
-def _in_one_line(value: Any) -> str:
+def in_one_line(value: Any) -> str:
+    """YAML of a value; a text as it is where that reads back."""
     if isinstance(value, str) and value:
         with contextlib.suppress(ValueError):
             if parse_yaml(value, aliases=True) == value:

@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from ..data import documents
@@ -51,6 +51,13 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True)
+class SavingReport:
+    """The state after this step is saved next: from there a run may go on."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     step: int
     epoch: int
@@ -68,8 +75,9 @@ class FaultReport:
     message: str
 
 
-Report = StepReport | EvaluationReport | CheckpointReport | FaultReport
+Report = StepReport | EvaluationReport | SavingReport | CheckpointReport | FaultReport
 Observe = Callable[[Report], None]
+SUMMED = ("images", "step_seconds", "data_wait_seconds")  # over the steps that a line of metrics.jsonl stands for
 
 
 def named_losses(values: list[float], layers: tuple[str, ...]) -> dict[str, float]:
@@ -89,10 +97,16 @@ def without_score(num_not_finite: int) -> str:
     )
 
 
-def as_json(report: StepReport | EvaluationReport) -> str:
-    """One line of metrics.jsonl; what is not finite is null in it."""
-    kind = {StepReport: "step", EvaluationReport: "evaluation"}[type(report)]
-    return documents.as_json({"kind": kind, "time": time.time(), **asdict(report)})
+def as_json(report: EvaluationReport | Sequence[StepReport]) -> str:
+    """One line of metrics.jsonl: an evaluation, or the last of some steps with sums over all of them.
+
+    What is not finite is null in it.
+    """
+    if isinstance(report, EvaluationReport):
+        return documents.as_json({"kind": "evaluation", "time": time.time(), **asdict(report)})
+    sums = {name: sum(getattr(step, name) for step in report) for name in SUMMED}
+    line = {"kind": "step", "time": time.time(), **asdict(report[-1])}
+    return documents.as_json({**line, "since_last_line": {"steps": len(report), **sums}})
 
 
 class Pace:

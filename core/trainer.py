@@ -36,7 +36,7 @@ from .evaluator import ShardResult, evaluate_shard, evaluation
 from .guard import finite_or_poison, first_not_finite
 from .heartbeat import Watch
 from .manifest import is_evaluated, record_evaluation
-from .reports import EvaluationReport, FaultReport, Observe, Pace, Progress, StepReport, named_losses
+from .reports import EvaluationReport, FaultReport, Observe, Pace, Progress, SavingReport, StepReport, named_losses
 from .saving import Saver
 from .timetable import Timetable, other_plan
 from .transfer import to_device
@@ -140,6 +140,7 @@ def train(
         nonlocal saved_step
         watch.at("saving", step)
         if step > saved_step:
+            observe(SavingReport(step))
             position = timetable.position(step, stream.order)
             saver.begin(lambda: engine.snapshot(run_directory, position, categories), step, position.epoch)
             saved_step = step

@@ -1,6 +1,5 @@
 """`ddetr report`: one HTML page of a run, built from its config.yaml, metrics.jsonl, events.jsonl and eval/ alone."""
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ DETAIL_LENGTH = 2000  # characters of one value of an event
 COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have, beside their time
 AMOUNTS = ("learning_rate", "gradient_norm", "loss_scale", "memory_bytes")
 SPANS = ("step_seconds", "data_wait_seconds")
+SUMMED = ("images", *SPANS)  # over the steps that a record stands for
 LATEST = 4e9  # seconds since 1970: what is later is no time of a run
 SCORES = {
     "AP": "precision, IoU 0.50 to 0.95",
@@ -83,10 +83,11 @@ def read(run_directory: Path) -> RunLog:
     evaluations: list[dict[str, Any]] = []
     for record in _json_lines(run_directory / "metrics.jsonl", _is_metric, unreadable):
         if record.get("kind") == "step":
-            if steps and record["step"] <= steps[-1]["step"]:
-                steps = [earlier for earlier in steps if earlier["step"] < record["step"]]
-                evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
-            steps.append(record)
+            begin = record["step"] - record.get("since_last_line", {"steps": 1})["steps"]
+            if steps and begin < steps[-1]["step"]:
+                steps = [earlier for earlier in steps if earlier["step"] <= begin]
+                evaluations = [earlier for earlier in evaluations if earlier["step"] <= begin]
+            steps.append(_with_sums(record, steps[-1]["step"] if steps else 0))
         elif record.get("kind") == "evaluation":
             evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
             evaluations.append(record)
@@ -136,9 +137,11 @@ def _is_metric(record: dict[str, Any]) -> bool:
     if kind == "evaluation":
         has_scores = isinstance(metrics, dict) and all(_is_amount(metrics.get(name)) for name in SCORES)
         return has_scores and _is_span(record.get("seconds"))
+    sums = record.get("since_last_line", {"steps": 1, **dict.fromkeys(SUMMED, 0)})
+    has_sums = isinstance(sums, dict) and all(_is_span(sums.get(name)) for name in ("steps", *SUMMED))
     has_losses = isinstance(losses, dict) and all(_is_amount(losses.get(name, "")) for name in ("total", *PARTS))
-    has_amounts = all(_is_amount(record.get(name, "")) for name in AMOUNTS)
-    return has_losses and has_amounts and all(_is_span(record.get(name)) for name in SPANS) and "skipped" in record
+    has_amounts = all(_is_amount(record.get(name, "")) for name in AMOUNTS) and "skipped" in record
+    return has_sums and has_losses and has_amounts and all(_is_span(record.get(name)) for name in SPANS)
 
 
 def _has_time(record: dict[str, Any]) -> bool:
@@ -160,10 +163,15 @@ def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and (value == 0 or 1e-99 < abs(value) < 1e99)
 
 
-def _weights(steps: Sequence[dict[str, Any]]) -> list[int]:
-    """How many steps each record stands for: those since the one before, because not every step is recorded."""
-    numbers = [0, *(record["step"] for record in steps)]
-    return [after - before for before, after in itertools.pairwise(numbers)]
+def _with_sums(record: dict[str, Any], before: int) -> dict[str, Any]:
+    """A record with sums over the steps that it stands for: in version 0.1 it had none, and they follow `before`."""
+    count = record["step"] - before
+    return {"since_last_line": {"steps": count, **{name: count * record[name] for name in SUMMED}}, **record}
+
+
+def _sums(steps: Sequence[dict[str, Any]]) -> list[float]:
+    """Images, seconds and seconds of waiting for data."""
+    return [sum(record["since_last_line"][name] for record in steps) for name in SUMMED]
 
 
 def _head(run: RunLog) -> str:
@@ -182,12 +190,8 @@ def _head(run: RunLog) -> str:
         return "".join([*parts, '<p class="card empty below">No step has been recorded yet.</p>'])
     last = run.steps[-1]
     loss = _finite(last["losses"]["total"])
-    weights = _weights(run.steps)
-    images = sum(record["images"] * weight for record, weight in zip(run.steps, weights, strict=True))
-    seconds = (
-        sum(record["step_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True)) or math.nan
-    )
-    waited = sum(record["data_wait_seconds"] * weight for record, weight in zip(run.steps, weights, strict=True))
+    images, seconds, waited = _sums(run.steps)
+    seconds = seconds or math.nan
     tiles = []
     if run.evaluations:
         last_evaluation = run.evaluations[-1]
@@ -196,12 +200,9 @@ def _head(run: RunLog) -> str:
             note = "the model gave infinities or NaN"
         tiles.append(tile("AP, last evaluation", _percent(_score(last_evaluation, "AP")), note=note))
     epochs = run.config.get("train", {}).get("epochs")
+    epoch = f"epoch {last['epoch'] + 1}" + (f" of {brief(str(epochs))}" if epochs else "")
     tiles += [
-        tile(
-            "Steps",
-            number(last["step"]),
-            note=f"epoch {last['epoch'] + 1}" + (f" of {brief(str(epochs))}" if epochs else ""),
-        ),
+        tile("Steps", number(last["step"]), note=epoch),
         tile("Images trained on", number(images)),
         tile("Throughput", number(images / seconds), "images/s", f"{_percent(waited / seconds)} waiting for data"),
         tile("Time in steps", _duration(seconds), note="training alone"),
@@ -330,13 +331,10 @@ def _by_epoch(run: RunLog) -> str:
         steps = [record for record in run.steps if record["epoch"] == epoch]
         taken = [record for record in steps if not record["skipped"]] or steps
         losses = [sum(_finite(record["losses"][part]) for record in taken) / len(taken) for part in ("total", *PARTS)]
-        seconds = sum(record["step_seconds"] for record in steps) or math.nan
+        images, seconds, waited = _sums(steps)
+        seconds = seconds or math.nan
         row = [str(epoch + 1), number(steps[-1]["step"]), *(f"{value:.3f}" for value in losses)]
-        row += [
-            number(_finite(steps[-1]["learning_rate"])),
-            number(sum(record["images"] for record in steps) / seconds),
-        ]
-        row += [_percent(sum(record["data_wait_seconds"] for record in steps) / seconds)]
+        row += [number(_finite(steps[-1]["learning_rate"])), number(images / seconds), _percent(waited / seconds)]
         rows.append([*row, _percent(precision[epoch]) if epoch in precision else ""])
     heads = ("epoch", "last step", "loss", "class", "l1", "giou", "learning rate", "images/s", "data wait", "AP")
     numbers = table(heads, rows, numbers=range(1, len(heads)))

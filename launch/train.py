@@ -24,7 +24,7 @@ from ..core.labels import check_same
 from ..core.manifest import is_evaluated, resumable, verify
 from ..core.optimizer import rate_advice
 from ..core.ownership import check_links, remember
-from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, StepReport, as_json
+from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, SavingReport, StepReport, as_json
 from ..core.timetable import Position, Timetable, nothing_left, planned
 from ..core.trainer import train, training_stream
 from ..core.trial import SIDE, Trial, try_step
@@ -96,7 +96,7 @@ def run(
             if isinstance(item, CheckpointReport):
                 if item.error is None:
                     metrics.checkpoint_saved()
-            elif not isinstance(item, FaultReport):
+            elif isinstance(item, StepReport | EvaluationReport):
                 metrics.observe(item)
             record.observe(item)
             if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
@@ -249,6 +249,7 @@ class _Record:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(run_directory / "config.yaml")) from error
         self._every = config.train.log_every_steps
+        self._steps: list[StepReport] = []  # since the last line of metrics.jsonl
         self._metrics = self._open(run_directory / "metrics.jsonl")
         self._events = self._open(run_directory / "events.jsonl")
         self._log = logging.FileHandler(run_directory / "log.txt", encoding="utf-8")
@@ -266,6 +267,7 @@ class _Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._write_steps()
         if error is not None:
             self.event("error", message=f"{type(error).__name__}: {error}")
         log.removeHandler(self._log)
@@ -298,22 +300,36 @@ class _Record:
             else:
                 self.event("checkpoint_failed", step=item.step, reason=item.error)
             return
+        if isinstance(item, SavingReport):
+            self._write_steps()
+            return
         if isinstance(item, FaultReport):
+            self._write_steps()
             self.event("ranks_lost", step=item.step, reason=item.message)
             return
         if isinstance(item, EvaluationReport):
             self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
             if item.num_not_finite:
                 self.event("evaluation_not_finite", step=item.step, queries=item.num_not_finite)
-        for message in item.slow_ranks if isinstance(item, StepReport) else ():
-            self.event("slow_rank", step=item.step, reason=message)
-        for message in item.bad_samples if isinstance(item, StepReport) else ():
-            self.event("bad_sample", step=item.step, reason=message)
-        if isinstance(item, StepReport) and item.skipped:
-            self.event("skipped", step=item.step, reason=item.not_finite)
-        elif isinstance(item, StepReport) and item.step % self._every:
+            self._append(self._metrics, as_json(item))
             return
-        self._append(self._metrics, as_json(item))
+        for message in item.slow_ranks:
+            self.event("slow_rank", step=item.step, reason=message)
+        for message in item.bad_samples:
+            self.event("bad_sample", step=item.step, reason=message)
+        if item.skipped:
+            self.event("skipped", step=item.step, reason=item.not_finite)
+        if self._steps and self._steps[-1].epoch != item.epoch:
+            self._write_steps()
+        self._steps.append(item)
+        if item.skipped or item.step % self._every == 0:
+            self._write_steps()
+
+    def _write_steps(self) -> None:
+        """A line for the steps since the last one: every few steps, and wherever a run or an epoch may end."""
+        steps, self._steps = self._steps, []
+        if steps:
+            self._append(self._metrics, as_json(steps))
 
 
 class _Quiet:

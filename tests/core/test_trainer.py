@@ -140,7 +140,8 @@ def test_auto_resume_starts_anew_what_died_before_its_first_checkpoint(synthetic
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=stopped"]
-    process = start(command(1, *arguments, "train.epochs=1000", "train.checkpoint_every_epochs=0"))
+    arguments += ["train.epochs=1000", "train.checkpoint_every_epochs=0", "train.log_every_steps=7"]
+    process = start(command(1, *arguments))
     wait_for(tmp_path / "stopped/metrics.jsonl", process, lines=3)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
@@ -148,7 +149,10 @@ def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, 
     assert f"{number.name}: saving after this step" in output
     assert "Traceback" not in output
     run = collect(tmp_path / "stopped", output, 0)
-    assert load_detector(run.directory).step == run.steps[-1]["step"]
+    last = load_detector(run.directory).step
+    assert run.steps[-1]["step"] == last
+    assert sum(step["since_last_line"]["steps"] for step in run.steps) == last
+    assert sum(step["since_last_line"]["images"] for step in run.steps) == 4 * last
     assert [event["event"] for event in run.events] == ["start", "checkpoint", "stop"]
 
 
