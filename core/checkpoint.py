@@ -51,6 +51,7 @@ PARTS = ("backbone", "input_proj", "transformer", "query_embed", "class_embed", 
 
 Shapes = dict[str, tuple[int, ...]]
 Described = TypeVar("Described")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,25 @@ def find_checkpoint(path: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint here; expected checkpoints/step_*/{WEIGHTS} or {WEIGHTS}")
     if not (found[-1] / WEIGHTS).is_file():
+        if not found[-1].exists():  # its run has deleted it meanwhile
+            return find_checkpoint(path)
         raise ValueError(damaged(found[-1], f"{WEIGHTS} is missing"))
     return found[-1]
+
+
+def read_newest(path: str | Path, read: Callable[[Path], Found]) -> Found:
+    """What `read` makes of the file of weights that `path` means: itself, or that of a run's newest checkpoint.
+
+    A run may go on meanwhile and delete old checkpoints: where the file is gone when it is read, the newest one is
+    looked for again. Raises FileNotFoundError when there is none, and what `read` raises about a file that is there.
+    """
+    while True:
+        file = _weights_file(path)
+        try:
+            return read(file)
+        except (OSError, ValueError):
+            if file.exists():
+                raise
 
 
 def save_weights(
@@ -123,8 +141,7 @@ def load_weights(
     names when it belongs to another architecture, that names the first tensor with a value that is not finite, or when
     no class goes on; the model is unchanged then. For a model on the meta device nothing but that is checked.
     """
-    file = _weights_file(path)
-    weights, stored_categories = _stored_weights(file, tell)
+    file, (weights, stored_categories) = read_newest(path, lambda file: (file, _stored_weights(file, tell)))
     _check_finite(weights, file)
     ours = model.state_dict()
     heads = [name for name in ours if name.startswith("class_embed.")]
@@ -198,10 +215,13 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
     """Read a checkpoint's description, with overrides applied to its configuration; nothing is built or acted on.
 
     For a published checkpoint the configuration is read off the tensors' shapes. Raises FileNotFoundError without a
-    checkpoint, ConfigError for mistakes in configuration or overrides, and ValueError for a file that is no
-    checkpoint, and for overrides of the model, which the weights have fixed.
+    checkpoint, ConfigError for mistakes in configuration or overrides, those of the model among them, which the weights
+    have fixed, and ValueError for a file that is no checkpoint.
     """
-    file = _weights_file(path)
+    return read_newest(path, lambda file: _contents(file, overrides))
+
+
+def _contents(file: Path, overrides: Sequence[str]) -> Contents:
     weights, metadata = None, {}
     if file.suffix == ".safetensors":
         with _opened(file) as opened:
@@ -233,10 +253,10 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
             )
 
         stored, categories, step, epoch = _described_by(file, described)
-    config = changed(stored, overrides, str(path))
+    config = changed(stored, overrides, str(file))
     fixed = [f"model.{name}" for name, value in stored.model if getattr(config.model, name) != value]
     if fixed:
-        raise ValueError(f"{', '.join(fixed)}: the weights in {file} fix the model; leave the override out")
+        raise ConfigError(f"{', '.join(fixed)}: the weights in {file} fix the model; leave the override out")
     return Contents(file, config, categories, step, epoch, shapes, weights)
 
 
@@ -269,7 +289,11 @@ def load_detector(
     fetched from elsewhere that is not the user's word; ValueError, before any memory is taken, when the configuration
     describes another or a larger model than the tensors are, and for a value that is not finite.
     """
-    found = contents(path, overrides)
+    return read_newest(path, lambda file: _loaded(file, device, overrides, config))
+
+
+def _loaded(file: Path, device: str | torch.device, overrides: Sequence[str], config: Config | None) -> TrainedDetector:
+    found = _contents(file, overrides)
     if config is None:
         config = found.config
         check_own(config, ("model.backbone", "data.most_pixels"), overrides, found.file)

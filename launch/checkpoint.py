@@ -18,7 +18,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.attention import MultiScaleDeformableAttention
-from ..core.checkpoint import Contents, TrainedDetector, contents, export_published, load_detector, save_weights
+from ..core.checkpoint import (
+    Contents,
+    TrainedDetector,
+    contents,
+    export_published,
+    load_detector,
+    read_newest,
+    save_weights,
+)
 from ..core.config import dump
 from ..core.cost import OTHERS, PARTS, part_of
 from ..core.detector import Detector
@@ -39,16 +47,8 @@ def inspect(path: Path) -> None:
 
     Nothing in the file is executed, built or acted on. Raises what `contents` raises.
     """
-    found = contents(path)
+    found, facts = read_newest(path, _facts)
     console = Terminal(soft_wrap=True)
-    facts = {
-        "file": f"{found.file} ({_bytes(found.file.stat().st_size)})",
-        "position": "published weights" if found.step is None else f"step {found.step}, epoch {found.epoch}",
-        "stored as": _stored_types(found.file),
-        "categories": _categories(found),
-        "evaluated": _evaluated(found) or "not yet (ddetr eval)",
-        "resumable": _resumable(found.file.parent),
-    }
     for name, value in facts.items():
         console.print(Text.assemble((f"{name:>10}", "bold"), f"  {visible(value)}"))
     table = Table("part", "tensors", "values", "float32")
@@ -65,6 +65,18 @@ def inspect(path: Path) -> None:
     console.print(table)
     console.print(Text("configuration", "bold"))
     console.print(Text(dump(found.config, for_others=True)))  # YAML writes what is not printable as an escape
+
+
+def _facts(file: Path) -> tuple[Contents, dict[str, str]]:
+    found = contents(file)
+    facts = {
+        "position": "published weights" if found.step is None else f"step {found.step}, epoch {found.epoch}",
+        "stored as": _stored_types(file),
+        "categories": _categories(found),
+        "evaluated": _evaluated(found) or "not yet (ddetr eval)",
+        "resumable": _resumable(file.parent),
+    }
+    return found, {"file": f"{file} ({_bytes(file.stat().st_size)})", **facts}  # last: it was there for all of them
 
 
 def export(

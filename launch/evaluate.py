@@ -12,10 +12,10 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
-from ..core.checkpoint import TrainedDetector, checkpoints, load_detector
-from ..core.config import Config
+from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector
+from ..core.config import Config, ConfigError
 from ..core.evaluator import ShardResult, check_categories, evaluate_shard, evaluation
-from ..core.ownership import check_links, check_own
+from ..core.ownership import ForeignSettingError, check_links, check_own
 from ..core.reports import without_score
 from ..core.world import device_for
 from ..data.cache import open_shards
@@ -40,21 +40,28 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the checkpoint at `path`; with `all_checkpoints` every one of the run directory `path`, oldest first.
 
+    The run may go on meanwhile: checkpoints that it deletes are left out with a line, those that it saves are
+    evaluated, too. Of all checkpoints, a damaged one does not keep the others from being evaluated.
+
     data: the shards to evaluate on, in place of the configuration's data.validation.
     ray_address: an address as `cluster` takes it; None evaluates in this process.
     output: folder for detections.json, ground_truth.json and metrics.json, with `all_checkpoints` for one folder a
     step; the run's `eval/step_XXXXXXXX` otherwise.
-    Returns the numbers of the last checkpoint. Raises FloatingPointError, when all is written, for checkpoints that
-    gave numbers that are not finite and so have no score.
+    Returns the numbers of the last checkpoint. Raises ValueError in the end that names the damaged ones, and
+    FloatingPointError that names those which gave numbers that are not finite and so have no score.
     """
     console = Terminal()
-    paths = _every_checkpoint(path) if all_checkpoints else [path]
+    damaged: dict[Path, str] = {}
+    detectors = (
+        _every_detector(path, overrides, console, damaged)
+        if all_checkpoints
+        else [load_detector(path, overrides=overrides)]
+    )
     metrics: dict[str, float] = {}
     without: list[str] = []
     with contextlib.ExitStack() as stack:
         evaluators: dict[str, EvaluateShards] = {}  # by where the shards are
-        for checkpoint in paths:
-            detector = load_detector(checkpoint, overrides=overrides)
+        for detector in detectors:
             index = _shards(data, detector, overrides)
             check_categories(detector, index)
             folder = _output_folder(detector.path, output, each=all_checkpoints)
@@ -75,16 +82,50 @@ def evaluate(
             _print(console, detector, index, metrics, folder)
             if found.num_not_finite:
                 without.append(f"{detector.path}: {without_score(found.num_not_finite)}")
+    if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
+        listed = [*damaged.values(), *without]
+        raise ValueError(f"{len(damaged)} checkpoint(s) could not be evaluated:\n" + "\n".join(listed))
     if without:
         raise FloatingPointError("\n".join(without))
+    if not metrics:
+        raise FileNotFoundError(f"{path}: all checkpoints were deleted meanwhile")
     return metrics
 
 
-def _every_checkpoint(run_directory: Path) -> list[Path]:
-    found = checkpoints(run_directory)
-    if not found:
+def _every_detector(
+    run_directory: Path, overrides: list[str], console: Console, damaged: dict[Path, str]
+) -> Iterator[TrainedDetector]:
+    """Those of a run, oldest first, until none is new. Says which are gone; what is wrong with others is in `damaged`.
+
+    Raises FileNotFoundError without any, and what is wrong with the overrides.
+    """
+    done: set[Path] = set()
+    if not checkpoints(run_directory):
         raise FileNotFoundError(f"{run_directory}: not a run directory with checkpoints/step_*; --all needs one")
-    return found
+    while waiting := [checkpoint for checkpoint in checkpoints(run_directory) if checkpoint not in done]:
+        for checkpoint in waiting:
+            try:
+                detector = load_detector(checkpoint, overrides=overrides)
+            except (OSError, ValueError) as error:
+                if not checkpoint.exists():
+                    console.print(f"{checkpoint} was deleted meanwhile: left out", soft_wrap=True)
+                    continue
+                if isinstance(error, ForeignSettingError) or (isinstance(error, ConfigError) and _is_sound(checkpoint)):
+                    raise
+                damaged[checkpoint] = str(error)
+                console.print(f"{checkpoint} cannot be evaluated, the others go on: {error}", soft_wrap=True)
+            else:
+                yield detector
+            done.add(checkpoint)
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Whether it describes itself well, so that mistakes are those of the overrides."""
+    try:
+        contents(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _shards(data: str | Path | None, detector: TrainedDetector, overrides: list[str]) -> ShardIndex:

@@ -2,13 +2,22 @@
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from ddetr.core import checkpoint
-from ddetr.core.checkpoint import WEIGHTS, find_checkpoint, load_detector, load_weights, save_weights, step_directory
+from ddetr.core.checkpoint import (
+    WEIGHTS,
+    find_checkpoint,
+    load_detector,
+    load_weights,
+    read_newest,
+    save_weights,
+    step_directory,
+)
 from ddetr.core.config import Config, ModelConfig
 from ddetr.core.detector import Detector, build
 from ddetr.data.categories import Categories
@@ -284,3 +293,28 @@ def test_safetensors_of_another_program(tmp_path: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"neither a Deformable DETR nor a DETR checkpoint.* transformer\.level_embed"):
         load_detector(tmp_path / "model.pth")
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_newest(tmp_path: Path) -> None:
+    files = [step_directory(tmp_path, step) / WEIGHTS for step in (10, 20, 30)]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(file.parent.name.encode())
+    opened: list[Path] = []
+
+    def read(file: Path) -> bytes:
+        opened.append(file)
+        if file != files[0]:
+            shutil.rmtree(file.parent)
+        return file.read_bytes()
+
+    assert read_newest(tmp_path, read) == b"step_00000010"
+    assert opened == files[::-1]
+    with pytest.raises(FileNotFoundError, match="step_00000020: no checkpoint here"):
+        read_newest(step_directory(tmp_path, 20), read)
+
+    def refuse(file: Path) -> bytes:
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):  # it is there: no other is taken in its place
+        read_newest(tmp_path, refuse)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,3 +181,24 @@ def test_onnxruntime_computes_the_same(
             expected = detector.model(normalised(torch.from_numpy(images), mask), mask)
         np.testing.assert_allclose(logits, expected.logits.numpy(), atol=2e-3, rtol=1e-3)
         np.testing.assert_allclose(boxes, expected.boxes.numpy(), atol=2e-4)
+
+
+def test_inspect_of_a_run_whose_newest_checkpoint_is_deleted_shows_the_one_before(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddetr.launch import checkpoint
+
+    shutil.copytree(run_directory, tmp_path / "run")
+    resumable = checkpoint._resumable
+
+    def deleted(folder: Path) -> str:
+        if folder.name == "step_00000020":
+            shutil.rmtree(folder)
+        return resumable(folder)
+
+    monkeypatch.setattr(checkpoint, "_resumable", deleted)
+    checkpoint.inspect(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "step_00000010/model.safetensors" in printed
+    assert "step 10, epoch 1" in printed
+    assert "step_00000020" not in printed

@@ -7,12 +7,15 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from ddetr.core.checkpoint import WEIGHTS, load_detector
+from ddetr.core.config import ConfigError
 from ddetr.core.evaluator import METRICS, merge
 from ddetr.data.index import ShardIndex
 from ddetr.launch.cluster import cluster
@@ -71,6 +74,42 @@ def test_every_checkpoint_is_evaluated_into_the_run(run_directory: Path, local: 
     assert written(run / "eval/step_00000020") == written(local)
     assert newest == json.loads((local / "metrics.json").read_text())
     assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
+
+
+def test_checkpoints_come_go_and_are_damaged_meanwhile(run_directory: Path, local: Path, tmp_path: Path) -> None:
+    """The shards' command, first called when step 10 is loaded, does what a training run does: deletes and saves."""
+    run = tmp_path / "run"
+    shutil.copytree(run_directory / "checkpoints", run / "checkpoints")
+    for step in (15, 30):
+        shutil.copytree(run / "checkpoints/step_00000020", run / f"checkpoints/step_{step:08d}")
+    with (run / "checkpoints/step_00000015/model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    (run / "checkpoints/step_00000030").rename(tmp_path / "saved")
+    shards = load_detector(run_directory).config.data.validation
+    (tmp_path / "give").write_text(
+        f"cd {tmp_path} && if [ -d saved ]; then\n"
+        "  for step in 10 20; do mv run/checkpoints/step_000000$step .gone && rm -r .gone; done\n"
+        "  mv saved run/checkpoints/step_00000030\n"
+        f"fi\ncat {shards}/$1\n"
+    )
+    command = [sys.executable, "-m", "ddetr.launch.cli", "eval", str(run), "--all", f"data.cache={tmp_path}/cache"]
+    command += ["--data", f"pipe:sh {tmp_path}/give {{}}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["step_00000010", "step_00000030"], done.stderr
+    assert written(run / "eval/step_00000030") == written(local)
+    assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
+    assert f"{run}/checkpoints/step_00000020 was deleted meanwhile: left out" in done.stdout
+    assert f"{run}/checkpoints/step_00000015 cannot be evaluated, the others go on: " in done.stdout
+    assert done.returncode == 2
+    head, *damaged = done.stderr.splitlines()[-2:]
+    assert head == "ddetr: 1 checkpoint(s) could not be evaluated:"
+    assert "step_00000015/model.safetensors: not a readable safetensors file" in damaged[0]
+
+
+def test_a_mistake_in_the_settings_of_all_is_told_once(run_directory: Path, tmp_path: Path) -> None:
+    for override, message in (("eval.topk=3", "no such key"), ("model.queries=31", "fix the model")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(run_directory, [override], output=tmp_path, all_checkpoints=True)
 
 
 def test_ray_gives_the_local_files_and_is_shut_down(run_directory: Path, local: Path, tmp_path: Path) -> None:
