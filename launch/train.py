@@ -34,11 +34,11 @@ from ..data.cache import open_shards
 from ..data.categories import Categories
 from ..data.index import ShardIndex, write_whole
 from ..data.stream import TrainStream
-from ..data.text import visible
 from ..monitoring.exporter import serve, write_targets
 from ..monitoring.metrics import RunMetrics
 from .console import LogFormatter, say
 from .environment import check
+from .identity import Identity, identify
 
 log = logging.getLogger("ddetr")
 
@@ -79,7 +79,8 @@ def run(
             if world.rank == 0:
                 _print_plan(config, stream, began, trial, world, deepspeed_json)
             return run_directory
-        metrics = RunMetrics(visible(run_directory.name), world.rank)
+        identity = world.agree(lambda: identify(run_directory), Identity)
+        metrics = RunMetrics(identity.label, world.rank)
         addresses: list[str] = []
         if config.monitor.enabled:
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
@@ -90,7 +91,8 @@ def run(
             remember(config)
         if world.rank == 0:  # the first thing written: all that can be checked beforehand has been
             record = stack.enter_context(_Record(run_directory, config))
-            stack.enter_context(_announced(addresses, run_directory))
+            identity.write()
+            stack.enter_context(_announced(addresses, run_directory, identity.label))
 
         def observe(item: Report) -> None:
             if isinstance(item, CheckpointReport):
@@ -225,14 +227,14 @@ def _beginning(
 
 
 @contextlib.contextmanager
-def _announced(addresses: list[str], run_directory: Path) -> Iterator[None]:
+def _announced(addresses: list[str], run_directory: Path, run_label: str) -> Iterator[None]:
     """Write every rank's address into targets.json for Prometheus, and empty it when the run ends as it should."""
     targets = run_directory / "targets.json"
-    labels = [{"run": visible(run_directory.name), "rank": str(rank)} for rank in range(len(addresses))]
+    labels = [{"run": run_label, "rank": str(rank)} for rank in range(len(addresses))]
     write_targets(targets, zip(addresses, labels, strict=True))
     log.info("run directory %s", run_directory)
     if addresses:
-        log.info("metrics at %s", ", ".join(f"http://{address}/metrics" for address in addresses))
+        log.info("metrics of run %s at %s", run_label, ", ".join(f"http://{address}/metrics" for address in addresses))
     yield
     write_targets(targets, [])  # not after an error: Prometheus should report the ranks of a broken run as missing
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ddetr.core.config import load
+from ddetr.launch.identity import identify
 
 from tests.core.runs import SMALL, collect, kill
 from tests.launch.nodes import DEVICES, FIRST, NODES, on
@@ -240,7 +241,7 @@ def test_the_pods_train_and_resume_after_an_eviction(pod_names: None, synthetic_
         for index, address in enumerate(reversed(NODES.values())):  # each pod's exporter from the other pod
             scrape = [*on(list(NODES)[index]), sys.executable, "-c", fetch, address]
             scraped = subprocess.run(scrape, capture_output=True, text=True, check=True, timeout=60).stdout
-            assert f'ddetr_current_step{{rank="{1 - index}",run="r50"}}' in scraped
+            assert f'ddetr_current_step{{rank="{1 - index}",run="{identify(run).label}"}}' in scraped
         for process in pods:
             process.terminate()  # what the kubelet does first
         output = ended(pods)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ddetr.launch.identity import identify
 from ddetr.launch.report import report
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,9 @@ def test_every_dashboard_expression_has_data_of_a_real_run(training, prometheus,
     process, run_directory = training
     targets = run_directory / "targets.json"
     groups = wait_for_targets(targets, process, seconds=300)
-    assert [group["labels"] for group in groups] == [{"run": "watched", "rank": "0"}, {"run": "watched", "rank": "1"}]
+    label = identify(run_directory).label
+    assert label.startswith("watched@")
+    assert [group["labels"] for group in groups] == [{"run": label, "rank": "0"}, {"run": label, "rank": "1"}]
 
     server = prometheus(targets)
     for title, expressions in dashboard_expressions.items():
@@ -83,3 +86,50 @@ def test_every_dashboard_expression_has_data_of_a_real_run(training, prometheus,
     assert json.loads(targets.read_text()) == []  # it ended in order: nothing is missing
     server.wait_for(lambda: not server.query("up"), "the ended run's ranks are forgotten")
     assert report(run_directory).read_text().count("<svg") == 8
+
+
+def test_two_runs_of_one_name_are_two_and_a_resumed_one_stays_itself(
+    synthetic_shards: Path, tmp_path: Path, prometheus
+) -> None:
+    settings = f"{MODEL} {SETTINGS} train.name=same train.epochs=100000 monitor.port=0".split()
+    settings += [f"data.train={synthetic_shards}", "train.evaluate_every_epochs=0"]
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / "output.txt").open("a") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ddetr.launch.cli", "train", *arguments],
+                cwd=tmp_path,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    started = {name: start("tiny", *settings, f"train.output={name}") for name in ("mine", "theirs")}
+    try:
+        groups = {
+            name: wait_for_targets(tmp_path / name / "same/targets.json", process, seconds=300)
+            for name, process in started.items()
+        }
+        (mine, theirs) = (group["labels"]["run"] for (group,) in groups.values())
+        (tmp_path / "targets.json").write_text(json.dumps([*groups["mine"], *groups["theirs"]]))
+        server = prometheus(tmp_path / "targets.json")
+        rate = "run:ddetr_images:rate5m"
+        server.wait_for(lambda: len(server.query(rate)) == 2, "the speed of both", seconds=200)
+        assert {s["metric"]["run"] for s in server.query(rate)} == {mine, theirs}
+        assert {s["metric"]["run"]: s["value"] for s in server.query("run:ddetr_ranks:count")} == {mine: 1, theirs: 1}
+        started["theirs"].kill()
+        alert = server.wait_for(
+            lambda: [a for a in server.get("alerts")["alerts"] if a["labels"]["alertname"] == "DdetrRankMissing"],
+            "an alert about the killed run",
+        )
+        assert [a["labels"]["run"] for a in alert] == [theirs]
+        started["mine"].terminate()
+        assert started["mine"].wait(timeout=120) == 0
+        (tmp_path / "mine/same/targets.json").unlink()
+        started["mine"] = start("--resume", "mine/same")
+        (group,) = wait_for_targets(tmp_path / "mine/same/targets.json", started["mine"], seconds=300)
+        assert group["labels"]["run"] == mine
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()

@@ -1,0 +1,63 @@
+"""Which run it is: its name, and an identity that it keeps in its folder through every resume, wherever that goes on.
+
+Runs of one name in two folders, of two users or on two machines are two runs to Prometheus.
+"""
+
+import json
+import logging
+import re
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..data.documents import parse_json
+from ..data.index import write_whole
+from ..data.text import visible
+
+log = logging.getLogger("ddetr")
+
+FILE = "identity.json"
+_DIGITS = 8
+_IDENTITY = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """identity: eight random hexadecimal digits. folder: where the run was when it last began."""
+
+    identity: str
+    folder: str
+
+    @property
+    def label(self) -> str:
+        """Of every series of the run, and in its targets.json."""
+        return f"{visible(Path(self.folder).name)}@{self.identity}"
+
+    def write(self) -> None:
+        write_whole(Path(self.folder) / FILE, json.dumps(asdict(self)).encode())
+
+
+def identify(run_directory: Path) -> Identity:
+    """What the run's folder says, or a new identity; nothing is written.
+
+    A folder that was moved is the same run, a copy beside the original another one.
+    """
+    folder, found = run_directory.resolve(), _read(run_directory)
+    original = None if found is None or found.folder == str(folder) else _read(Path(found.folder))
+    if found is None or (original is not None and original.identity == found.identity):
+        return Identity(secrets.token_hex(_DIGITS // 2), str(folder))
+    return Identity(found.identity, str(folder))
+
+
+def _read(run_directory: Path) -> Identity | None:
+    file = run_directory / FILE
+    if not file.is_file():
+        return None
+    try:
+        found = Identity(**parse_json(file.read_bytes()))
+        if not _IDENTITY.fullmatch(found.identity) or not isinstance(found.folder, str):
+            raise ValueError("not the identity of a run")
+        return found
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s cannot be read (%s): to Prometheus this is another run than before", file, error)
+        return None
