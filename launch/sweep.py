@@ -20,9 +20,9 @@ It looks like this (all keys but base, samples and search have defaults):
     output: runs/sweep                # default: runs/<name of this file>-<time>
 """
 
-import contextlib
 import difflib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,10 +32,10 @@ from ..core.config import Config, ConfigError, came_with_weights, changed, compl
 from ..core.evaluator import METRICS
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
-from ..data.cache import open_shards
 from ..data.documents import parse_yaml
 
 RESERVED = ("train.output", "train.name")  # the sweep gives each trial its own directory
+DRAWS = 64  # combinations of the other keys' values among which one must make a value right
 
 
 class _Part(BaseModel):
@@ -115,6 +115,8 @@ class Sweep(_Part):
 def read_sweep(path: Path) -> tuple[Sweep, Config]:
     """The sweep and the configuration that its trials start from; each searched key and value is tried on it.
 
+    That includes what a run would find out before it starts: shards, model, initial weights. A value is right when some
+    values of the other keys make it so.
     Raises ConfigError that lists every mistake, and ForeignSettingError when the file came with weights and gives
     orders that are not the user's.
     """
@@ -144,32 +146,73 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
             found.append(f"search.{key}: the sweep sets it for each trial")
             continue
         others = {name: other for name, other in sweep.search.items() if name not in (key, *RESERVED)}
-        found += [mistake for value in distribution.extremes() for mistake in _tried(base, key, value, others)]
+        for value in distribution.extremes():
+            found += _tried(base, key, value, others, lambda config: [])
     if sweep.scheduler.asha and {"train.epochs", "train.evaluate_every_epochs"} & set(sweep.search):
         found.append("search: asha decides how many epochs a trial runs; take train.epochs out, or the scheduler")
     if base.data.train is None or base.data.validation is None:
         found.append("overrides: set data.train and data.validation; a trial is judged by its evaluations")
     if not base.train.evaluate_every_epochs:
         found.append("overrides: train.evaluate_every_epochs must be at least 1; a trial is judged by its evaluations")
+    if base.train.device == "cuda" and not sweep.gpus_per_trial:
+        found.append("gpus_per_trial: is 0, but train.device=cuda; give a trial a GPU, or set train.device=cpu or auto")
+    found = found or _refused(sweep, base)
     if found:
         raise _mistakes(path, list(dict.fromkeys(found)))
-    for shards in (base.data.train, base.data.validation):
-        open_shards(str(shards), base.data)
     return sweep, base
 
 
-def _tried(base: Config, key: str, value: Any, others: dict[str, Distribution]) -> list[str]:
-    """What is wrong with a value of a searched key, given the base; nothing when values of the other keys mend it."""
-    try:
-        changed(base, [written(key, value)], "search")
-        return []
-    except ConfigError as error:
-        found = [line.strip() for line in str(error).splitlines()[1:]]
-    draw = random.Random(0)
-    for _ in range(64 if others else 0):
-        drawn = [written(name, draw.choice(other.extremes())) for name, other in others.items()]
-        with contextlib.suppress(ConfigError):
-            changed(base, [written(key, value), *drawn], "search")
+def _refused(sweep: Sweep, base: Config) -> list[str]:
+    """What the trials' runs would find out before they start."""
+    from .train import check_beforehand
+
+    known: dict[str, list[str]] = {}
+
+    def faults(config: Config) -> list[str]:
+        """The optimizer's numbers matter to none of the checks."""
+        without = config.model_copy(update={"optim": base.optim}).model_dump_json()
+        if without not in known:
+            try:
+                check_beforehand(config)
+                known[without] = []
+            except (OSError, ValueError) as error:
+                known[without] = [str(error).replace("\n", "\n    ")]
+        return known[without]
+
+    of_all = faults(base)
+    searched = {key: distribution for key, distribution in sweep.search.items() if not key.startswith("optim.")}
+    if not searched:
+        return of_all
+    found: list[str] = []
+    for key, distribution in searched.items():
+        others = {name: other for name, other in searched.items() if name != key}
+        for value in distribution.extremes():
+            refused = _tried(base, key, value, others, faults)
+            found += [fault if fault in of_all else f"{written(key, value)}: {fault}" for fault in refused]
+    return found
+
+
+def _tried(
+    base: Config,
+    key: str,
+    value: Any,
+    others: dict[str, Distribution],
+    faults: Callable[[Config], list[str]],
+) -> list[str]:
+    """What is wrong with a value of a searched key, given the base; nothing when values of the other keys mend it.
+
+    faults: of a configuration that can be read.
+    """
+
+    def tried(drawn: list[str]) -> list[str]:
+        try:
+            return faults(changed(base, [written(key, value), *drawn], "search"))
+        except ConfigError as error:
+            return [line.strip() for line in str(error).splitlines()[1:]]
+
+    found, draw = tried([]), random.Random(0)
+    for _ in range(DRAWS if found and others else 0):
+        if not tried([written(name, draw.choice(other.extremes())) for name, other in others.items()]):
             return []
     return found
 

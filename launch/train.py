@@ -134,6 +134,14 @@ def run(
     return run_directory
 
 
+def check_beforehand(config: Config) -> None:
+    """All that a `run` of one rank finds out about a configuration before it makes anything. Raises what it raises."""
+    index, _ = _open_data(config)
+    training_stream(config, index, World(0, 1, 0, torch.device("cpu")))
+    deepspeed_config(config)
+    _fit_initial_weights(_without_weights(config), config, index.categories)
+
+
 def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
     if config.data.train is None:
         raise ValueError(

@@ -17,8 +17,7 @@ from ..core.evaluator import ShardResult, evaluate_shard
 from ..core.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
-from ..data.sources import is_remote
-from .placement import anywhere
+from .placement import anywhere, from_anywhere
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
@@ -77,7 +76,7 @@ class ShardWorkers:
     def __init__(self, folder: str | Path, most: int, device: str, threads: int, report: Callable[[str], None]) -> None:
         import ray
 
-        self._folder = str(folder) if is_remote(str(folder)) else str(Path(folder).resolve())
+        self._folder = from_anywhere(str(folder), Path.cwd())
         self._threads = threads
         self._report = report
         self._failed_starts = 0

@@ -2,13 +2,23 @@
 
 import csv
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+from ddetr.core.checkpoint import find_checkpoint
 from ddetr.core.config import ConfigError, load
 from ddetr.launch.sweep import Sweep, read_sweep
 from ddetr.launch.tune import tune
+
+from tests.launch.conftest import SMALL
 
 
 @pytest.fixture
@@ -111,6 +121,39 @@ def test_values_that_fit_only_together_are_not_refused(sweep: dict, tmp_path: Pa
     assert mistakes(sweep, tmp_path) == ["model: hidden_dim must be a multiple of heads, got 64 and 5"]
 
 
+def test_what_trials_would_trip_over_is_told_before_the_first(
+    sweep: dict, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's model has 30 queries and its shards 18 images of 3 categories."""
+    monkeypatch.chdir(run_directory.parent)
+    given = [*SMALL, "data.train=shards", "data.validation=shards", "train.initial_weights=run"]
+    sweep["overrides"] = given
+    rates = {"optim.learning_rate": {"uniform": [1e-5, 1e-4]}}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**sweep, "search": rates}))
+    read_sweep(path)
+
+    def told(*overrides: str, **search: dict) -> str:
+        searched = {key.replace("__", "."): value for key, value in search.items()}
+        path.write_text(yaml.safe_dump({**sweep, "overrides": given + list(overrides), "search": searched or rates}))
+        with pytest.raises(ConfigError, match=r"^1 mistake\(s\) in ") as raised:
+            read_sweep(path)
+        return str(raised.value)
+
+    assert "model.queries=31: run/checkpoints/step_00000020/model.safetensors: holds another architecture" in told(
+        model__queries={"choice": [30, 31]}
+    )
+    assert "train.initial_weights=absent: absent: no checkpoint here" in told(
+        train__initial_weights={"choice": ["run", "absent"]}
+    )
+    assert "data.train=absent: absent: no such folder" in told(data__train={"choice": ["absent", "shards"]})
+    assert "model.num_classes=5, but shards has 3 categories" in told(
+        "model.num_classes=5", "train.new_class_head=true", data__flip_probability={"uniform": [0.1, 0.5]}
+    )
+    assert "train.batch_size=19" in told(train__batch_size={"integer": [1, 19]})
+    assert "gpus_per_trial: is 0, but train.device=cuda" in told("train.device=cuda")
+
+
 def test_the_sweep_in_the_docstring_is_valid(tmp_path: Path) -> None:
     import ddetr.launch.sweep
 
@@ -169,3 +212,63 @@ def test_trials_train_with_the_values_they_were_given(sweep: dict, tmp_path: Pat
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == [trial["trial"] for trial in trials]
     assert float(rows[0]["optim.learning_rate"]) == trials[0]["parameters"]["optim.learning_rate"]
+
+
+@pytest.mark.slow
+def test_a_search_whose_driver_is_killed_leaves_its_table(sweep: dict, run_directory: Path, tmp_path: Path) -> None:
+    """Trials one after the other, with paths and a command that mean the folder in which the search was started."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "shards").symlink_to(run_directory.parent / "shards")
+    shutil.copyfile(find_checkpoint(run_directory) / "model.safetensors", work / "first.safetensors")
+    given = ["data.train=pipe:cat shards/{}", "data.validation=shards", "data.cache=cache", "train.batch_size=6"]
+    given += ["train.epochs=1", "monitor.enabled=false", "train.zero_stage=0"]
+    search = {
+        "optim.learning_rate": {"loguniform": [1e-5, 1e-3]},
+        "train.initial_weights": {"choice": ["first.safetensors"]},
+    }
+    values = {**sweep, "overrides": [*SMALL, *given], "samples": 5, "concurrent": 1, "search": search, "output": "out"}
+    (work / "sweep.yaml").write_text(yaml.safe_dump(values))
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ddetr.launch.cli", "tune", "sweep.yaml"],
+            cwd=work,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    children: list[psutil.Process] = []
+
+    def events(trial: str) -> dict[str, float]:
+        file = work / "out/trials" / trial / "events.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return {event["event"]: event["time"] for event in map(json.loads, lines)}
+
+    try:
+        deadline = time.monotonic() + 600
+        while "start" not in events("trial_00001"):
+            assert time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+            assert process.poll() is None, (tmp_path / "output.txt").read_text()
+            time.sleep(0.2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finally:
+        process.kill()
+        for child in children:  # Ray's processes, those that do not end by themselves
+            if child.is_running():
+                child.kill()
+    assert events("trial_00000")["stop"] <= events("trial_00001")["start"]
+    assert not (work / "out/trials/trial_00002").exists()
+    results = json.loads((work / "out/results.json").read_text())
+    assert [(row["trial"], row["state"]) for row in results["trials"]] == [
+        ("trial_00000", "ended"),
+        ("trial_00001", "running"),
+    ]
+    lines = (work / "out/trials/trial_00000/metrics.jsonl").read_text().splitlines()
+    (evaluation,) = [row for row in map(json.loads, lines) if row["kind"] == "evaluation"]
+    assert results["trials"][0]["best"] == evaluation["metrics"]["AP"]
+    with (work / "out/results.csv").open() as file:
+        assert [row["state"] for row in csv.DictReader(file)] == ["ended", "running"]
+    assert f"The table so far is in {work}/out/results.json" in (tmp_path / "output.txt").read_text()
+    assert f"weights of {work}/first.safetensors" in (work / "out/trials/trial_00000/log.txt").read_text()
+    assert os.listdir(work / "cache") == ["ddetr-shards"]
