@@ -10,7 +10,7 @@ from ddetr.core.config import Config, ConfigError, changed, load
 from ddetr.core.engine import deepspeed_config
 from ddetr.core.overrides import read, written
 from ddetr.launch.sweep import Sweep
-from ddetr.launch.tune import _shown
+from ddetr.launch.trials import _shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
