@@ -23,14 +23,16 @@ sys.path.insert(0, str(HERE))  # tests take their reports from rank_process.py, 
 
 
 class Prometheus:
-    """A Prometheus process that runs in `folder` on a copy of monitoring/prometheus and of `targets`."""
+    """A Prometheus process that runs in `folder` on a copy of monitoring/prometheus, with `targets` linked as told."""
 
-    def __init__(self, folder: Path, targets: Path):
+    def __init__(self, folder: Path, targets: Path | None):
         program = shutil.which("prometheus")
         if program is None:
             pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
         shutil.copytree(MONITORING / "prometheus", folder)
-        (folder / "targets.json").symlink_to(targets)
+        self.folder = folder
+        if targets is not None:
+            self.link(targets)
         config = yaml.safe_load((folder / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
         config["scrape_configs"][0]["file_sd_configs"][0]["refresh_interval"] = "1s"
@@ -52,6 +54,9 @@ class Prometheus:
                 cwd=folder,
                 stderr=log,
             )
+
+    def link(self, targets: Path) -> None:
+        (self.folder / "targets-demo.json").symlink_to(targets)
 
     def get(self, path: str, **parameters: str) -> Any:
         """The `data` of an API answer. Raises HTTPError for an expression that Prometheus refuses."""
@@ -85,11 +90,11 @@ class Prometheus:
 
 
 @pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Callable[[Path], Prometheus]]:
-    """Call with a targets.json to start a Prometheus on it; it ends with the test."""
+def prometheus(tmp_path: Path) -> Iterator[Callable[..., Prometheus]]:
+    """Call, perhaps with a targets.json, to start a Prometheus on it; it ends with the test."""
     started: list[Prometheus] = []
 
-    def start(targets: Path) -> Prometheus:
+    def start(targets: Path | None = None) -> Prometheus:
         started.append(Prometheus(tmp_path / f"prometheus_{len(started)}", targets))
         return started[-1]
 
