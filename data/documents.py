@@ -18,8 +18,7 @@ def parse_json(text: str | bytes | bytearray) -> Any:
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
     """JSON that every reader takes: infinities and NaN, for which it has no words, are null."""
-    separators = (",", ":") if indent is None else None
-    written = partial(json.dumps, indent=indent, separators=separators, allow_nan=False)
+    written = partial(json.dumps, indent=indent, allow_nan=False)
     try:
         return written(value)
     except ValueError:  # rare, and looking for them beforehand takes longer than writing

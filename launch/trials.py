@@ -13,7 +13,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..core.config import without_logins
+from ..core.config import Config, without_logins
+from ..core.overrides import read, written
 from ..data.documents import as_json
 from ..data.index import write_whole
 from .console import Terminal, brief, paragraph, say
@@ -129,8 +130,8 @@ class Trials:
 def _shown(sweep: Sweep) -> dict[str, Any]:
     """The sweep as results.json, which is handed on, has it: without logins of addresses."""
     values = sweep.model_dump(mode="json")
-    split = [override.partition("=") for override in values["overrides"]]
-    return {**values, "overrides": [f"{key}={without_logins(value)}" for key, _, value in split]}
+    split = [read(override, Config) for override in sweep.overrides]
+    return {**values, "overrides": [written(".".join(path), without_logins(value)) for path, value in split]}
 
 
 def _short(value: Any) -> str:

@@ -194,7 +194,7 @@ def test_another_batch_size_goes_on_with_the_next_epoch(train: Train, tmp_path: 
     told = succeeded(resume(run, 1, "train.batch_size=4", "train.epochs=3", "model.dropout=0", "train.name=other"))
     assert [(step["step"], step["epoch"]) for step in told.steps[6:]] == [(number, 2) for number in range(7, 13)]
     assert sum(step["images"] for step in told.steps[6:]) == 24
-    assert {step["learning_rate"] for step in told.steps[6:]} == {pytest.approx(1e-5)}
+    assert [step["learning_rate"] for step in told.steps[6:]] == pytest.approx([1e-5] * 6)
     assert "an epoch has 6 steps now, and had 3 until step 6: 2 epoch(s) and 0 of 3 steps are done" in told.output
     assert "settings changed since step 6: model.dropout 0.1 -> 0.0, train.epochs 2 -> 3, train.batch_size 8 -> 4" in (
         told.output
