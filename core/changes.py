@@ -1,5 +1,6 @@
 """What a run that goes on is told of settings that are not those of its checkpoint any more."""
 
+from pathlib import Path
 from typing import Any
 
 from ..data.text import visible
@@ -28,9 +29,16 @@ def changed_settings(before: Config, after: Config) -> dict[str, str]:
     }
 
 
-def told_of_changes(before: Config, after: Config, done: Position, per_epoch: int) -> list[str]:
-    """Lines for a run that has come so far under `before` and goes on under `after`, with so many steps an epoch."""
+def told_of_changes(before: Config, after: Config, folder: Path, done: Position, per_epoch: int) -> list[str]:
+    """Lines for a run in `folder` that has come so far under `before` and goes on under `after`.
+
+    per_epoch: steps of an epoch under `after`. A folder that was moved is no change of its settings.
+    """
     changed = changed_settings(before, after)
+    if after.train.name == folder.name:
+        changed.pop("train.name", None)
+    if Path(after.train.output).resolve() == folder.resolve().parent:
+        changed.pop("train.output", None)
     vain = [key for key in changed if key in WITHOUT_EFFECT]
     model = [key for key in changed if key.startswith("model.") and key not in TRAINING_ALONE]
     others = [key for key in changed if key not in (*vain, *model)]

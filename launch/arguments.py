@@ -44,4 +44,4 @@ def normalised_arguments(arguments: Sequence[str]) -> list[str]:
 
 def is_override(argument: str) -> bool:
     """An override is `section.key=value`; an image file may hold an equals sign, but then it exists."""
-    return re.match(r"[a-z_]+\.[a-z_.]+=", argument) is not None and not Path(argument).exists()
+    return re.match(r"[a-z_]+\.[a-z0-9_.]+=", argument) is not None and not Path(argument).exists()

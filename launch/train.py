@@ -230,7 +230,7 @@ def _beginning(
     timetable = Timetable.of(config.train, stream.steps_per_epoch, stored.position)
     unevaluated = bool(config.data.validation and config.train.evaluate_every_epochs) and not is_evaluated(checkpoint)
     over = None if unevaluated else nothing_left(stored.position, timetable)
-    told = told_of_changes(found.config, config, stored.position, stream.steps_per_epoch)
+    told = told_of_changes(found.config, config, path, stored.position, stream.steps_per_epoch)
     return _Beginning(path, True, told, stored.position, over)
 
 

@@ -1,5 +1,7 @@
 """Which step is which, before and after a resume: worked out by hand."""
 
+from pathlib import Path
+
 import pytest
 from ddetr.core.changes import told_of_changes
 from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
@@ -95,16 +97,18 @@ def test_nothing_left_names_the_setting_that_ends_it() -> None:
     assert "set a larger train.max_steps" in by_steps
 
 
-def test_changed_settings_are_told_by_what_they_do() -> None:
+def test_changed_settings_are_told_by_what_they_do(tmp_path: Path) -> None:
     model = ModelConfig(box_refine=True, two_stage=True)
     before = Config(model=model, optim=OptimConfig(schedule="linear"), train=TrainConfig(epochs=10))
     overrides = ["train.epochs=20", "model.queries=100", "train.initial_weights=x.pth", "model.dropout=0"]
     done = Position(80, 8, 0, 10)
-    lines = told_of_changes(before, changed(before, overrides, "test"), done, 10)
+    lines = told_of_changes(before, changed(before, overrides, "test"), tmp_path, done, 10)
     assert lines == [
         "settings changed since step 80: model.dropout 0.1 -> 0.0, train.epochs 10 -> 20",
         "without effect, the run goes on with its weights in its folder: train.initial_weights null -> x.pth",
         "the weights fit, but the model computes something else with them: model.queries 300 -> 100",
         "the learning rate of step 81 is 0.0002 and would have been 0.0001",
     ]
-    assert told_of_changes(before, before, done, 10) == []
+    assert told_of_changes(before, before, tmp_path, done, 10) == []
+    moved = changed(before, [f"train.output={tmp_path.parent}", f"train.name={tmp_path.name}"], "test")
+    assert told_of_changes(before, moved, tmp_path, done, 10) == []

@@ -124,7 +124,7 @@ def test_values_that_fit_only_together_are_not_refused(sweep: dict, tmp_path: Pa
 def test_what_trials_would_trip_over_is_told_before_the_first(
     sweep: dict, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's model has 30 queries and its shards 18 images of 3 categories."""
+    """The run's model has 2 decoder layers and its shards 18 images of 3 categories."""
     monkeypatch.chdir(run_directory.parent)
     given = [*SMALL, "data.train=shards", "data.validation=shards", "train.initial_weights=run"]
     sweep["overrides"] = given
@@ -140,8 +140,9 @@ def test_what_trials_would_trip_over_is_told_before_the_first(
             read_sweep(path)
         return str(raised.value)
 
-    assert "model.queries=31: run/checkpoints/step_00000020/model.safetensors: holds another architecture" in told(
-        model__queries={"choice": [30, 31]}
+    assert (
+        "model.decoder_layers=3: run/checkpoints/step_00000020/model.safetensors: holds another architecture"
+        in told(model__decoder_layers={"choice": [2, 3]})
     )
     assert "train.initial_weights=absent: absent: no checkpoint here" in told(
         train__initial_weights={"choice": ["run", "absent"]}
