@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .frozen_norm import fold_frozen_norms
+from .pretrained import fetching
 
 STRIDES = (8, 16, 32)
 
@@ -20,16 +21,18 @@ class Backbone(nn.Module):
 
     With `backbone_norm=frozen_batch` the published fine-tuning applies: batch norms, the stem and the first
     stage (everything before C3) do not train. With `group` all of it trains from scratch.
-    Raises ValueError when timm has no such model or the model lacks one of the strides.
+    Raises ValueError when timm has no such model or the model lacks one of the strides, OSError when its pretrained
+    weights are neither in their cache nor can be fetched.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         try:
             stride: dict[str, Any] = {"output_stride": 16} if config.dilation else {}
-            body = timm.create_model(
-                config.backbone, features_only=True, pretrained=config.pretrained_backbone, **stride
-            )
+            with fetching(config.backbone, config.pretrained_backbone):
+                body = timm.create_model(
+                    config.backbone, features_only=True, pretrained=config.pretrained_backbone, **stride
+                )
         except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
             dilated = " with model.dilation=true" if config.dilation else ""
             raise ValueError(

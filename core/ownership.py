@@ -129,7 +129,8 @@ def remember(config: BaseModel) -> None:
                 opened.write("\n" + "".join(f"{digest}\n" for digest in sorted(new)))  # after half a line, too
         except (OSError, RuntimeError) as error:
             log.warning(
-                "what this run was given is not remembered (%s): --resume and eval of it will ask for %s again",
+                "what this run was given is not remembered (%s; XDG_STATE_HOME names another place): --resume and eval "
+                "of it will ask for %s again",
                 *(error, ", ".join(given)),
             )
 
@@ -145,7 +146,11 @@ def _remembered() -> set[str]:
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows this account's home
-        log.warning("what your earlier runs were given cannot be read (%s), so it counts as a stranger's", error)
+        log.warning(
+            "what your earlier runs were given cannot be read (%s; XDG_STATE_HOME names another place), so it counts "
+            "as a stranger's",
+            error,
+        )
         return set()
 
 

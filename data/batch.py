@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from .shared_memory import shared
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+NOTHING_SIDE = 64  # pixels of an empty image
 
 
 @dataclass(frozen=True)
@@ -97,24 +100,28 @@ def layout(n: int, h: int, w: int, t: int) -> dict[str, tuple[torch.dtype, tuple
     }
 
 
+def packed_bytes(n: int, h: int, w: int, t: int) -> int:
+    """Of a packed batch of N images with T boxes."""
+    return sum(dtype.itemsize * math.prod(extent) for dtype, extent in layout(n, h, w, t).values())
+
+
 def nothing() -> Sample:
     """An empty image that fills a place."""
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, (64, 64))
+    image = torch.zeros(3, NOTHING_SIDE, NOTHING_SIDE, dtype=torch.uint8)
+    return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, (NOTHING_SIDE, NOTHING_SIDE))
 
 
 def collate(samples: Sequence[Sample], bad_samples: Sequence[str] = ()) -> PackedBatch:
     """Pad the samples' images to one size and pack them with their boxes.
 
-    Raises ValueError for an empty sequence.
+    Raises ValueError for an empty sequence, SharedMemoryError in a worker process that finds too little of it.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
     height = max(sample.image.shape[1] for sample in samples)
     width = max(sample.image.shape[2] for sample in samples)
     shape = (len(samples), height, width, sum(len(sample.labels) for sample in samples))
-    num_bytes = sum(dtype.itemsize * math.prod(extent) for dtype, extent in layout(*shape).values())
-    packed = PackedBatch(_bytes(num_bytes), shape, tuple(bad_samples))
+    packed = PackedBatch(_bytes(packed_bytes(*shape)), shape, tuple(bad_samples))
     batch = packed.batch()
     for n, sample in enumerate(samples):
         h, w = sample.image.shape[1:]
@@ -135,8 +142,7 @@ def _bytes(number: int) -> Tensor:
     """Uninitialised; in a worker process in shared memory at once, where handing over would have to copy it."""
     if get_worker_info() is None:
         return torch.empty(number, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(number)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+    return torch.empty(0, dtype=torch.uint8).set_(shared(number))
 
 
 def normalised(images: Tensor, padding_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

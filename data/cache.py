@@ -19,11 +19,12 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from .config import DataConfig
+from .folders import obstacle
 from .index import ShardIndex
 from .layout import INDEX_NAME, MOST_INDEX_BYTES, Shard
 from .sources import Source, SourceError, fetch, is_remote, source_of
@@ -45,27 +46,41 @@ class ShardCache:
     """The local copies of the shards of a source, in a folder of its own inside `parent`.
 
     limit_bytes: of all shards in the folder together, those of other sets included; those being fetched come on top.
-    Raises FileExistsError when something else has that folder's name.
+    Raises FileExistsError when something else has that folder's name, OSError when it can be neither found nor made.
     """
 
     def __init__(self, source: Source, parent: Path, limit_bytes: int, attempts: int) -> None:
         self._source, self._limit_bytes, self._attempts = source, limit_bytes, attempts
+        if not _is_marked(parent / FOLDER) and (reason := obstacle(parent)):
+            raise OSError(_unusable(parent, reason))
         self._folder = _own_folder(parent)
+
+    def check(self, shards: Iterable[Shard]) -> None:
+        """Raise OSError when what is missing of the shards cannot be put there. One that holds all is only read."""
+        reason = obstacle(self._folder)
+        if reason and any(not (self._folder / f"{shard.sha256}.tar").exists() for shard in shards):
+            raise OSError(_unusable(self._folder.parent, reason))
 
     def open(self, shard: Shard) -> int:
         """A descriptor of the shard's local copy, which is fetched when it is not there.
 
-        Raises SourceError, naming shard and address, when that fails, ValueError when the cache cannot hold it.
+        Raises SourceError, naming shard and address or a cache that cannot be written, when that fails, ValueError when
+        the cache cannot hold it.
         """
         check_room([shard], self._limit_bytes)
         path = self._folder / f"{shard.sha256}.tar"
         descriptor = _used(path)
         if descriptor is None:
-            with _locked(path.with_suffix(".lock")):
-                descriptor = _used(path)
-                if descriptor is None:
-                    self._make_room(shard.bytes)
-                    descriptor = self._fetch(shard, path)
+            try:
+                with _locked(path.with_suffix(".lock")):
+                    descriptor = _used(path)
+                    if descriptor is None:
+                        self._make_room(shard.bytes)
+                        descriptor = self._fetch(shard, path)
+            except SourceError:
+                raise
+            except OSError as error:
+                raise SourceError(_unusable(self._folder.parent, str(error))) from error
         return descriptor
 
     def ensure(self, shard: Shard) -> None:
@@ -113,6 +128,13 @@ class ShardCache:
                     if stat.S_ISREG(lock.lstat().st_mode):
                         lock.unlink()
                 excess -= size
+
+
+def _unusable(parent: Path, reason: str) -> str:
+    return (
+        f"data.cache={parent}: shards cannot be kept there: {reason}. Set data.cache to another folder, or "
+        "data.fetch=samples, which keeps none"
+    )
 
 
 def check_room(shards: list[Shard], limit_bytes: int) -> None:
@@ -178,7 +200,8 @@ def _used(path: Path) -> int | None:
         descriptor = _opened(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    os.utime(descriptor)
+    with contextlib.suppress(OSError):  # a cache that can only be read deletes nothing either
+        os.utime(descriptor)
     return descriptor
 
 
@@ -210,14 +233,20 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
     """The shards in a local folder, or wherever `data.train` and `data.validation` may say.
 
     Raises FileNotFoundError when there are none or they do not fit their index, ValueError for an unusable index and
-    for a cache that cannot hold the largest of them, and SourceError when the source cannot be reached.
+    for a cache that cannot hold the largest of them, OSError for one that cannot be written, and SourceError when the
+    source cannot be reached.
     """
     if not is_remote(location):
         return ShardIndex.load(location)
     source = source_of(location, config.fetch_timeout_seconds)
     text = bytearray()
     fetch(source, INDEX_NAME, text.extend, size=MOST_INDEX_BYTES, exact=False, attempts=config.fetch_attempts)
-    folder = Path(config.cache).expanduser()
+    try:
+        folder = Path(config.cache).expanduser()
+    except RuntimeError:  # nobody knows this account's home
+        if config.fetch == "shards":
+            raise ValueError(_unusable(Path(config.cache), "this account has no home")) from None
+        folder = Path(config.cache)
     index = ShardIndex.parse(text, location, folder)
     if config.fetch == "shards":
         check_room(list(index.shards), config.cache_bytes)
@@ -234,6 +263,7 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
             *(index.location, total / 2**30, config.cache_bytes / 2**30, total),
         )
     cache = ShardCache(source, folder, config.cache_bytes, config.fetch_attempts)
+    cache.check(index.shards)
     index.open, index.fetch = cache.open, cache.ensure
     return index
 

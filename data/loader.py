@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from .shared_memory import FOLDER, REMEDY
+
 Item = TypeVar("Item")
 _REAP_SECONDS = 4.0  # for a killed process to be gone; one that hangs in a system call stays
 
@@ -44,9 +46,10 @@ class Loader(Generic[Item]):
                 connection.wait([worker.sentinel for worker in self._workers], _REAP_SECONDS)
             if lost := [worker for worker in self._workers if worker.exitcode]:
                 how = ", ".join(f"pid {worker.pid} {_how(worker.exitcode)}" for worker in lost)
-                raise OSError(
-                    f"a loader process was lost ({how}). If memory ran out, set data.workers to fewer; then start again"
-                ) from error
+                remedy = "If memory ran out, set data.workers to fewer; then start again"
+                if any(worker.exitcode == -signal.SIGBUS for worker in lost):
+                    remedy = f"{FOLDER} was full. {REMEDY}"
+                raise OSError(f"a loader process was lost ({how}). {remedy}") from error
             raise
         finally:
             if self._workers:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from webdataset import filters
 from webdataset.pipeline import DataPipeline
 
-from .batch import Batch, PackedBatch, Sample, collate, nothing
+from .batch import NOTHING_SIDE, Batch, PackedBatch, Sample, collate, nothing, packed_bytes
 from .config import DataConfig
 from .images import load_image
 from .index import SampleError, ShardIndex, ShardReader
@@ -30,6 +30,7 @@ from .loader import Loader
 from .parallel import threaded_map, until
 from .plan import NOTHING, StepPlan, random_numbers
 from .prefetch import Prefetch
+from .shared_memory import PAGE_BYTES, SharedMemoryError
 from .sources import SourceError
 from .transforms import annotated_sample, load_for
 from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
@@ -38,6 +39,9 @@ Result = TypeVar("Result")
 
 # At which a run saves and stops: a scheduler's, Ctrl-C and the end of the terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+_AHEAD = 2  # batches that each loader process has made or is making
+_LOOKED_AT = 500_000  # samples, of the first epochs, whose sizes are looked at for the shared memory
 
 _streams: "weakref.WeakSet[TrainStream]" = weakref.WeakSet()
 
@@ -93,7 +97,7 @@ class TrainStream:
         self.num_samples = index.num_samples
         self.steps_per_epoch = self._plan.steps_per_epoch
         self.order = _order(index, config, batch_size, seed)
-        self._batches: Generator[PackedBatch | SourceError, None, None] | None = None
+        self._batches: Generator[PackedBatch | OSError, None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the open loader gives next
         self._prefetch: Prefetch | None = None
         _streams.add(self)
@@ -102,7 +106,7 @@ class TrainStream:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on; fewer when `stop()` says so.
 
         The loader stays open between epochs and reads ahead into the next one. Raises SourceError when a shard cannot
-        be fetched.
+        be fetched, SharedMemoryError when there is too little of it for a batch.
         """
         for step in range(first_step, self.steps_per_epoch):
             if self._position != (epoch, step):
@@ -116,6 +120,36 @@ class TrainStream:
                 return self.close()
             self._position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield micro_batches
+
+    def shared_bytes(self, steps: int, free: int, pinned: bool) -> int:
+        """The most of the shared memory that the batches of so many steps take at once: those that are made, those that
+        wait and those that are trained on. 0 when it is sure, without a look at the images, that they need less than
+        `free`. pinned: a batch is copied out of there as soon as it is made.
+        """
+        workers, accumulation, number = self._config.workers, self._plan.accumulation, self._plan.micro_batch_size
+        if not workers:
+            return 0
+        at_once = _AHEAD * workers + 1
+        if not pinned:  # a step's batches are freed when all of the next step's are there
+            at_once = _AHEAD * workers + max(accumulation, 2 * accumulation - 1 - workers)
+        longest = 2 * self._config.long_side
+        if at_once * packed_bytes(number, longest, longest, 0) < free:
+            return 0
+        count = max(at_once, min(steps * accumulation + _AHEAD * workers, _LOOKED_AT // number))
+        sizes = np.concatenate(list(self._seen(count)))
+        needed = [
+            -(-packed_bytes(number, height, width, 0) // PAGE_BYTES) * PAGE_BYTES
+            for height, width in sizes.reshape(count, number, 2).max(axis=1).tolist()
+        ]
+        return int(np.convolve(needed, np.ones(at_once, dtype=np.int64), "valid").max())
+
+    def _seen(self, count: int) -> Iterator[np.ndarray]:
+        """(n, 2) the (height, width) of the images of this rank's first micro-batches, epoch after epoch."""
+        micro_batches = islice(self._plan.micro_batches(0), count)
+        for epoch, group in groupby(micro_batches, key=lambda micro_batch: micro_batch[0]):
+            samples = np.array([samples for _, samples in group]).ravel()
+            sizes = seen_sizes(self._index.samples, self._config, self._plan.seed, epoch, samples)
+            yield np.where((samples == NOTHING)[:, None], NOTHING_SIDE, sizes)
 
     def close(self) -> None:
         """End the loader's worker processes."""
@@ -132,11 +166,12 @@ class TrainStream:
             shards = self._index.shards
             self._prefetch = Prefetch(self._plan.windows(epoch, first_step), lambda shard: fetch(shards[shard]))
         pipeline: Any = training_pipeline(self._index, self._plan, self._config, epoch, first_step)  # iterable
-        loader: Loader[PackedBatch | SourceError] = Loader(
+        loader: Loader[PackedBatch | OSError] = Loader(
             DataLoader(
                 pipeline,
                 batch_size=None,
                 num_workers=workers,
+                prefetch_factor=_AHEAD if workers else None,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_ignore_signals if workers else None,
                 # Its own generator: by default the loader draws a seed from the global one, which would make the
@@ -147,8 +182,8 @@ class TrainStream:
         self._batches = until(stop, loader.batches(), loader.kill)
         self._position = (epoch, first_step)
 
-    def _checked(self, batch: PackedBatch | SourceError) -> Batch:
-        if isinstance(batch, SourceError):
+    def _checked(self, batch: PackedBatch | OSError) -> Batch:
+        if isinstance(batch, OSError):
             self.close()
             raise batch
         return batch.batch()
@@ -197,12 +232,13 @@ def training_pipeline(
     )
 
 
-def errors_as_items(batches: Iterable[PackedBatch]) -> Iterator[PackedBatch | SourceError]:
-    """Hand a source's error on as the last item: raised in a worker process, it would arrive as a traceback."""
+def errors_as_items(batches: Iterable[PackedBatch]) -> Iterator[PackedBatch | OSError]:
+    """Hand an error that the user can mend on as the last item: raised in a worker process, it would arrive as a
+    traceback."""
     try:
         yield from batches
-    except SourceError as error:
-        yield SourceError(str(error))
+    except (SourceError, SharedMemoryError) as error:
+        yield (SourceError if isinstance(error, SourceError) else SharedMemoryError)(str(error))
 
 
 def packed(found: Sequence[Sample | SampleError | None]) -> PackedBatch:

@@ -83,6 +83,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop before the first step.")
     ] = False,
+    continues: Annotated[
+        bool,
+        typer.Option(
+            "--continues", help="Print whether this command, given again, continues its run (`true` or `false`); exit."
+        ),
+    ] = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +162,9 @@ def train(
     if resume is not None:  # where it is now, whatever its file says of where it was
         arguments += [written("train.output", str(resume.resolve().parent)), "train.auto_resume=false"]
     config = load(source, arguments, of_run=resume is not None)
+    if continues:
+        print("true" if resume is not None or config.train.auto_resume else "false")
+        return
     if ray is not None:
         from .ranks import train_on_ray
 

@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from torch.cuda import nccl
 from ..core.config import Config
 from ..core.engine import BUCKET_ELEMENTS
 from ..core.world import World
+from ..data.folders import obstacle
 from ..data.index import ShardIndex
+from ..data.shared_memory import FOLDER, REMEDY, free_bytes, mebibytes, place
+from ..data.stream import TrainStream
 
 MUST_AGREE = ("ddetr", "torch", "CUDA", "NCCL", "deepspeed", "shards")  # and the settings
 MAY_DIFFER = ("device", "Python", "timm", "kernel")
@@ -34,8 +38,8 @@ _OWN_SETTINGS = {
 Facts = dict[str, str]
 
 
-def check(config: Config, world: World, indexes: Sequence[ShardIndex]) -> list[str]:
-    """What to print about the machines of a run. Collective.
+def check(config: Config, world: World, indexes: Sequence[ShardIndex], *, writes: bool = True) -> list[str]:
+    """What to print about the machines of a run. Collective. writes: whether the output folder may be made for it.
 
     Raises ValueError on every rank when something differs between them that would make them compute different things,
     or when train.output is not the same folder for all.
@@ -48,10 +52,59 @@ def check(config: Config, world: World, indexes: Sequence[ShardIndex]) -> list[s
     if differing := [f"{name}: {text}" for name in (*MUST_AGREE, *settings) if (text := _difference(everywhere, name))]:
         raise ValueError(f"the ranks differ in {'; '.join(differing)}. Make them the same on every host")
     lines += [f"{name} differs: {text}" for name in MAY_DIFFER if (text := _difference(everywhere, name))]
-    _check_common_folder(Path(config.train.output), everywhere, world)
+    if writes:
+        _check_common_folder(Path(config.train.output), everywhere, world)
     if config.train.bandwidth_test_seconds:
         lines.append(_bandwidth(config.train.bandwidth_test_seconds, world))
     return lines
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """What one rank needs of the shared memory where it is, and what is free there before any rank takes some."""
+
+    place: str
+    host: str
+    needed: int
+    free: int | None
+
+    @classmethod
+    def of(cls, stream: TrainStream, config: Config, device: torch.device) -> "SharedMemory":
+        free = free_bytes()
+        steps = config.train.epochs * stream.steps_per_epoch
+        steps = min(steps, config.train.max_steps or steps)
+        needed = 0 if free is None else stream.shared_bytes(steps, free // local_size(), device.type == "cuda")
+        return cls(place(), socket.gethostname(), needed, free)
+
+
+def check_shared_memory(ranks: Sequence[SharedMemory]) -> None:
+    """Whether the batches of all ranks of a machine have room together. Raises OSError with both sizes and a remedy."""
+    for where in dict.fromkeys(rank.place for rank in ranks):
+        here = [rank for rank in ranks if rank.place == where]
+        needed, frees = sum(rank.needed for rank in here), [rank.free for rank in here if rank.free is not None]
+        if frees and needed > min(frees):
+            of = f"the {len(here)} ranks" if len(here) > 1 else "the rank"
+            raise OSError(
+                f"{FOLDER} of {here[0].host} has {mebibytes(min(frees))} free, the batches that loader processes keep "
+                f"ready for {of} there need {mebibytes(needed)}. {REMEDY}"
+            )
+
+
+def check_compiler_cache() -> None:
+    """Raises OSError when torch.compile cannot keep there what it makes."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    caches = {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()}
+    if given := os.environ.get("TRITON_CACHE_DIR"):
+        caches["TRITON_CACHE_DIR"] = given
+    for variable, folder in caches.items():
+        if reason := obstacle(Path(folder)):
+            raise OSError(f"train.compile=true: {reason}, where its cache should be; set {variable} to another folder")
+
+
+def local_size() -> int:
+    """Ranks of this machine, as core/world.py counts them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -> Facts:

@@ -4,14 +4,20 @@ DeepSpeed writes one line for the shell of every node: variables (its own choice
 the folder, the interpreter, the arguments. Here all of them are quoted, so that they arrive as they are.
 """
 
+import contextlib
 import io
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
+
+from ..data.stream import STOP_SIGNALS
 from .command_line import split_off
 from .console import paragraph
 
@@ -63,6 +69,30 @@ def _runner() -> type:
     return QuotingRunner
 
 
+def _told_to_stop() -> list[int]:
+    """The signals that come, of which those below DeepSpeed hear.
+
+    On one host DeepSpeed's runner would end by itself and leave the ranks behind; on several it has handlers of its own
+    for two of them, which the others are turned into.
+    """
+    came: list[int] = []
+
+    def tell_below(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+
+    def turn_into_terminate(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in STOP_SIGNALS:
+        known = number in (signal.SIGTERM, signal.SIGINT)
+        signal.signal(number, tell_below if known else turn_into_terminate)
+    return came
+
+
 def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # DeepSpeed logs the command, which need not be UTF-8
@@ -73,7 +103,14 @@ def main() -> None:
 
         runner.PDSHRunner = _runner()
         options += ["--launcher", "pdsh", "--no_local_rank", "--module"]
-        runner.main([f"--hostfile={hostfile}", *options, "ddetr.launch.command_line", word])
+        told = _told_to_stop()
+        try:
+            runner.main([f"--hostfile={hostfile}", *options, "ddetr.launch.command_line", word])
+        finally:
+            if told:  # as a shell has it; DeepSpeed ends with 1, whatever became of the ranks
+                name = signal.Signals(told[0]).name
+                print(f"ssh.sh: {name}: the ranks were told, and have ended", file=sys.stderr)
+                sys.exit(128 + told[0])
     except (ValueError, OSError) as error:
         print(f"ssh.sh: {paragraph(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -5,15 +5,18 @@ those of several at --master-addr, with --node-rank, or, with --rdzv-backend c10
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousStateError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 from ..core.network import LOOPBACK, address_towards, own_address
+from ..data.shared_memory import FOLDER, REMEDY
 from . import rendezvous
 from .command_line import split_off
 from .console import paragraph
@@ -52,17 +55,55 @@ def settled(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
+@record
 def launch(arguments: Sequence[str]) -> None:
-    """`torchrun ARGUMENT...` with our rendezvous. Raises what `settled` raises, and what a rank fails with."""
+    """`torchrun ARGUMENT...` with our rendezvous.
+
+    Raises what `settled` raises, ChildFailedError when a rank has failed, and SignalException when this process was
+    told to stop and its ranks, which it tells, have ended or were killed for taking too long.
+    """
     rendezvous.register()
     run(settled(parse_args(arguments)))
 
 
-@record
+def failure(failed: ChildFailedError) -> tuple[str, int]:
+    """What to say of the ranks of this node that have failed, and the exit status: TRY_AGAIN if all of them are well.
+
+    What a rank has to say of its failure it has said itself.
+    """
+    from ..core.heartbeat import TRY_AGAIN  # with all that ranks import, which their launcher does not need
+
+    ranks: dict[int, list[str]] = {}
+    for rank, one in sorted(failed.failures.items()):
+        ranks.setdefault(one.exitcode, []).append(f"{rank} (pid {one.pid})")
+    if ranks.keys() == {TRY_AGAIN}:
+        return f"rank {', '.join(ranks[TRY_AGAIN])} ended because other ranks did: started again, it goes on", TRY_AGAIN
+    said = [f"rank {', '.join(those)} {_how(exit_code)}" for exit_code, those in ranks.items()]
+    remedy = f". {FOLDER} was full, perhaps. {REMEDY}" if -signal.SIGBUS in ranks else ""
+    return f"{'; '.join(said)}. What they said stands above{remedy}", 1
+
+
+def _how(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit status {exit_code}"
+
+
 def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until torchrun has ranks to tell, Ctrl-C ends it like SIGTERM does, also while it waits for other nodes.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         options, word = split_off(sys.argv[1:])
         launch([*options, "--module", "ddetr.launch.command_line", word])
+    except SignalException as stopped:
+        name = signal.Signals(stopped.sigval).name
+        print(f"torchrun: {name}: the ranks of this node were told, and have ended", file=sys.stderr)
+        sys.exit(128 + stopped.sigval)  # as a shell has it: not 0, the run is not finished
+    except ChildFailedError as failed:
+        said, status = failure(failed)
+        print(f"torchrun: {said}", file=sys.stderr)
+        sys.exit(status)
     except (ValueError, OSError) as error:
         print(f"torchrun: {paragraph(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -3,17 +3,18 @@
 import contextlib
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..core import pretrained
+from ..core.backbone import Backbone
 from ..core.changes import told_of_changes
 from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weights
 from ..core.config import Config, dump
@@ -24,21 +25,22 @@ from ..core.labels import check_same
 from ..core.manifest import is_evaluated, resumable, verify
 from ..core.optimizer import rate_advice
 from ..core.ownership import check_links, remember
-from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, SavingReport, StepReport, as_json
+from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport
 from ..core.timetable import Position, Timetable, nothing_left, planned
 from ..core.trainer import train, training_stream
 from ..core.trial import SIDE, Trial, try_step
 from ..core.world import World, join
-from ..data import documents
 from ..data.cache import open_shards
 from ..data.categories import Categories
-from ..data.index import ShardIndex, write_whole
+from ..data.folders import obstacle
+from ..data.index import ShardIndex
 from ..data.stream import TrainStream
-from ..monitoring.exporter import serve, write_targets
+from ..monitoring.exporter import serve
 from ..monitoring.metrics import RunMetrics
-from .console import LogFormatter, say
-from .environment import check
+from .console import LogFormatter
+from .environment import SharedMemory, check, check_compiler_cache, check_shared_memory
 from .identity import Identity, identify
+from .record import Quiet, Record, announced
 
 log = logging.getLogger("ddetr")
 
@@ -61,11 +63,16 @@ def run(
     train_index, validation_index = _open_data(config)
     deepspeed_json = deepspeed_config(config)
     model = _without_weights(config)
+    if config.train.compile:
+        check_compiler_cache()
     with contextlib.ExitStack() as stack:
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
-        machines = check(config, world, [index for index in (train_index, validation_index) if index])
+        check_shared_memory(world.gather([SharedMemory.of(stream, config, world.device)], SharedMemory))
+        world.agree(lambda: _check_output(config, resume), None)
+        indexes = [index for index in (train_index, validation_index) if index]
+        machines = check(config, world, indexes, writes=not dry_run)
         began = world.agree(lambda: _beginning(config, model, resume, train_index, stream), _Beginning)
         run_directory, resumes = began.run_directory, began.resumes
         if began.nothing_left is not None:
@@ -74,6 +81,10 @@ def run(
             return run_directory
         if not resumes:
             world.agree(lambda: _fit_initial_weights(model, config, train_index.categories), None)
+            if dry_run and _is_fetched(config):
+                world.agree(lambda: pretrained.check(config.model.backbone), None)
+            elif not dry_run:
+                _fetch_backbone(config, world)
         if dry_run:
             trial = try_step(config, world)
             if world.rank == 0:
@@ -86,13 +97,13 @@ def run(
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
             addresses = world.gather([exporter.address], str)
-        record: _Record | _Quiet = _Quiet()
+        record: Record | Quiet = Quiet()
         if world.local_rank == 0:
             remember(config)
         if world.rank == 0:  # the first thing written: all that can be checked beforehand has been
-            record = stack.enter_context(_Record(run_directory, config))
+            record = stack.enter_context(Record(run_directory, config))
             identity.write()
-            stack.enter_context(_announced(addresses, run_directory, identity.label))
+            stack.enter_context(announced(addresses, run_directory, identity.label))
 
         def observe(item: Report) -> None:
             if isinstance(item, CheckpointReport):
@@ -160,6 +171,16 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
     return train_index, validation_index
 
 
+def _check_output(config: Config, resume: Path | None) -> None:
+    """Raises OSError unless the run directory can be made and written to."""
+    if resume is not None:
+        folder, remedy = resume, "resume a copy of it, or as an account that may write there"
+    else:
+        folder, remedy = _named(config), "set train.output to another folder"
+    if reason := obstacle(folder):
+        raise OSError(f"train.output={config.train.output}: the run cannot be kept there: {reason}; {remedy}")
+
+
 def _without_weights(config: Config) -> Detector:
     """The model's shape alone: names a backbone that timm does not have before anything is written."""
     with torch.device("meta"):
@@ -175,6 +196,30 @@ def _fit_initial_weights(model: Detector, config: Config, categories: Categories
 
 def _unsaid(line: str) -> None:
     """The run says it, once."""
+
+
+def _is_fetched(config: Config) -> bool:
+    """Whether a run that begins takes its backbone's pretrained weights."""
+    return config.model.pretrained_backbone and not config.train.initial_weights
+
+
+def _named(config: Config) -> Path:
+    """The run directory that the settings name; without a train.name the folder it will be in."""
+    return Path(config.train.output) / (config.train.name or "")
+
+
+def _fetch_backbone(config: Config, world: World) -> None:
+    """Its weights into the cache of each host, before a run is written. Collective; raises OSError on all ranks."""
+    mistakes: list[str] = []
+    if _is_fetched(config) and world.local_rank == 0:
+        found = pretrained.source(config.model.backbone)
+        if found is not None and not found.is_cached:
+            try:
+                Backbone(config.model)
+            except OSError as error:
+                mistakes.append(str(error))
+    if mistakes := world.gather(mistakes, str):
+        raise OSError(mistakes[0])
 
 
 def _print_plan(
@@ -193,7 +238,8 @@ def _print_plan(
         f"a rank: loss {trial.loss:.3g}, {trial.seconds:.1f} s"
     )
     fetched = "fetching the backbone's weights, " if config.model.pretrained_backbone and not began.resumes else ""
-    print(f"# not tried: {fetched}batches of full size, saving")
+    common = "whether the hosts share train.output, " if world.size > 1 else ""
+    print(f"# not tried: {fetched}{common}batches of full size, saving")
 
 
 @dataclass(frozen=True)
@@ -216,7 +262,7 @@ def _beginning(
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
     if path.exists():
-        check_links(path, *(path / name for name in ("checkpoints", *_Record.FILES)), *path.glob("checkpoints/*"))
+        check_links(path, *(path / name for name in ("checkpoints", *Record.FILES)), *path.glob("checkpoints/*"))
     if resume is None and not checkpoints(path):
         return _Beginning(path, resumes=False)
     checkpoint = find_checkpoint(path)
@@ -232,124 +278,6 @@ def _beginning(
     over = None if unevaluated else nothing_left(stored.position, timetable)
     told = told_of_changes(found.config, config, path, stored.position, stream.steps_per_epoch)
     return _Beginning(path, True, told, stored.position, over)
-
-
-@contextlib.contextmanager
-def _announced(addresses: list[str], run_directory: Path, run_label: str) -> Iterator[None]:
-    """Write every rank's address into targets.json for Prometheus, and empty it when the run ends as it should."""
-    targets = run_directory / "targets.json"
-    labels = [{"run": run_label, "rank": str(rank)} for rank in range(len(addresses))]
-    write_targets(targets, zip(addresses, labels, strict=True))
-    log.info("run directory %s", run_directory)
-    if addresses:
-        log.info("metrics of run %s at %s", run_label, ", ".join(f"http://{address}/metrics" for address in addresses))
-    yield
-    write_targets(targets, [])  # not after an error: Prometheus should report the ranks of a broken run as missing
-
-
-class _Record:
-    """config.yaml, metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
-
-    FILES = ("metrics.jsonl", "events.jsonl", "log.txt")  # that are written to where they are
-
-    def __init__(self, run_directory: Path, config: Config) -> None:
-        run_directory.mkdir(parents=True, exist_ok=True)
-        try:
-            write_whole(run_directory / "config.yaml", dump(config).encode())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(run_directory / "config.yaml")) from error
-        self._every = config.train.log_every_steps
-        self._steps: list[StepReport] = []  # since the last line of metrics.jsonl
-        self._metrics = self._open(run_directory / "metrics.jsonl")
-        self._events = self._open(run_directory / "events.jsonl")
-        self._log = logging.FileHandler(run_directory / "log.txt", encoding="utf-8")
-        self._log.setFormatter(LogFormatter("%(asctime)s %(message)s"))
-        log.addHandler(self._log)
-
-    @staticmethod
-    def _open(path: Path) -> TextIO:
-        if path.is_file():  # half a line is left where the process was killed or the disk full
-            content = path.read_bytes()
-            os.truncate(path, content.rfind(b"\n") + 1)
-        return path.open("a", buffering=1)
-
-    def __enter__(self) -> "_Record":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._write_steps()
-        if error is not None:
-            self.event("error", message=f"{type(error).__name__}: {error}")
-        log.removeHandler(self._log)
-        for file in (self._metrics, self._events, self._log):
-            try:
-                file.close()
-            except OSError as error:  # lines for which there was no room: not what the run should end with
-                say(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
-
-    def event(self, name: str, **details: Any) -> None:
-        self._append(self._events, documents.as_json({"time": time.time(), "event": name, **details}))
-
-    def _append(self, file: TextIO, line: str) -> None:
-        """A disk that is full costs lines, not the run."""
-        try:
-            file.write(line + "\n")
-        except OSError as error:
-            say(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
-
-    def observe(self, item: Report) -> None:
-        if isinstance(item, CheckpointReport):
-            if item.error is None:
-                self.event(
-                    "checkpoint",
-                    step=item.step,
-                    path=item.path,
-                    seconds=item.seconds,
-                    waited_seconds=item.waited_seconds,
-                )
-            else:
-                self.event("checkpoint_failed", step=item.step, reason=item.error)
-            return
-        if isinstance(item, SavingReport):
-            self._write_steps()
-            return
-        if isinstance(item, FaultReport):
-            self._write_steps()
-            self.event("ranks_lost", step=item.step, reason=item.message)
-            return
-        if isinstance(item, EvaluationReport):
-            self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
-            if item.num_not_finite:
-                self.event("evaluation_not_finite", step=item.step, queries=item.num_not_finite)
-            self._append(self._metrics, as_json(item))
-            return
-        for message in item.slow_ranks:
-            self.event("slow_rank", step=item.step, reason=message)
-        for message in item.bad_samples:
-            self.event("bad_sample", step=item.step, reason=message)
-        if item.skipped:
-            self.event("skipped", step=item.step, reason=item.not_finite)
-        if self._steps and self._steps[-1].epoch != item.epoch:
-            self._write_steps()
-        self._steps.append(item)
-        if item.skipped or item.step % self._every == 0:
-            self._write_steps()
-
-    def _write_steps(self) -> None:
-        """A line for the steps since the last one: every few steps, and wherever a run or an epoch may end."""
-        steps, self._steps = self._steps, []
-        if steps:
-            self._append(self._metrics, as_json(steps))
-
-
-class _Quiet:
-    """The record of the ranks that keep none."""
-
-    def event(self, name: str, **details: Any) -> None:
-        pass
-
-    def observe(self, item: Report) -> None:
-        pass
 
 
 def _log_to_console() -> None:

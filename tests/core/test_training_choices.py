@@ -116,6 +116,7 @@ def test_initial_weights_that_are_not_there(train: Train) -> None:
 
 def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -> None:
     arguments = command(1, "r50", f"data.train={synthetic_shards}", "model.num_classes=3", "train.batch_size=8")
+    arguments.append("model.pretrained_backbone=false")
     shown = subprocess.run([*arguments, "--dry-run"], capture_output=True, text=True, timeout=600)
     assert shown.returncode == 0, shown.stderr
     assert "optim.learning_rate=0.0002 with train.batch_size=8: published is 0.0002 for 32 images" in shown.stdout

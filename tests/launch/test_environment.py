@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ddetr.core
 import pytest
+from ddetr.launch.environment import SharedMemory, check_shared_memory
 
 from tests.core.runs import SMALL, free_port
 
@@ -99,3 +100,41 @@ def test_an_output_folder_that_is_not_shared_is_refused(synthetic_shards: Path, 
         assert status == 2, output
         assert f"train.output={folder} on {HOST} is not the folder that {HOST} has there" in output
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], pytest.param([], marks=pytest.mark.slow)], ids=["dry run", "run"])
+def test_too_little_shared_memory_is_refused_with_the_remedies(
+    options: list[str], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    """A container's 64 MiB: at 800 pixels batches of 8 need twice that; at 96 they have room."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a mount of its own needs root and unshare")
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
+    line = [*mount, sys.executable, "-m", "ddetr.launch.cli", "train", "tiny", *SMALL, *options]
+    line += [f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.batch_size=8", "train.max_steps=3"]
+    large = ["data.short_sides=[800]", "data.crop=false"]
+    result = subprocess.run([*line, *large], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2, result.stdout + result.stderr
+    message = result.stderr.splitlines()[-1]
+    said = f"ddetr: /dev/shm of {HOST} has 64.0 MiB free, the batches that loader processes"
+    assert message.startswith(said), message
+    needed = re.search(r"need (\d+\.\d) MiB\. Give", message)
+    assert needed
+    # Five batches: two of each loader process, and the step's; short sides 800, long sides up to 1333.
+    assert 5 * 8 * 3 * 800**2 / 2**20 <= float(needed[1]) <= 5 * 8 * 3 * 800 * 1333 / 2**20
+    for remedy in ("--ipc=host", "--shm-size", "emptyDir", "data.workers"):
+        assert remedy in message
+    assert not list(tmp_path.iterdir())
+    small = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert small.returncode == 0, small.stdout + small.stderr
+
+
+def test_ranks_of_one_machine_share_what_is_there() -> None:
+    def rank(place: str, needed: int, free: int | None = 64 << 20) -> SharedMemory:
+        return SharedMemory(place, f"host of {place}", needed << 20, free)
+
+    check_shared_memory([rank("a", 32), rank("a", 32), rank("b", 60), rank("c", 999, None)])
+    with pytest.raises(OSError, match=r"/dev/shm of host of b has 64\.0 MiB free, .* for the 2 ranks there need 65\.0"):
+        check_shared_memory([rank("a", 40), rank("b", 40), rank("b", 25)])
+    with pytest.raises(OSError, match=r"has 0\.0 MiB free, .* for the rank there need 1\.0 MiB"):
+        check_shared_memory([rank("a", 1, 0)])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ddetr.core.config import Config, load
 from ddetr.core.reports import EvaluationReport, FaultReport, SavingReport, StepReport
+from ddetr.launch.record import Record
 from ddetr.launch.report import SCORES, read, report
-from ddetr.launch.train import _Record
 
 PER_EPOCH = 16
 
@@ -39,7 +39,7 @@ class Process:
     """One process of a run: its steps up to its end."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self.record = _Record(folder, config)
+        self.record = Record(folder, config)
 
     def takes(self, steps: Iterable[int]) -> None:
         for step in steps:

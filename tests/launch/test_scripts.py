@@ -45,30 +45,44 @@ def test_wrong_use_is_one_message() -> None:
         assert message in result.stderr
 
 
+MINE = "train: {name: a, auto_resume: on}\n"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "queued_again"),
+    ("arguments", "member", "requeued"),
     [
-        (["train.name=a", "train.auto_resume=true"], True),
-        (["train.auto_resume=false", "train.auto_resume=True"], True),
-        (["--resume", "runs/a"], True),
-        (["--resume=runs/a", "train.auto_resume=false"], True),
-        (["train.name=auto_resume=true"], False),
-        (["train.output=x train.auto_resume=true"], False),
-        (["train.name=x--resume"], False),
-        (["train.auto_resume=true", "train.auto_resume=false"], False),
-        ([], False),
+        (["tiny", "train.name=a", "train.auto_resume=True"], "", "7"),
+        (["tiny", "train.name=a", "train.auto_resume=false", "train.auto_resume=yes"], "3", "5_3"),
+        (["{folder}/mine.yaml"], "0", "5_0"),
+        (["--resume", "{folder}"], "", "7"),
+        (["--resume={folder}", "train.auto_resume=false"], "", "7"),
+        (["{folder}/mine.yaml", "train.auto_resume=off"], "", None),
+        (["tiny", "train.name=auto_resume=true"], "", None),
+        (["tiny", "train.output=x train.auto_resume=true"], "", None),
+        (["tiny", "train.name=a", "train.auto_resume=true", "train.auto_resume=false"], "3", None),
+        (["tiny"], "", None),
+        (["tiny", "--help"], "", None),
     ],
 )
-def test_slurm_queues_again_what_can_be_gone_on_with(arguments: list[str], queued_again: bool, tmp_path: Path) -> None:
-    """Slurm itself: test_slurm.py. Here the ranks were told to stop."""
+def test_slurm_queues_again_what_can_be_gone_on_with(
+    arguments: list[str], member: str, requeued: str | None, tmp_path: Path
+) -> None:
+    """Slurm itself: test_slurm.py. Here the ranks were told to stop. The job is one of its own, or a member of one."""
+    (tmp_path / "mine.yaml").write_text(MINE)
+    (tmp_path / "config.yaml").write_text("train: {name: a}\n")  # that of a run
     for name, body in (("srun", "exit 75"), ("scontrol", 'echo "scontrol $*"; echo node0')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0"}
-    result = run("bash", LAUNCH / "slurm.sbatch", "tiny", *arguments, **variables)
+    variables = {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0"}
+    if member:
+        variables |= {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": member}
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    result = run("bash", LAUNCH / "slurm.sbatch", *arguments, **variables)
     assert result.returncode == 75, result.stderr
-    assert ("scontrol requeue 7" in result.stdout) == queued_again
-    assert ("not queued again" in result.stderr) != queued_again
+    assert [line for line in result.stdout.splitlines() if line.startswith("scontrol requeue")] == (
+        [f"scontrol requeue {requeued}"] if requeued else []
+    )
+    assert ("not queued again" in result.stderr) == (requeued is None)
 
 
 @pytest.mark.parametrize("script", [pytest.param("local.sh", marks=pytest.mark.slow), "torchrun.sh", "ssh.sh"])

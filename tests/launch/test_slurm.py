@@ -218,6 +218,27 @@ def test_a_job_ends(cluster: Cluster, synthetic_shards: Path, tmp_path: Path) ->
     assert_no_gap(run)
 
 
+def test_a_member_of_an_array_is_queued_again_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """What is trained is left out: each member only says that it begins, and waits for the signal to stop."""
+    begun = tmp_path / "begun"
+    begun.touch()
+    (tmp_path / "launch").mkdir()
+    stub = tmp_path / "launch/torchrun.sh"
+    stub.write_text(f"#!/bin/bash\necho $SLURM_ARRAY_TASK_ID >>{begun}\ntrap 'exit 138' USR1\nsleep 600 &\nwait\n")
+    stub.chmod(0o755)
+    options = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=2", "--nodes=1", "--array=0-1"]
+    options += [f"--chdir={tmp_path}", f"--output={cluster.folder}/array-%a.log"]
+    script = REPOSITORY / "launch/slurm.sbatch"
+    job = cluster.run("sbatch", *options, script, "tiny", "train.name=a", "train.auto_resume=True")
+    cluster.wait(lambda: sorted(begun.read_text().split()) == ["0", "1"], "both members")
+    cluster.run("scancel", "--signal=USR1", f"{job}_0")
+    cluster.wait(lambda: begun.read_text().split().count("0") == 2, "the first member again")
+    assert sorted(begun.read_text().split()) == ["0", "0", "1"]
+    assert "Restarts=0" in cluster.run("scontrol", "show", "job", f"{job}_1")
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", f"{job}_0")
+    cluster.run("scancel", job)
+
+
 def test_arguments_arrive_as_they_are(cluster: Cluster, tmp_path: Path) -> None:
     arguments = ["tiny", *hostile(tmp_path)]
     variables = [f"{name}={value}" for name, value in recorder(tmp_path / "ranks").items()]

@@ -1,0 +1,57 @@
+"""Shared memory, through which loader processes hand their batches over: on Linux the file system at /dev/shm.
+
+It is half of a machine's memory, but 64 MiB in a container that was not given more. Who writes beyond its end is
+killed, by SIGBUS; so room is looked for before the first step, and taken before a batch is written.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+
+FOLDER = Path("/dev/shm")
+PAGE_BYTES = 4096
+REMEDY = (
+    f"Give the container more: docker run --ipc=host or --shm-size=SIZE, in Kubernetes an emptyDir of medium Memory at "
+    f"{FOLDER} (as launch/kubernetes/train.yaml has it). Or take fewer data.workers; 0 need none"
+)
+
+
+class SharedMemoryError(OSError):
+    """There is too little of it; the message says how much, and what to do."""
+
+
+def free_bytes() -> int | None:
+    """Of /dev/shm, for this process; None without a limit, 0 where it is not there or cannot be written to."""
+    if not os.access(FOLDER, os.W_OK | os.X_OK):
+        return 0
+    status = os.statvfs(FOLDER)
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
+def place() -> str:
+    """The same for two processes that share their /dev/shm, on whatever host they believe to be."""
+    device = FOLDER.stat().st_dev if FOLDER.exists() else "none"
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {device}"
+
+
+def mebibytes(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB"
+
+
+def shared(number: int) -> torch.UntypedStorage:
+    """So many bytes of shared memory that are there to be written to. Raises SharedMemoryError."""
+    try:
+        storage = torch.UntypedStorage._new_shared(number)
+        descriptor, _ = storage._share_fd_cpu_()  # the storage's own
+        os.posix_fallocate(descriptor, 0, number)
+    except (RuntimeError, OSError) as error:  # RuntimeError: torch's, of a file that cannot even be made
+        free = free_bytes() or 0
+        if free >= number and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+        raise SharedMemoryError(
+            f"{FOLDER} is full: a batch of {mebibytes(number)} has no room in the {mebibytes(free)} that are free. "
+            f"{REMEDY}"
+        ) from error
+    return storage

@@ -1,0 +1,137 @@
+"""What a run leaves for others to read: configuration, numbers, events, log, and the addresses of its ranks."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..core.config import Config, dump
+from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, SavingReport, StepReport, as_json
+from ..data import documents
+from ..data.index import write_whole
+from ..monitoring.exporter import write_targets
+from .console import LogFormatter, say
+
+log = logging.getLogger("ddetr")
+
+
+@contextlib.contextmanager
+def announced(addresses: list[str], run_directory: Path, run_label: str) -> Iterator[None]:
+    """Write every rank's address into targets.json for Prometheus, and empty it when the run ends as it should."""
+    targets = run_directory / "targets.json"
+    labels = [{"run": run_label, "rank": str(rank)} for rank in range(len(addresses))]
+    write_targets(targets, zip(addresses, labels, strict=True))
+    log.info("run directory %s", run_directory)
+    if addresses:
+        log.info("metrics of run %s at %s", run_label, ", ".join(f"http://{address}/metrics" for address in addresses))
+    yield
+    write_targets(targets, [])  # not after an error: Prometheus should report the ranks of a broken run as missing
+
+
+class Record:
+    """config.yaml, metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
+
+    FILES = ("metrics.jsonl", "events.jsonl", "log.txt")  # that are written to where they are
+
+    def __init__(self, run_directory: Path, config: Config) -> None:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        try:
+            write_whole(run_directory / "config.yaml", dump(config).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(run_directory / "config.yaml")) from error
+        self._every = config.train.log_every_steps
+        self._steps: list[StepReport] = []  # since the last line of metrics.jsonl
+        self._metrics = self._open(run_directory / "metrics.jsonl")
+        self._events = self._open(run_directory / "events.jsonl")
+        self._log = logging.FileHandler(run_directory / "log.txt", encoding="utf-8")
+        self._log.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+        log.addHandler(self._log)
+
+    @staticmethod
+    def _open(path: Path) -> TextIO:
+        if path.is_file():  # half a line is left where the process was killed or the disk full
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+        return path.open("a", buffering=1)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._write_steps()
+        if error is not None:
+            self.event("error", message=f"{type(error).__name__}: {error}")
+        log.removeHandler(self._log)
+        for file in (self._metrics, self._events, self._log):
+            try:
+                file.close()
+            except OSError as error:  # lines for which there was no room: not what the run should end with
+                say(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
+
+    def event(self, name: str, **details: Any) -> None:
+        self._append(self._events, documents.as_json({"time": time.time(), "event": name, **details}))
+
+    def _append(self, file: TextIO, line: str) -> None:
+        """A disk that is full costs lines, not the run."""
+        try:
+            file.write(line + "\n")
+        except OSError as error:
+            say(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
+
+    def observe(self, item: Report) -> None:
+        if isinstance(item, CheckpointReport):
+            if item.error is None:
+                self.event(
+                    "checkpoint",
+                    step=item.step,
+                    path=item.path,
+                    seconds=item.seconds,
+                    waited_seconds=item.waited_seconds,
+                )
+            else:
+                self.event("checkpoint_failed", step=item.step, reason=item.error)
+            return
+        if isinstance(item, SavingReport):
+            self._write_steps()
+            return
+        if isinstance(item, FaultReport):
+            self._write_steps()
+            self.event("ranks_lost", step=item.step, reason=item.message)
+            return
+        if isinstance(item, EvaluationReport):
+            self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
+            if item.num_not_finite:
+                self.event("evaluation_not_finite", step=item.step, queries=item.num_not_finite)
+            self._append(self._metrics, as_json(item))
+            return
+        for message in item.slow_ranks:
+            self.event("slow_rank", step=item.step, reason=message)
+        for message in item.bad_samples:
+            self.event("bad_sample", step=item.step, reason=message)
+        if item.skipped:
+            self.event("skipped", step=item.step, reason=item.not_finite)
+        if self._steps and self._steps[-1].epoch != item.epoch:
+            self._write_steps()
+        self._steps.append(item)
+        if item.skipped or item.step % self._every == 0:
+            self._write_steps()
+
+    def _write_steps(self) -> None:
+        """A line for the steps since the last one: every few steps, and wherever a run or an epoch may end."""
+        steps, self._steps = self._steps, []
+        if steps:
+            self._append(self._metrics, as_json(steps))
+
+
+class Quiet:
+    """The record of the ranks that keep none."""
+
+    def event(self, name: str, **details: Any) -> None:
+        pass
+
+    def observe(self, item: Report) -> None:
+        pass

@@ -1,0 +1,105 @@
+"""Pretrained weights without a network: taken from the cache, or an error that says how they get there."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from ddetr.core.backbone import Backbone
+from ddetr.core.config import ModelConfig
+from ddetr.core.pretrained import source
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+NAME = "test_resnet.r160_in1k"
+REPOSITORY = f"timm/{NAME}"
+NOWHERE = "http://127.0.0.1:1"  # nothing listens there
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which does not answer."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", NOWHERE + "/{repo_id}/resolve/{revision}/{filename}")
+    return tmp_path / "hub"
+
+
+def test_what_is_in_the_cache_is_taken(cache: Path) -> None:
+    """As `hf download` leaves it, and as the advice has it copied."""
+    torch.manual_seed(1)
+    state = timm.create_model(NAME).state_dict()
+    folder = cache / f"models--{REPOSITORY.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(commit)
+    save_file(state, folder / "snapshots" / commit / "model.safetensors")
+    found = source(NAME)
+    assert found is not None
+    assert found.is_cached
+    backbone = Backbone(ModelConfig(backbone=NAME))
+    taken = dict(backbone.body.named_parameters())
+    assert len(taken) > 10
+    for name, weight in taken.items():
+        assert torch.equal(weight, state[name]), name
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("backbone", [NAME, f"hf-hub:{REPOSITORY}"])
+def test_what_is_not_there_is_said_with_what_to_do(backbone: str, cache: Path) -> None:
+    with pytest.raises(OSError, match="its pretrained weights are not in") as raised:
+        Backbone(ModelConfig(backbone=backbone))
+    message = str(raised.value)
+    for part in (
+        f"model.backbone={backbone}: ",
+        f"not in {cache}, and {NOWHERE}/{REPOSITORY} cannot be reached (Connect",
+        f"run `hf download {REPOSITORY}`, and copy the folder models--timm--{NAME} of its cache to {cache} here",
+        "HF_HOME",
+        "model.pretrained_backbone=false",
+    ):
+        assert part in message
+    assert not cache.exists()
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection, and no more."""
+    silent = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            silent.wait(60)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("ddetr.core.pretrained.PATIENCE_SECONDS", 0.5)
+        with pytest.raises(OSError, match="cannot be reached \\(ReadTimeout"):
+            Backbone(ModelConfig(backbone=NAME))
+        silent.set()
+        server.shutdown()
+
+
+def test_a_run_says_so_before_it_writes_anything(synthetic_shards: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": NOWHERE}
+    line = [sys.executable, "-m", "ddetr.launch.cli", "train", "r50", f"data.train={synthetic_shards}"]
+    line += ["model.num_classes=3", "train.batch_size=4", f"train.output={tmp_path}/runs", "train.device=cpu"]
+    line += ["train.name=run", "train.precision=fp32", "monitor.port=0"]
+    for options in (["--dry-run"], []):
+        result = subprocess.run(
+            [*line, *options], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 2, result.stdout + result.stderr
+        said = result.stderr.splitlines()[-1]
+        assert said.startswith("ddetr: model.backbone=resnet50.tv_in1k: its pretrained weights are not in"), said
+        assert "model.pretrained_backbone=false" in said
+        assert "Traceback" not in result.stderr
+        assert "Retrying" not in result.stderr
+        assert not (tmp_path / "runs").exists()
+    assert f"fetching its weights from {NOWHERE}/timm/resnet50.tv_in1k into {tmp_path}/hf/hub" in result.stdout

@@ -1,0 +1,115 @@
+"""The shared memory that loader processes take: as much as was said beforehand, and an error in words where it ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ddetr.data.batch import packed_bytes
+from ddetr.data.config import DataConfig
+from ddetr.data.index import ShardIndex
+from ddetr.data.loader import Loader
+from ddetr.data.shared_memory import REMEDY
+from ddetr.data.stream import TrainStream
+from torch.utils.data import DataLoader, IterableDataset
+
+# A stream that is read slowly, so that its loader processes are ahead, in a /dev/shm of its own.
+READER = """
+import os, sys, time
+from ddetr.data.config import DataConfig
+from ddetr.data.index import ShardIndex
+from ddetr.data.stream import TrainStream
+from tests.data.test_shared_memory import CONFIG
+shards, workers, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+config = CONFIG.model_copy(update={"workers": workers})
+stream = TrainStream(
+    ShardIndex.load(shards), config, batch_size=4, accumulation=accumulation, rank=0, world_size=1, seed=3
+)
+def used():
+    status = os.statvfs("/dev/shm")
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+most = 0
+try:
+    for step, micro_batches in enumerate(stream.steps(0)):
+        last, same = -1, 0
+        while same < 20:  # until the loader processes wait
+            time.sleep(0.02)
+            last, same = used(), same + 1 if used() == last else 0
+        most = max(most, last)
+except OSError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+finally:
+    stream.close()
+print(most)
+"""
+CONFIG = DataConfig(short_sides=(320, 480), long_side=960, crop=False, shuffle_window=16, most_bad_samples=0)
+
+
+def read(shards: Path, size: int, workers: int, accumulation: int) -> subprocess.CompletedProcess[str]:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a mount of its own needs root and unshare")
+    mount = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'
+    line = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-c", READER]
+    line += [str(shards), str(workers), str(accumulation)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+
+
+def stream(shards: Path, workers: int, accumulation: int) -> TrainStream:
+    config = CONFIG.model_copy(update={"workers": workers})
+    return TrainStream(
+        ShardIndex.load(shards), config, batch_size=4, accumulation=accumulation, rank=0, world_size=1, seed=3
+    )
+
+
+def whole_pages(number: int) -> int:
+    return -(-number // 4096) * 4096
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (1, 2)])
+def test_what_is_needed_is_what_is_taken(workers: int, accumulation: int, synthetic_shards: Path) -> None:
+    """Two batches of each loader process, and a step's; they die for less, in words, and live with just that."""
+    reader = stream(synthetic_shards, 0, accumulation)
+    made = [batch for epoch in range(2) for step in reader.steps(epoch) for batch in step]
+    sizes = [whole_pages(packed_bytes(*batch.images.shape[::2], batch.images.shape[3], 0)) for batch in made]
+    at_once = 2 * workers + accumulation
+    steps = reader.steps_per_epoch
+    count = steps * accumulation + 2 * workers
+    expected = max(sum(sizes[first : first + at_once]) for first in range(count - at_once + 1))
+    need = stream(synthetic_shards, workers, accumulation).shared_bytes(steps, 0, pinned=False)
+    assert need == expected
+    assert len(set(sizes)) > 1
+
+    room = need + at_once * 4096  # the boxes are not counted
+    enough = read(synthetic_shards, room, workers, accumulation)
+    assert enough.returncode == 0, enough.stderr
+    assert need <= int(enough.stdout) <= room
+    short = read(synthetic_shards, whole_pages(need - min(sizes) // 2), workers, accumulation)
+    assert short.returncode == 1
+    assert short.stderr.startswith("SharedMemoryError: /dev/shm is full: a batch of ")
+    assert short.stderr.endswith(f"{REMEDY}\n")
+    assert short.stderr.count("\n") == 1
+
+
+def test_what_needs_none_and_what_needs_little_for_sure(synthetic_shards: Path) -> None:
+    assert stream(synthetic_shards, 0, 1).shared_bytes(6, 0, pinned=False) == 0
+    some = stream(synthetic_shards, 2, 1)
+    assert some.shared_bytes(6, 1 << 40, pinned=False) == 0
+    assert 0 < some.shared_bytes(6, 0, pinned=True) <= some.shared_bytes(6, 0, pinned=False)
+
+
+class Ending(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        yield 1
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_a_loader_process_killed_for_want_of_it_is_told_with_the_remedy() -> None:
+    batches = Loader(DataLoader(Ending(), batch_size=None, num_workers=1)).batches()
+    assert next(batches) == 1
+    with pytest.raises(OSError, match=r"pid \d+ killed by SIGBUS\)\. /dev/shm was full\. Give the container more: "):
+        next(batches)
