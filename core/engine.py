@@ -18,7 +18,7 @@ from .config import Config
 from .detector import Detector
 from .manifest import resumable, write_checkpoint
 from .moving_average import MovingAverage
-from .optimizer import adamw
+from .optimizer import adamw, check_trained, freeze_without_rate
 from .timetable import Position
 from .training_state import AVERAGES, TrainingState
 from .transformer import TransformerLayer
@@ -92,6 +92,7 @@ class Engine:
 
         self.config, self.world = config, world
         self.dtype = DTYPES[config.train.precision]
+        freeze_without_rate(model, config.optim)
         self._names = dict(model.named_parameters())
         frozen = {name: parameter for name, parameter in self._names.items() if not parameter.requires_grad}
         # What never changes, before half precision rounds it and stage 3 takes it apart.
@@ -203,11 +204,7 @@ class Engine:
         """
         stored = resumable(checkpoint)
         state = self._state
-        if set(stored.optimizer_steps) != set(state.trained):
-            raise ValueError(
-                f"{checkpoint}: its optimizer state is of other parameters; start from its weights instead: "
-                f"train.initial_weights={checkpoint}"
-            )
+        check_trained(state.trained, stored.optimizer_steps, checkpoint)
         for key, tensors in self._beside.items():
             state.deal(load_parameters(checkpoint, key), tensors)
         state.set_steps(stored.optimizer_steps)

@@ -1,5 +1,8 @@
 """AdamW with the published parameter groups, and the rate that fits a batch (section 5, implementation details)."""
 
+from collections.abc import Collection
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -8,6 +11,30 @@ from .config import Config, OptimConfig
 SLOW = ("sampling_offsets", "reference_points")
 # Learning rate and images per step with which the published results of each architecture were made.
 PUBLISHED_RATES = {"deformable_detr": (2e-4, 32), "detr": (1e-4, 64)}
+
+
+def freeze_without_rate(model: nn.Module, config: OptimConfig) -> None:
+    """With optim.backbone_multiplier=0 the backbone is no trained part: no gradient, no state, no share in the norm."""
+    if config.backbone_multiplier == 0:
+        for name, parameter in model.named_parameters():
+            if name.startswith("backbone."):
+                parameter.requires_grad_(False)
+
+
+def check_trained(trained: Collection[str], stored: Collection[str], checkpoint: Path) -> None:
+    """Whether a checkpoint's optimizer state is of the parameters that train now. Raises ValueError if not."""
+    if set(trained) == set(stored):
+        return
+    lacking, idle = set(trained) - set(stored), set(stored) - set(trained)
+    differing = lacking | idle
+    back = ""
+    if all(name.startswith("backbone.") for name in differing):
+        back = "if optim.backbone_multiplier was changed to or from 0, change it back; or "
+    raise ValueError(
+        f"{checkpoint}: its optimizer state is of other parameters: {len(lacking)} that train now have none and "
+        f"{len(idle)} that have some do not train, such as {min(differing)}; {back}start from its weights instead: "
+        f"train.initial_weights={checkpoint}"
+    )
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:

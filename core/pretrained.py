@@ -78,7 +78,7 @@ def fetching(backbone: str, weights: bool) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = offline or found.is_cached or silence is not None
     try:
         yield
-    except (RuntimeError, TypeError, AttributeError, AssertionError):  # timm cannot build it
+    except (RuntimeError, TypeError, AttributeError, AssertionError, KeyError, IndexError):  # timm cannot build it
         raise
     except Exception as error:  # each of the libraries that fetch has kinds of its own
         raise OSError(_advice(backbone, found, silence or error)) from error

@@ -9,6 +9,7 @@ from ..data.batch import Sample, collate
 from .config import Config
 from .detector import build
 from .engine import Engine
+from .optimizer import freeze_without_rate
 from .trainer import train_step
 from .world import World
 
@@ -36,6 +37,7 @@ def try_step(config: Config, world: World) -> Trial:
     small = config.model_copy(update={"model": model_config, "train": train_config})
     torch.manual_seed(config.train.seed)
     model = build(model_config)
+    freeze_without_rate(model, config.optim)
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in parameters) - trained

@@ -22,7 +22,9 @@ class DataConfig(BaseModel):
     validation: str | None = None
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     validation_short_side: int = Field(default=800, gt=0, le=LONGEST_SIDE)
-    long_side: int = Field(default=1333, gt=0, le=LONGEST_SIDE)
+    long_side: int = Field(
+        default=1333, gt=0, le=LONGEST_SIDE, description="most that a side of an image as the model sees it measures"
+    )
     crop: bool = Field(
         default=True, description="half of the time resize to crop_resize_short_sides, crop, then resize"
     )

@@ -35,7 +35,7 @@ def resized_sizes(
 ) -> np.ndarray:
     """(n, 2) int64 (height, width) after resizing to short sides, the long side at most `long_side`; all (n,).
 
-    Rounded as published.
+    Rounded as published, where a rounded short side can make the long one longer than `long_side`; here it never is.
     """
     shorter, longer = np.minimum(heights, widths), np.maximum(heights, widths)
     if long_side is not None:
@@ -46,8 +46,7 @@ def resized_sizes(
     new_widths = np.where(upright, short_sides, np.trunc(short_sides * widths / heights))
     as_is = shorter == short_sides
     sizes = np.stack((np.where(as_is, heights, new_heights), np.where(as_is, widths, new_widths)), axis=-1)
-    # Rounding makes long sides up to twice as long as they should be, but a strip of one pixel is as long as it likes.
-    return (sizes if long_side is None else np.minimum(sizes, 2 * long_side)).astype(np.int64)
+    return (sizes if long_side is None else np.minimum(sizes, long_side)).astype(np.int64)
 
 
 def training_views(heights: np.ndarray, widths: np.ndarray, config: DataConfig, random: np.ndarray) -> list[View]:

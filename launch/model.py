@@ -1,5 +1,7 @@
 """`ddetr model`: what a detector costs, part by part."""
 
+from dataclasses import replace
+
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -15,6 +17,9 @@ def model(config: Config, image_size: tuple[int, int] | None = None) -> None:
     """
     height, width = image_size or IMAGE_SIZE
     parts = costs(config.model, (height, width))
+    if config.optim.backbone_multiplier == 0:
+        backbone = parts["backbone"]
+        parts["backbone"] = replace(backbone, num_trained=0, num_frozen=backbone.num_trained + backbone.num_frozen)
     total = sum(parts.values(), Cost(0, 0, 0))
     table = Table(
         "part",

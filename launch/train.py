@@ -23,7 +23,7 @@ from ..core.engine import deepspeed_config
 from ..core.heartbeat import TRY_AGAIN
 from ..core.labels import check_same
 from ..core.manifest import is_evaluated, resumable, verify
-from ..core.optimizer import rate_advice
+from ..core.optimizer import check_trained, freeze_without_rate, rate_advice
 from ..core.ownership import check_links, remember
 from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport
 from ..core.timetable import Position, Timetable, nothing_left, planned
@@ -182,9 +182,11 @@ def _check_output(config: Config, resume: Path | None) -> None:
 
 
 def _without_weights(config: Config) -> Detector:
-    """The model's shape alone: names a backbone that timm does not have before anything is written."""
+    """The model's shape alone, with what trains of it: says what backbone cannot be used before anything is written."""
     with torch.device("meta"):
-        return build(config.model.model_copy(update={"pretrained_backbone": False}))
+        model = build(config.model.model_copy(update={"pretrained_backbone": False}))
+    freeze_without_rate(model, config.optim)
+    return model
 
 
 def _fit_initial_weights(model: Detector, config: Config, categories: Categories) -> None:
@@ -269,6 +271,8 @@ def _beginning(
     verify(checkpoint)
     stored = resumable(checkpoint)
     load_weights(model, checkpoint)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    check_trained(trained, stored.optimizer_steps, checkpoint)
     if config.train.ema_decay is not None and not stored.moving_average:
         raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
     found = contents(checkpoint)

@@ -1,8 +1,8 @@
 """Parts 1 to 3: a batch, the backbone, the tokens of all levels."""
 
-from ddetr.core.backbone import Backbone, _freeze_before_c3
+from ddetr.core.backbone import Backbone
 from ddetr.core.detector import DeformableDetr, Transformer
-from ddetr.core.frozen_norm import fold_frozen_norms
+from ddetr.core.frozen_norm import freeze_batch_norms
 from ddetr.core.position import sine_position
 from ddetr.data.batch import Batch, collate, normalised
 from torch import nn
@@ -108,7 +108,7 @@ def _backbone(canvas: Canvas, record: Record, top: float, images: Box) -> list[B
         Box(556, top + 356, 324, 66),
         "",
         ["pretrained; frozen norms folded into convolutions"],
-        [place(Backbone, _freeze_before_c3), place(fold_frozen_norms)],
+        [place(Backbone), place(freeze_batch_norms)],
     )
     return features
 

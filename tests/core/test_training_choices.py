@@ -1,16 +1,27 @@
 """Choices of how to train, each in a real run: recomputed activations, compilation, DETR, initial weights."""
 
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import export_published, load_detector
+from ddetr.core.checkpoint import (
+    TRAINING,
+    WEIGHTS,
+    export_published,
+    find_checkpoint,
+    load_detector,
+    step_directory,
+)
 from ddetr.core.config import load, preset_names
 from ddetr.core.detector import build
 from ddetr.core.optimizer import rate_advice
+from ddetr.launch.train import run as start_training
+from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Train, command, succeeded
+from tests.core.runs import SMALL, Train, collect, command, succeeded
 
 DETR = (
     *("model.architecture=detr", "model.classification=softmax", "model.levels=1"),
@@ -49,6 +60,75 @@ def test_compiling_under_stage_3_is_refused(train: Train) -> None:
     run = train(1, "train.compile=true", "train.zero_stage=3")
     assert run.exit_status == 2
     assert "compile does not work with zero_stage=3" in run.output
+
+
+FROZEN = ("model.dropout=0", "optim.clip_norm=0", "optim.backbone_multiplier=0", "train.checkpoint_every_steps=2")
+
+
+def test_a_backbone_without_a_rate_has_no_share_in_the_gradient_norm(train: Train) -> None:
+    """After one step AdamW's average is a tenth of the gradient: so the run that trains everything tells each part."""
+    whole = succeeded(train(1, "train.zero_stage=1", *FROZEN[:2], steps=1))
+    average = load_file(find_checkpoint(whole.directory) / TRAINING)
+    gradients = {name: 10 * value for name, value in average.items() if name.startswith("exp_avg/")}
+    rest = [value.norm() for name, value in gradients.items() if not name.startswith("exp_avg/backbone.")]
+    assert 0 < len(rest) < len(gradients)
+    frozen = succeeded(train(1, "train.zero_stage=1", *FROZEN))
+    assert frozen.losses[0] == whole.losses[0]
+    assert frozen.steps[0]["gradient_norm"] == pytest.approx(float(torch.stack(rest).norm()), rel=1e-4)
+    assert frozen.steps[0]["gradient_norm"] < 0.99 * whole.steps[0]["gradient_norm"]
+
+
+def test_another_choice_of_what_trains_is_refused_on_resume(train: Train) -> None:
+    run = succeeded(train(1, "train.zero_stage=1", *FROZEN))
+    before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
+    arguments = command(1, "--resume", str(run.directory), "optim.backbone_multiplier=0.1", "train.max_steps=6")
+    refused = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2
+    assert "if optim.backbone_multiplier was changed to or from 0, change it back" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, ("train.zero_stage=0",)),
+        (2, ("train.zero_stage=1", "train.precision=bf16", "train.ema_decay=0.9")),
+        (2, ("train.zero_stage=2",)),
+        (2, ("train.zero_stage=3",)),
+    ],
+)
+def test_a_frozen_backbone_is_kept_nowhere_but_in_the_weights(
+    train: Train, tmp_path: Path, ranks: int, settings: tuple[str, ...]
+) -> None:
+    """And a run that is resumed goes on as one that was not interrupted."""
+    run = succeeded(train(ranks, *FROZEN, *settings))
+    first, last = (step_directory(run.directory, step) for step in (2, 4))
+    assert not [name for name in load_file(last / TRAINING) if "backbone" in name]
+    before, after = (load_file(folder / WEIGHTS) for folder in (first, last))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("backbone.")} <= same
+    assert len(same) < len(before)
+    copy = Path(shutil.copytree(run.directory, tmp_path / "half"))
+    shutil.rmtree(step_directory(copy, 4))
+    resumed = subprocess.run(command(ranks, "--resume", str(copy)), capture_output=True, text=True, timeout=600)
+    again = succeeded(collect(copy, resumed.stdout + resumed.stderr, resumed.returncode))
+    assert [step["step"] for step in again.steps] == [1, 2, 3, 4, 3, 4]
+    assert again.losses[4:] == pytest.approx(run.losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("multiplier", "frozen"), [("0.1", 0.025776), ("0", 0.370608)])
+def test_a_dry_run_counts_what_trains(
+    synthetic_shards: Path, capsys: pytest.CaptureFixture[str], multiplier: str, frozen: float
+) -> None:
+    """Of test_resnet's 370608 parameters its stem and layer1 have 25776."""
+    overrides = (*SMALL, f"data.train={synthetic_shards}", f"optim.backbone_multiplier={multiplier}")
+    config = load("tiny", [*overrides, "model.backbone_norm=frozen_batch", "model.pretrained_backbone=false"])
+    start_training(config, dry_run=True)
+    (said,) = re.findall(r"([\d.]+) M parameters trained, ([\d.]+) M frozen", capsys.readouterr().out)
+    total = sum(parameter.numel() for parameter in build(config.model).parameters()) / 1e6
+    assert said == (f"{total - frozen:.1f}", f"{frozen:.1f}")
 
 
 @pytest.mark.parametrize("dilation", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ddetr.data import transforms, views
+from ddetr.data.batch import collate
 from ddetr.data.boxes import cxcywh_to_xyxy
 from ddetr.data.categories import Categories
 from ddetr.data.config import DataConfig
@@ -83,10 +84,50 @@ def test_sizes_are_the_published_ones(height, width):
             assert resized_size(height, width, short_side, long_side) == expected
 
 
-def test_a_strip_of_one_pixel_does_not_stay_as_long_as_it_is():
-    assert resized_size(1, 200_000_000, 800, 1333) == (1, 2666)
-    assert resized_size(2_000_000, 1, 1, 1333) == (2666, 1)
-    assert resized_size(3, 7900, 800, 1333) == published_size((7900, 3), 800, 1333)
+EXTREME_SIDES = (1, 2, 3, 7, 60, 333, 640, 1000, 1334, 7900, 65_500, 200_000_000)
+
+
+@pytest.mark.parametrize("long_side", [1, 96, 1333, 1335])
+@pytest.mark.parametrize("short_side", [1, 50, 800, 16384])
+def test_no_side_is_longer_than_the_long_side_may_be(short_side, long_side):
+    """The published size where that is within the bound, and always where the aspect ratio is below 2."""
+    for height in EXTREME_SIDES:
+        for width in EXTREME_SIDES:
+            size = resized_size(height, width, short_side, long_side)
+            assert 1 <= min(size) <= max(size) <= long_side
+            published = published_size((width, height), short_side, long_side)
+            if 0 < min(published) <= max(published) <= long_side:
+                assert size == published
+            else:
+                assert max(height, width) >= 2 * min(height, width)
+                assert min(size) == max(1, min(published))
+
+
+def test_sizes_that_rounding_made_too_long():
+    assert published_size((640, 200), 800, 1333) == (417, 1334)
+    assert resized_size(200, 640, 800, 1333) == (417, 1333)
+    assert resized_size(7900, 3, 800, 1333) == (1333, 1)
+    assert resized_size(1, 200_000_000, 800, 1333) == (1, 1333)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_batch_with_a_strip_is_within_the_long_side(crop):
+    """Also where a strip is resized to the short side of a crop first, which makes it 60 times 1000 pixels long."""
+    config = DataConfig(
+        short_sides=(48, 64), long_side=96, crop=crop, crop_resize_short_sides=(60,), crop_sizes=(48, 80)
+    )
+    samples = []
+    for height, width in ((1, 1000), (1000, 1), (3, 250), (90, 120)):
+        for view in training_views(height, width, config, 40):
+            left, top, right, bottom = view.window_xyxy
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+            samples.append(
+                transforms.annotated_sample(black(height, width), view, entry(height, width, [], 1), CATEGORIES)
+            )
+    batch = collate(samples).batch()
+    assert max(batch.images.shape[-2:]) <= 96
+    assert batch.sizes.min() >= 1
 
 
 def test_evaluation_sizes_of_common_coco_images():
