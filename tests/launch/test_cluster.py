@@ -71,7 +71,7 @@ def test_search(own: Callable[..., None], synthetic_shards: Path, tmp_path: Path
     sweep = {"base": "tiny", "overrides": overrides, "samples": 1, "search": search, "output": "out"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     (tmp_path / "shards").symlink_to(synthetic_shards)
-    own(tmp_path / "out/results.json", "tune", "sweep.yaml")
+    own(tmp_path / "out/trials/trial_00000/checkpoints/step_00000006/checkpoint.json", "tune", "sweep.yaml")
 
 
 def test_the_object_store_is_small() -> None:

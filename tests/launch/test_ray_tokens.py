@@ -125,6 +125,7 @@ def test_search_with_both_variables(ddetr: Ddetr, token: str, tmp_path: Path) ->
     result = ddetr("ddetr tune sweep.yaml --ray node0:6379", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "out/results.json").is_file()
+    assert "trials, the best first" in result.stdout
 
 
 def test_training_with_a_token_in_the_home(ddetr: Ddetr, token: str, tmp_path: Path) -> None:
