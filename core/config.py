@@ -16,7 +16,7 @@ from ..data.addresses import is_remote, shown
 from ..data.config import DataConfig
 from ..data.documents import MOST_BYTES, parse_yaml
 from ..data.text import visible
-from .overrides import assign, read
+from .overrides import assign, read, switches_for_numbers
 from .ownership import ORDERS, check_own, is_shortened
 
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
@@ -304,6 +304,7 @@ def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> C
             assign(values, *read(override, Config))
         except ValueError as error:
             mistakes.append(str(error))
+    mistakes += switches_for_numbers(values, Config)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

@@ -48,6 +48,24 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
+def switches_for_numbers(values: dict[str, Any], configuration: type[BaseModel]) -> list[str]:
+    """Mistakes: `true`, `on` and `no` given where a number is expected, which Python would take for 1 and 0."""
+    return [
+        f"{section}.{key}: expected a number, got {str(value).lower()}"
+        for section, keys in values.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+        if isinstance(value, bool) and _is_number(_kinds([section, key], configuration))
+    ]
+
+
+def _is_number(kinds: set[Any]) -> bool:
+    return all(
+        kind in (int, float) or (get_origin(kind) is Literal and all(type(choice) is int for choice in get_args(kind)))
+        for kind in kinds - {types.NoneType}
+    )
+
+
 def _kinds(path: list[str], configuration: type[BaseModel]) -> set[Any]:
     """The types that a setting may have. One that does not exist is text: that it is missing is said of any value."""
     kind: Any = configuration

@@ -89,6 +89,21 @@ def test_other_names_stay_as_they_are(name: str) -> None:
     assert config.load("tiny", [written("train.name", name)]).train.name == name
 
 
+def test_a_switch_is_no_number(tmp_path: Path) -> None:
+    """Python takes true for 1."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {zero_stage: on, batch_size: yes, box: 1}\nmodel: {two_stage: on, box_refine: true}")
+    with pytest.raises(ConfigError) as refusal:
+        config.load(file, ["optim.clip_norm=no", "train.max_steps=true"])
+    assert sorted(line.strip() for line in str(refusal.value).splitlines()[1:]) == [
+        "optim.clip_norm: expected a number, got false",
+        "train.batch_size: expected a number, got true",
+        "train.box: no such key.",
+        "train.max_steps: expected a number, got true",
+        "train.zero_stage: expected a number, got true",
+    ]
+
+
 def test_numbers_are_finite() -> None:
     given = ["optim.learning_rate=.inf", "optim.betas=[.nan,0.999]", "data.fetch_timeout_seconds=.inf"]
     with pytest.raises(ConfigError) as refusal:
