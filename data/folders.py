@@ -11,7 +11,7 @@ def obstacle(folder: Path) -> str | None:
         path = os.path.dirname(path)
     if not os.path.isdir(path):
         return f"{path} is not a folder"
-    if os.access(path, os.W_OK | os.X_OK):
+    if os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         return None
     if os.statvfs(path).f_flag & os.ST_RDONLY:
         return f"{path} is on a read-only file system"

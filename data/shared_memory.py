@@ -24,7 +24,7 @@ class SharedMemoryError(OSError):
 
 def free_bytes() -> int | None:
     """Of /dev/shm, for this process; None without a limit, 0 where it is not there or cannot be written to."""
-    if not os.access(FOLDER, os.W_OK | os.X_OK):
+    if not os.access(FOLDER, os.W_OK | os.X_OK, effective_ids=True):
         return 0
     status = os.statvfs(FOLDER)
     return status.f_bavail * status.f_frsize if status.f_blocks else None

@@ -141,7 +141,9 @@ class TrainStream:
             -(-packed_bytes(number, height, width, 0) // PAGE_BYTES) * PAGE_BYTES
             for height, width in sizes.reshape(count, number, 2).max(axis=1).tolist()
         ]
-        return int(np.convolve(needed, np.ones(at_once, dtype=np.int64), "valid").max())
+        # A page more for the boxes of each; and one for each semaphore of the queues between the processes.
+        pages = at_once + 4 * workers + 16
+        return int(np.convolve(needed, np.ones(at_once, dtype=np.int64), "valid").max()) + pages * PAGE_BYTES
 
     def _seen(self, count: int) -> Iterator[np.ndarray]:
         """(n, 2) the (height, width) of the images of this rank's first micro-batches, epoch after epoch."""

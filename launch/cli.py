@@ -6,6 +6,7 @@ Only typer and rich are imported here, so that `ddetr --help` is immediate and a
 import importlib.metadata
 import io
 import logging
+import os
 import sys
 import traceback as traceback_module
 from pathlib import Path
@@ -39,6 +40,8 @@ CheckpointPath = Annotated[
     ),
 ]
 ON_RAY = "On a Ray cluster"
+# Variables that name folders in which torch and others make theirs, some as soon as they are imported.
+FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCH_HOME", "HF_HOME", "TMPDIR")
 RayAddress = Annotated[
     str | None,
     typer.Option(
@@ -372,7 +375,11 @@ def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed; `ddetr doctor` lists what is missing and how to install it"
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}" + "".join(
+            f"; {name}={value} names this place: set it to a folder of yours"
+            for name in FOLDERS
+            if (value := os.environ.get(name)) and f"{value}/".startswith(f"{error.filename}/")
+        )
     return str(error) or type(error).__name__
 
 

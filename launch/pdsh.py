@@ -111,7 +111,7 @@ def main() -> None:
                 name = signal.Signals(told[0]).name
                 print(f"ssh.sh: {name}: the ranks were told, and have ended", file=sys.stderr)
                 sys.exit(128 + told[0])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: DeepSpeed's, of a host that is not reached
         print(f"ssh.sh: {paragraph(str(error))}", file=sys.stderr)
         sys.exit(2)
 

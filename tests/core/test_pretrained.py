@@ -93,7 +93,7 @@ def test_a_run_says_so_before_it_writes_anything(synthetic_shards: Path, tmp_pat
     line += ["train.name=run", "train.precision=fp32", "monitor.port=0"]
     for options in (["--dry-run"], []):
         result = subprocess.run(
-            [*line, *options], env=environment, capture_output=True, text=True, timeout=300, check=False
+            [*line, *options], env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert result.returncode == 2, result.stdout + result.stderr
         said = result.stderr.splitlines()[-1]

@@ -73,8 +73,11 @@ def test_folders_that_cannot_be_written_are_named_with_their_settings(
     here = f"data.train={synthetic_shards}"
     result = as_nobody(*train, here, folder=tmp_path)
     refused(result, "train.output=runs", f"{tmp_path} cannot be written to by this account (uid {NOBODY})")
-    result = as_nobody(*train, here, "train.compile=true", folder=open_folder, TORCHINDUCTOR_CACHE_DIR="/nowhere/a")
-    refused(result, "train.compile=true: / cannot be written", "set TORCHINDUCTOR_CACHE_DIR")
+    result = as_nobody(*train, here, folder=open_folder, TORCHINDUCTOR_CACHE_DIR="/nowhere/a")
+    refused(result, "/nowhere: Permission denied; TORCHINDUCTOR_CACHE_DIR=/nowhere/a names this place: set it")
+    there = {"TORCHINDUCTOR_CACHE_DIR": str(open_folder), "TRITON_CACHE_DIR": "/nowhere/a"}
+    result = as_nobody(*train, here, "train.compile=true", folder=open_folder, **there)
+    refused(result, "train.compile=true: / cannot be written", "set TRITON_CACHE_DIR")
     server = FileServer(synthetic_shards)
     try:
         remote = f"data.train={server.url}"

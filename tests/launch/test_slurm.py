@@ -224,19 +224,23 @@ def test_a_member_of_an_array_is_queued_again_alone(cluster: Cluster, tmp_path: 
     begun.touch()
     (tmp_path / "launch").mkdir()
     stub = tmp_path / "launch/torchrun.sh"
-    stub.write_text(f"#!/bin/bash\necho $SLURM_ARRAY_TASK_ID >>{begun}\ntrap 'exit 138' USR1\nsleep 600 &\nwait\n")
+    line = 'echo "$SLURM_ARRAY_TASK_ID $SLURM_JOB_ID"'
+    stub.write_text(f"#!/bin/bash\n{line} >>{begun}\ntrap 'exit 138' USR1\nsleep 600 &\nwait\n")
     stub.chmod(0o755)
     options = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=2", "--nodes=1", "--array=0-1"]
     options += [f"--chdir={tmp_path}", f"--output={cluster.folder}/array-%a.log"]
     script = REPOSITORY / "launch/slurm.sbatch"
-    job = cluster.run("sbatch", *options, script, "tiny", "train.name=a", "train.auto_resume=True")
-    cluster.wait(lambda: sorted(begun.read_text().split()) == ["0", "1"], "both members")
-    cluster.run("scancel", "--signal=USR1", f"{job}_0")
-    cluster.wait(lambda: begun.read_text().split().count("0") == 2, "the first member again")
-    assert sorted(begun.read_text().split()) == ["0", "0", "1"]
-    assert "Restarts=0" in cluster.run("scontrol", "show", "job", f"{job}_1")
-    assert "Restarts=1" in cluster.run("scontrol", "show", "job", f"{job}_0")
-    cluster.run("scancel", job)
+    array = cluster.run("sbatch", *options, script, "tiny", "train.name=a", "train.auto_resume=True")
+    cluster.wait(lambda: begun.read_text().count("\n") == 2, "both members")
+    members = dict(reversed(line.split()) for line in begun.read_text().splitlines())
+    one = members.pop(array)  # whose own number is that of the array, too
+    (other,) = members.values()
+    cluster.run("scancel", "--signal=USR1", f"{array}_{one}")
+    cluster.wait(lambda: begun.read_text().count("\n") == 3, "a member again")
+    assert begun.read_text().splitlines()[-1].split()[0] == one
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", f"{array}_{one}")
+    assert "Restarts=0" in cluster.run("scontrol", "show", "job", f"{array}_{other}")
+    cluster.run("scancel", array)
 
 
 def test_arguments_arrive_as_they_are(cluster: Cluster, tmp_path: Path) -> None:

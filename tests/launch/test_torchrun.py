@@ -51,9 +51,9 @@ def launch(folder: Path, last: str) -> subprocess.Popen[str]:
 def test_told_to_stop_it_ends_as_by_the_signal(number: signal.Signals, tmp_path: Path) -> None:
     process = launch(tmp_path, "wait")
     try:
-        wait_for(tmp_path / "rank-0", process)
+        wait_for(tmp_path / "rank-0", process, seconds=600)
         process.send_signal(number)
-        output, error = process.communicate(timeout=120)
+        output, error = process.communicate(timeout=600)
     finally:
         kill(process)
     assert process.returncode == 128 + number
@@ -74,7 +74,7 @@ def test_told_to_stop_it_ends_as_by_the_signal(number: signal.Signals, tmp_path:
 )
 def test_a_rank_that_failed_is_named_and_its_message_kept(last: str, status: int, said: str, tmp_path: Path) -> None:
     process = launch(tmp_path, last)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == status, error
     final = error.splitlines()[-1]
     assert final.startswith("torchrun: rank 0 (pid ")
@@ -86,17 +86,19 @@ def test_a_rank_that_failed_is_named_and_its_message_kept(last: str, status: int
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_over_ssh_the_ranks_of_a_single_host_are_told_too(number: signal.Signals, tmp_path: Path) -> None:
-    """DeepSpeed starts those without ssh, and by itself would leave them behind."""
+    """DeepSpeed starts those without ssh, by which it only looks whether they can be reached, and would leave them."""
     (tmp_path / "sitecustomize.py").write_text(RANK)
+    (tmp_path / "ssh").write_text("#!/bin/sh\n")
+    (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hostfile").write_text("localhost slots=1\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     line = [sys.executable, "-m", "ddetr.launch.pdsh", str(tmp_path / "hostfile"), "--", "train", "wait"]
     pipe = subprocess.PIPE
     process = subprocess.Popen(line, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     try:
-        wait_for(tmp_path / "rank-0", process)
+        wait_for(tmp_path / "rank-0", process, seconds=600)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
     finally:
         kill(process)
     assert process.returncode == 128 + number, output
