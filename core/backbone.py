@@ -98,7 +98,7 @@ def _build(config: ModelConfig) -> nn.Module:
     try:
         with fetching(config.backbone, config.pretrained_backbone):
             body = timm.create_model(config.backbone, **arguments)
-            if body.pretrained_cfg.get("fixed_input_size"):
+            if cast(dict[str, Any], body.pretrained_cfg).get("fixed_input_size"):
                 with contextlib.suppress(TypeError):  # those whose size is fixed for good
                     body = timm.create_model(config.backbone, **arguments, strict_img_size=False)
     except (RuntimeError, TypeError, AttributeError, AssertionError, KeyError, IndexError, ValueError) as error:

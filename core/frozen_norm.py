@@ -6,7 +6,7 @@ over the weights instead of two over the features. Parameters and buffers keep t
 convolution and its norm stay apart: the published arithmetic, rounding included.
 """
 
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ class FrozenNorm(FrozenBatchNorm2d):
     running_var: Tensor
 
     @classmethod
-    def of(cls, norm: FrozenBatchNorm2d | FrozenBatchNormAct2d) -> "FrozenNorm":
-        frozen = cls(len(cast(Tensor, norm.weight)), norm.eps)
+    def of(cls, norm: FrozenBatchNorm2d | FrozenBatchNormAct2d) -> Self:
+        frozen = cls(len(cast(Tensor, norm.weight)), cast(float, norm.eps))
         for name, buffer in norm.named_buffers(recurse=False):
             setattr(frozen, name, buffer)
         return frozen
@@ -48,8 +48,8 @@ class FrozenNormAct(FrozenNorm):
     act: nn.Module
 
     @classmethod
-    def of(cls, norm: FrozenBatchNorm2d | FrozenBatchNormAct2d) -> "FrozenNormAct":
-        frozen = cast(FrozenNormAct, super().of(norm))
+    def of(cls, norm: FrozenBatchNorm2d | FrozenBatchNormAct2d) -> Self:
+        frozen = super().of(norm)
         frozen.drop, frozen.act = cast(nn.Module, norm.drop), cast(nn.Module, norm.act)
         return frozen
 
