@@ -38,8 +38,6 @@ def test_average_is_that_of_the_weights_of_every_step(train: Train, ranks: int, 
     detector = load_detector(plain.directory)
     torch.manual_seed(detector.config.train.seed)
     average = build(detector.config.model).state_dict()
-    if precision == "bf16":  # what DeepSpeed starts its float32 weights from
-        average = {name: tensor.bfloat16().float() for name, tensor in average.items()}
     trained = {name for name, parameter in build(detector.config.model).named_parameters() if parameter.requires_grad}
     for step in range(1, 5):
         decay = min(0.3, (1 + step) / (10 + step))
