@@ -107,6 +107,5 @@ class Ending(IterableDataset):
 
 def test_a_loader_process_killed_for_want_of_it_is_told_with_the_remedy() -> None:
     batches = Loader(DataLoader(Ending(), batch_size=None, num_workers=1)).batches()
-    assert next(batches) == 1
     with pytest.raises(OSError, match=r"pid \d+ killed by SIGBUS\)\. /dev/shm was full\. Give the container more: "):
-        next(batches)
+        assert set(batches) == {1}, "it ends in the middle of what it hands over, or after that"
