@@ -112,7 +112,8 @@ def test_too_little_shared_memory_is_refused_with_the_remedies(
     mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
     line = [*mount, sys.executable, "-m", "ddetr.launch.cli", "train", "tiny", *SMALL, *options]
     line += [f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.batch_size=8", "train.max_steps=3"]
-    large = ["data.short_sides=[800]", "data.crop=false"]
+    line += ["data.workers=2"]
+    large = ["data.short_sides=[800]", "data.long_side=1333", "data.crop=false"]
     result = subprocess.run([*line, *large], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
     message = result.stderr.splitlines()[-1]
