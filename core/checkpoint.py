@@ -24,6 +24,7 @@ from ..data.documents import parse_json
 from ..data.text import visible
 from .config import Config, ConfigError, EvalConfig, ModelConfig, changed, dump, parse, without_logins
 from .detector import Detector, build
+from .guard import check_finite
 from .labels import check_shared, continued_heads, label_map
 from .manifest import damaged
 from .overrides import written
@@ -142,7 +143,7 @@ def load_weights(
     no class goes on; the model is unchanged then. For a model on the meta device nothing but that is checked.
     """
     file, (weights, stored_categories) = read_newest(path, lambda file: (file, _stored_weights(file, tell)))
-    _check_finite(weights, file)
+    check_finite(weights, file)
     ours = model.state_dict()
     heads = [name for name in ours if name.startswith("class_embed.")]
     if new_class_head:
@@ -190,11 +191,11 @@ def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
         trained = [name.removeprefix("exp_avg/") for name in stored if name.startswith("exp_avg/")]
         if kind not in ("weights", "average") or f"{kind}/{trained[0]}" in stored:
             found = {name: opened.get_tensor(f"{kind}/{name}") for name in trained}
-            _check_finite(found, file)
+            check_finite(found, file)
             return found
     with _opened(checkpoint / WEIGHTS) as opened:
         found = {name: opened.get_tensor(name) for name in trained}
-    _check_finite(found, checkpoint / WEIGHTS)
+    check_finite(found, checkpoint / WEIGHTS)
     return found
 
 
@@ -302,7 +303,7 @@ def _loaded(file: Path, device: str | torch.device, overrides: Sequence[str], co
         foreign = _check(build(without_download), found.shapes, found.file)
     model = build(without_download)
     weights = _read_safetensors(found.file) if found.weights is None else found.weights
-    _check_finite(weights, found.file)
+    check_finite(weights, found.file)
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in foreign})
     model.to(device).eval().requires_grad_(False)
     return TrainedDetector(model, config, found.categories, found.step, found.epoch, found.file)
@@ -371,15 +372,6 @@ def _described_by(file: Path, read: Callable[[], Described]) -> Described:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: its metadata cannot be used: {type(error).__name__}: {error}") from error
-
-
-def _check_finite(weights: Mapping[str, Tensor], file: Path) -> None:
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
-            raise ValueError(
-                f"{file}: {visible(name)} has {bad} of {tensor.numel()} values that are infinite or not a number; what "
-                f"it was trained in had diverged. Take an earlier checkpoint"
-            )
 
 
 def _weights_file(path: str | Path) -> Path:

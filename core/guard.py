@@ -1,11 +1,14 @@
-"""Where a number that is not finite came from: the first module of the forward pass that made one."""
+"""Numbers that are not finite: the first module of a forward pass that made one, the first tensor that holds one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from ..data.text import visible
 
 
 @contextmanager
@@ -40,3 +43,13 @@ def _is_finite(output: object) -> bool:
 def finite_or_poison(loss: Tensor) -> Tensor:
     """`loss`, made so that an infinite one has gradients that are not numbers, which every rank sees and skips."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def check_finite(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raise ValueError that names the first tensor of a file with an infinity or NaN."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
+            raise ValueError(
+                f"{file}: {visible(name)} has {bad} of {tensor.numel()} values that are infinite or not a number; what "
+                f"it was trained in had diverged. Take an earlier checkpoint"
+            )

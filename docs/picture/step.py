@@ -4,7 +4,8 @@ from ddetr.core.criterion import PARTS, Losses, _focal, criterion
 from ddetr.core.engine import Engine, deepspeed_config
 from ddetr.core.guard import finite_or_poison
 from ddetr.core.matcher import Matching, _assign, _cost
-from ddetr.core.optimizer import SLOW, learning_rate, parameter_groups
+from ddetr.core.optimizer import SLOW, parameter_groups
+from ddetr.core.timetable import Timetable
 from ddetr.core.trainer import train_step
 from ddetr.core.transfer import HostCopy
 from ddetr.data.boxes import generalized_box_iou, paired_generalized_box_iou
@@ -188,7 +189,7 @@ def _step(canvas: Canvas, record: Record, top: float) -> Box:
         Box(1464, top + 234, 620, 120),
         "AdamW",
         [],
-        place(parameter_groups, learning_rate),
+        f"{place(parameter_groups)}; {place(Timetable.learning_rate)}",
         note=f"betas {config.optim.betas[0]:g}, {config.optim.betas[1]:g}; weight decay {config.optim.weight_decay:g}",
     )
     canvas.arrow(clipped.bottom(), adam.top())
