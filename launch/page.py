@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from PIL import Image
@@ -135,3 +136,18 @@ def picture(path: Path, caption: str) -> str:
         f'<figure class="card"><img src="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}" '
         f'alt="{escaped(caption)}"><figcaption>{escaped(caption)}</figcaption></figure>'
     )
+
+
+def duration(seconds: float) -> str:
+    """As people say it: seconds, then minutes, then hours."""
+    if not seconds >= 60:  # or not a number
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def date(moment: float) -> str:
+    """Of seconds since 1970, in UTC."""
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..core.config import without_logins
 from ..data.documents import parse_yaml
 from .charts import Line, chart, number
 from .console import brief
-from .page import escaped, figure, page, picture, table, tile
+from .page import date, duration, escaped, figure, page, picture, table, tile
 
 PICTURES = 12
 PARTS = ("class", "l1", "giou")
@@ -179,7 +178,7 @@ def _head(run: RunLog) -> str:
     parts.append(f"<p>{escaped(_in_short(run.config))}</p>")
     moments = [record["time"] for record in (*run.events, *run.steps, *run.evaluations)]
     if moments:
-        times = f"{_date(min(moments))} to {_date(max(moments))}, {_state(run)}"
+        times = f"{date(min(moments))} to {date(max(moments))}, {_state(run)}"
         parts.append(f'<p class="soft">{escaped(times)}{escaped(_hardware(run))}</p>')
     if run.unreadable:
         places = ", ".join(run.unreadable[:5]) + (" and more" if len(run.unreadable) > 5 else "")
@@ -205,7 +204,7 @@ def _head(run: RunLog) -> str:
         tile("Steps", number(last["step"]), note=epoch),
         tile("Images trained on", number(images)),
         tile("Throughput", number(images / seconds), "images/s", f"{_percent(waited / seconds)} waiting for data"),
-        tile("Time in steps", _duration(seconds), note="training alone"),
+        tile("Time in steps", duration(seconds), note="training alone"),
         tile("Loss, last step", number(loss), note=f"{number(_finite(run.steps[0]['losses']['total']))} at first"),
     ]
     return "".join([*parts, f'<div class="tiles">{"".join(tiles)}</div>'])
@@ -268,7 +267,7 @@ def _precision(run: RunLog) -> str:
     sizes = lines("AP_small", "AP_medium", "AP_large")
     over_size = chart(sizes, title="AP by object size", x_name="epoch", from_zero=True)
     note = (
-        f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {_duration(last['seconds'])}. "
+        f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {duration(last['seconds'])}. "
         "A dash means that the images have no such objects, or that the model gave infinities or NaN."
     )
     return (
@@ -360,7 +359,7 @@ def _events(run: RunLog) -> str:
     rows = []
     for event in run.events:
         details = (f"{brief(key)} {_short(value)}" for key, value in event.items() if key not in ("time", "event"))
-        rows.append((_date(event["time"]), brief(str(event.get("event"))), ", ".join(details)))
+        rows.append((date(event["time"]), brief(str(event.get("event"))), ", ".join(details)))
     # A region that scrolls takes the focus, so that it can be scrolled from the keyboard.
     region = '<div class="card scroll" tabindex="0" role="region" aria-label="Events">'
     return f"<h2>Events</h2>{region}{table(('time', 'event', 'details'), rows)}</div>"
@@ -389,16 +388,3 @@ def _score(record: dict[str, Any], name: str) -> float:
 def _percent(share: float) -> str:
     """A share as percent; pycocotools gives -1 for what cannot be computed."""
     return f"{100 * share:.1f} %" if share >= 0 else "–"
-
-
-def _duration(seconds: float) -> str:
-    if not seconds >= 60:  # or not a number
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _date(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
