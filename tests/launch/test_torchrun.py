@@ -27,7 +27,8 @@ if b"ddetr.launch.cli" in line:
         os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, save)
-    open(os.path.join(os.path.dirname(__file__), "rank-" + os.environ["RANK"]), "w").close()
+    with open(os.path.join(os.path.dirname(__file__), "rank-" + os.environ["RANK"]), "w") as begun:
+        print("begun", file=begun)
     last = line[-1].decode()
     if last.isdecimal():
         print("ddetr: what rank", os.environ["RANK"], "says", file=sys.stderr, flush=True)
@@ -51,10 +52,10 @@ def launch(folder: Path, last: str) -> subprocess.Popen[str]:
 def test_told_to_stop_it_ends_as_by_the_signal(number: signal.Signals, tmp_path: Path) -> None:
     process = launch(tmp_path, "wait")
     try:
-        wait_for(tmp_path / "rank-0", process, seconds=600)
+        wait_for(tmp_path / "rank-0", process, seconds=300)
         time.sleep(3)  # torch loses a signal that comes while it starts its ranks
         process.send_signal(number)
-        output, error = process.communicate(timeout=600)
+        output, error = process.communicate(timeout=300)
     finally:
         kill(process)
     assert process.returncode == 128 + number
@@ -75,7 +76,7 @@ def test_told_to_stop_it_ends_as_by_the_signal(number: signal.Signals, tmp_path:
 )
 def test_a_rank_that_failed_is_named_and_its_message_kept(last: str, status: int, said: str, tmp_path: Path) -> None:
     process = launch(tmp_path, last)
-    _, error = process.communicate(timeout=600)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == status, error
     final = error.splitlines()[-1]
     assert final.startswith("torchrun: rank 0 (pid ")
@@ -97,10 +98,10 @@ def test_over_ssh_the_ranks_of_a_single_host_are_told_too(number: signal.Signals
     pipe = subprocess.PIPE
     process = subprocess.Popen(line, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     try:
-        wait_for(tmp_path / "rank-0", process, seconds=600)
+        wait_for(tmp_path / "rank-0", process, seconds=300)
         time.sleep(3)  # torch loses a signal that comes while it starts its ranks
         process.send_signal(number)
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=300)
     finally:
         kill(process)
     assert process.returncode == 128 + number, output
