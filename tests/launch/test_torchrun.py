@@ -53,7 +53,6 @@ def test_told_to_stop_it_ends_as_by_the_signal(number: signal.Signals, tmp_path:
     process = launch(tmp_path, "wait")
     try:
         wait_for(tmp_path / "rank-0", process, seconds=300)
-        time.sleep(3)  # torch loses a signal that comes while it starts its ranks
         process.send_signal(number)
         output, error = process.communicate(timeout=300)
     finally:
@@ -99,7 +98,6 @@ def test_over_ssh_the_ranks_of_a_single_host_are_told_too(number: signal.Signals
     process = subprocess.Popen(line, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(tmp_path / "rank-0", process, seconds=300)
-        time.sleep(3)  # torch loses a signal that comes while it starts its ranks
         process.send_signal(number)
         output, _ = process.communicate(timeout=300)
     finally:
