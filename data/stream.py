@@ -130,8 +130,8 @@ class TrainStream:
         if not workers:
             return 0
         at_once = _AHEAD * workers + 1
-        if not pinned:  # a step's batches are freed when all of the next step's are there
-            at_once = _AHEAD * workers + max(accumulation, 2 * accumulation - 1 - workers)
+        if not pinned:  # a step's batches are freed when all of the next step's are there, and others begun
+            at_once = _AHEAD * workers + 2 * accumulation
         longest = 2 * self._config.long_side
         if at_once * packed_bytes(number, longest, longest, 0) < free:
             return 0

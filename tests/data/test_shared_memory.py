@@ -69,19 +69,22 @@ def whole_pages(number: int) -> int:
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (1, 2)])
 def test_what_is_needed_is_what_is_taken(workers: int, accumulation: int, synthetic_shards: Path) -> None:
-    """Two batches of each loader process, and a step's; they die for less, in words, and live with just that."""
+    """Two batches of each loader process and those of a step are there, and for a moment those of two steps. A stream
+    lives with just that, and dies for want of it in words."""
     reader = stream(synthetic_shards, 0, accumulation)
     made = [batch for epoch in range(2) for step in reader.steps(epoch) for batch in step]
     sizes = [whole_pages(packed_bytes(*batch.images.shape[::2], batch.images.shape[3], 0)) for batch in made]
-    at_once = 2 * workers + accumulation
-    steps = reader.steps_per_epoch
-    count = steps * accumulation + 2 * workers
-    windows = [sum(sizes[first : first + at_once]) for first in range(count - at_once + 1)]
-    need = stream(synthetic_shards, workers, accumulation).shared_bytes(steps, 0, pinned=False)
-    assert max(windows) < need < max(windows) + (256 << 10)  # boxes and semaphores
     assert len(set(sizes)) > 1
+    steps = reader.steps_per_epoch
 
-    taken = windows[::accumulation]
+    def windows(width: int) -> list[int]:
+        count = steps * accumulation + 2 * workers
+        return [sum(sizes[first : first + width]) for first in range(count - width + 1)]
+
+    need = stream(synthetic_shards, workers, accumulation).shared_bytes(steps, 0, pinned=False)
+    most = max(windows(2 * workers + 2 * accumulation))
+    assert most < need < most + (256 << 10)  # boxes and semaphores
+    taken = windows(2 * workers + accumulation)[::accumulation]
     enough = read(synthetic_shards, need, workers, accumulation, taken)
     assert enough.returncode == 0, enough.stderr
     short = read(synthetic_shards, whole_pages(min(sizes) // 2), workers, accumulation, taken)

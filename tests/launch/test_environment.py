@@ -121,8 +121,8 @@ def test_too_little_shared_memory_is_refused_with_the_remedies(
     assert message.startswith(said), message
     needed = re.search(r"need (\d+\.\d) MiB\. Give", message)
     assert needed
-    # Five batches: two of each loader process, and the step's; short sides 800, long sides up to 1333.
-    assert 5 * 8 * 3 * 800**2 / 2**20 <= float(needed[1]) <= 5 * 8 * 3 * 800 * 1333 / 2**20
+    # Six batches: two of each loader process, and those of two steps; short sides 800, long sides up to 1333.
+    assert 6 * 8 * 3 * 800**2 / 2**20 <= float(needed[1]) <= 6 * 8 * 3 * 800 * 1333 / 2**20
     for remedy in ("--ipc=host", "--shm-size", "emptyDir", "data.workers"):
         assert remedy in message
     assert not list(tmp_path.iterdir())
