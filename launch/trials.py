@@ -90,7 +90,8 @@ class Trials:
         sweep, rows = self._sweep, self.rows
         for row in rows:
             run_directory = self._folder / "trials" / row["trial"]
-            row["run_directory"] = str(run_directory) if run_directory.is_dir() else None
+            there = row["state"] == "running" or run_directory.is_dir()  # that of one that starts is made in a moment
+            row["run_directory"] = str(run_directory) if there else None
         self._folder.mkdir(parents=True, exist_ok=True)
         content = {"metric": sweep.metric, "mode": sweep.mode, "sweep": _shown(sweep), "trials": rows}
         write_whole(self._folder / "results.json", as_json(content, indent=1).encode())

@@ -86,7 +86,7 @@ def _run_trials(sweep: Sweep, base: Config, folder: Path, table: Trials) -> None
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             table.begin(str(trial), trial.config)  # where it did not even start
-            table.end(str(trial), _error(trial.get_pickled_error() or trial.get_error()))
+            table.end(str(trial), _error(_raised(trial)))
             say(f"{trial} failed ({table.ended} of {sweep.samples}); the others go on")
 
     scheduler = FIFOScheduler()
@@ -129,6 +129,15 @@ def _take(table: Trials, result: Any, metric: str) -> None:
         for epoch, score in zip(history["epoch"], history[metric], strict=True):
             table.add(name, int(epoch), float(score))
     table.end(name, _error(result.error) if result.error else None)
+
+
+def _raised(trial: Any) -> Exception:
+    """What ended a trial, from Ray's files on this machine: where Tune looks itself, they appear later."""
+    from ray import cloudpickle
+
+    if file := trial.pickled_error_file:
+        return cloudpickle.loads(Path(file).read_bytes())
+    return RuntimeError(Path(trial.error_file).read_text(errors="replace"))
 
 
 def _error(error: Exception) -> str:
