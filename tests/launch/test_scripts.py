@@ -70,7 +70,8 @@ def test_slurm_queues_again_what_can_be_gone_on_with(
     """Slurm itself: test_slurm.py. Here the ranks were told to stop. The job is one of its own, or a member of one."""
     (tmp_path / "mine.yaml").write_text(MINE)
     (tmp_path / "config.yaml").write_text("train: {name: a}\n")  # that of a run
-    for name, body in (("srun", "exit 75"), ("scontrol", 'echo "scontrol $*"; echo node0')):
+    nodes = 'echo "scontrol $*"; seq -f node%g 0 19999'  # more than a pipe holds
+    for name, body in (("srun", "exit 75"), ("scontrol", nodes)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     variables = {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0"}
