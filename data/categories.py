@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .values import MOST_ID, described, is_whole, member, whole
+from .values import MOST_ID, as_whole, described, member, whole
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ class Categories:
         """The `categories` of a COCO json; labels follow the ids' numerical order, whatever the order of the list."""
         items = list(items)
         for item in items:
-            if not isinstance(item, Mapping) or not is_whole(item.get("id"), -MOST_ID):
+            if not isinstance(item, Mapping) or as_whole(item.get("id"), -MOST_ID) is None:
                 raise ValueError(f'categories: each needs an integer "id", got {described(item)}')
-        items = sorted(items, key=lambda item: item["id"])
-        names = (item.get("name", item["id"]) for item in items)
-        texts = [name if isinstance(name, str) else described(name) for name in names]
-        return cls(tuple(item["id"] for item in items), tuple(texts))
+        pairs = [(as_whole(item["id"], -MOST_ID) or 0, item.get("name")) for item in items]
+        pairs.sort(key=lambda pair: pair[0])
+        texts = [
+            name if isinstance(name, str) else str(id_) if name is None else described(name) for id_, name in pairs
+        ]
+        return cls(tuple(id_ for id_, _ in pairs), tuple(texts))

@@ -1,152 +1,83 @@
-"""Reading a COCO json and saying all that is wrong with it.
+"""From annotations to a set: entries in the words of a COCO json, and everything that is wrong with them.
 
-`ddetr data pack` refuses what has errors, `ddetr data check` lists them; both by the findings made here.
+Whatever the annotations come from (`formats.py`), they are entries of a COCO json by then, believed only as far as they
+can be read. `ddetr data pack` refuses what has errors, `ddetr data check` lists them.
 """
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from rich.progress import Progress
+
+from .annotations import annotate, member_of
 from .categories import Categories
-from .documents import parse_json
+from .findings import Finding
+from .headers import read_headers
+from .images import Header
+from .sets import CocoImage, CocoSet, Reading, Source
 from .text import visible
-from .values import MOST_SIDE, described, is_number, is_whole
-
-MOST_COORDINATE = 1e9  # pixels
-
-# What a user does about each kind of finding.
-FIXES = {
-    "degenerate box": "correct or delete the annotation, or pack with --drop-degenerate, which leaves such boxes out",
-    "overhanging box": "nothing to do: the stream clips it to the image",
-    "unknown category": 'add the category to "categories" of the json, or delete the annotation',
-    "duplicate id": "give every image and every annotation its own id",
-    "duplicate file name": "keep one of the image entries: the image would count twice",
-    "duplicate content": "keep one of the files if the images are really the same",
-    "unknown image": "delete the annotation, or add its image",
-    "outside image": "move the image into the folder and correct file_name; --allow-outside reads it where it is",
-    "not a file": "put an ordinary file in its place: pipes and devices are not read",
-    "too large image": "scale the image down, or allow more pixels: --most-pixels here, data.most_pixels for training",
-    "missing image": "put the file into the images folder, or remove the image from the json",
-    "undecodable image": "replace the file, or remove the image from the json",
-    "wrong size": "correct height and width in the json; boxes refer to the stored pixels, EXIF rotation not applied",
-    "bad entry": "correct the entry, or delete it",
-    "missing shard": "run `ddetr data pack` again: it makes only what is missing",
-    "extra shard": "delete the file, or pack into an empty folder",
-    "wrong bytes": "pack the shard again (delete it first), or copy it again from where it is from",
-}
+from .values import MOST_SIDE, as_whole, described
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: its kind (a key of FIXES), where it is, and what was found there."""
+def coco_set(
+    path: Path, source: Source, folder: Path, reading: Reading, *, progress: Progress | None = None
+) -> CocoSet:
+    """What a source says, read from `path`, of the images in `folder`, as far as it can be used.
 
-    kind: str
-    where: str
-    what: str
-    severity: Literal["error", "warning"] = "error"
-
-
-@dataclass(frozen=True)
-class CocoImage:
-    """One image of the json with the annotations that can be used, reduced to what a detector needs.
-
-    annotations: {"id", "bbox" (xywh in pixels), "category_id", "area", "iscrowd"} each.
+    Raises ValueError when there is no image or no category at all, FileNotFoundError without the folder. Single bad
+    entries become findings, and are left out.
     """
-
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    annotations: list[dict[str, Any]]
-
-    @property
-    def key(self) -> str:
-        """The sample's name in its shard."""
-        return f"{self.image_id:012d}"
-
-
-@dataclass(frozen=True)
-class CocoSet:
-    """A COCO json: categories, images by ascending id, and everything found wrong on the way."""
-
-    categories: Categories
-    images: list[CocoImage]
-    findings: list[Finding]
-
-
-def read_coco(path: Path) -> CocoSet:
-    """Read a COCO instance json.
-
-    Raises FileNotFoundError without the file, and ValueError when it is not a COCO json at all; single bad entries
-    become findings, and are left out of the images and annotations returned.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a COCO json")
+    findings = list(source.findings)
     try:
-        values = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); expected a COCO json") from error
-    return coco_set(path, values)
-
-
-def coco_set(path: Path, values: Any) -> CocoSet:
-    """The content of a COCO json, read from `path`. Raises ValueError as `read_coco`."""
-    missing = [k for k in ("images", "annotations", "categories") if not isinstance(_get(values, k), list)]
-    if missing:
-        raise ValueError(f"{path}: not a COCO json: no list {' and no list '.join(repr(k) for k in missing)}")
-    try:
-        categories = Categories.from_coco(values["categories"])
+        categories = Categories.from_coco(source.categories)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not categories or not values["images"]:
-        raise ValueError(f"{path}: no {'images' if categories else 'categories'} in it")
-    images, findings = _images(values["images"])
-    findings += _annotate(images, values["annotations"], categories)
-    return CocoSet(categories, sorted(images.values(), key=lambda image: image.image_id), findings)
+    if not categories or not source.images:
+        reason = f"; the first of {len(findings)} findings: {_line(findings[0])}" if findings else ""
+        raise ValueError(f"{path}: no {'images' if categories else 'categories'} in it{reason}")
+    names = Counter(categories.names)
+    findings += [
+        Finding("repeated category", f"category {name}", f"{count} categories have this name", "warning")
+        for name, count in names.items()
+        if count > 1
+    ]
+    images, refused = _images(source.images, findings)
+    images = {image_id: replace(image, file_name=_file_name(image, folder)) for image_id, image in images.items()}
+    headers = read_headers(
+        folder,
+        [image.file_name for image in images.values()],
+        allow_outside=reading.allow_outside,
+        most_pixels=reading.most_pixels,
+        workers=reading.workers,
+        progress=progress,
+    )
+    usable = _sized(images, headers, source, reading, findings)
+    without_area = annotate(images, refused, source, categories, reading, findings)
+    kept = [image for image_id, image in sorted(images.items()) if image_id in usable]
+    findings += _set_findings(path, kept)
+    return CocoSet(path, categories, kept, findings, folder, without_area)
 
 
-def summary(findings: Sequence[Finding], each: int = 5) -> str:
-    """Findings grouped by kind: how many, the first few, and the fix."""
-    lines = []
-    for kind, count in Counter(finding.kind for finding in findings).items():
-        some = [finding for finding in findings if finding.kind == kind][:each]
-        lines.append(f"  {kind}: {count}")
-        lines += [f"    {visible(finding.where)}: {visible(finding.what)[:1000]}" for finding in some]
-        lines += [f"    ... and {count - each} more"] if count > each else []
-        lines.append(f"    fix: {FIXES[kind]}")
-    return "\n".join(lines)
-
-
-def box_fault(bbox: Any, height: int, width: int) -> tuple[Literal["degenerate box", "overhanging box"], str] | None:
-    """What is wrong with a box (xywh in pixels) by the rule of `boxes.py`, or None."""
-    if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_coordinate(value) for value in bbox)):
-        return "degenerate box", f"bbox {described(bbox)} is not four finite numbers up to {MOST_COORDINATE:g}"
-    left, top, w, h = bbox
-    inside_w = min(left + w, width) - max(left, 0)
-    inside_h = min(top + h, height) - max(top, 0)
-    if inside_w <= 0 or inside_h <= 0:
-        return "degenerate box", f"bbox {bbox} covers nothing of the {width} x {height} image"
-    # Rounded coordinates leave fractions of a pixel outside; only more is worth a word.
-    if max(-left, -top, left + w - width, top + h - height) > 1:
-        return "overhanging box", f"bbox {bbox} leaves the {width} x {height} image"
-    return None
-
-
-def _images(entries: Iterable[Any]) -> tuple[dict[int, CocoImage], list[Finding]]:
+def _images(entries: Iterable[Any], findings: list[Finding]) -> tuple[dict[int, CocoImage], set[str]]:
+    """Images by id, with height 0 where none is stated; and the ids of entries that became findings, as described."""
     images: dict[int, CocoImage] = {}
-    findings: list[Finding] = []
     image_by_name: dict[str, int] = {}
+    refused: set[str] = set()
     for entry in entries:
-        image_id, name = _get(entry, "id"), _get(entry, "file_name")
-        height, width = _get(entry, "height"), _get(entry, "width")
-        where = f"image {described(image_id)}"
-        if not (is_whole(image_id) and isinstance(name, str) and name):
-            findings.append(Finding("bad entry", where, f"needs a whole id >= 0 and a file_name: {described(entry)}"))
-        elif not (is_whole(height, 1, MOST_SIDE) and is_whole(width, 1, MOST_SIDE)):
-            what = f"height {described(height)} and width {described(width)} must be whole, > 0"
-            findings.append(Finding("bad entry", where, what))
+        image_id, name = as_whole(member_of(entry, "id")), member_of(entry, "file_name")
+        where = f"image {described(member_of(entry, 'id'))}"
+        size, fault = _stated_size(entry)
+        if image_id is None:
+            fault = f"id is no whole number >= 0: {described(entry)}"
+        elif not (isinstance(name, str) and name):
+            fault = f"file_name {described(name)} is no text: {described(entry)}"
+        if image_id is None or fault:
+            findings.append(Finding("bad entry", where, fault))
+            refused.add(described(member_of(entry, "id")))
         elif image_id in images:
             findings.append(Finding("duplicate id", where, f"stands for {images[image_id].file_name} and for {name}"))
         else:
@@ -154,55 +85,93 @@ def _images(entries: Iterable[Any]) -> tuple[dict[int, CocoImage], list[Finding]
                 what = f"{name} is also image {image_by_name[name]}"
                 findings.append(Finding("duplicate file name", where, what))
             image_by_name[name] = image_id
-            images[image_id] = CocoImage(image_id, name, height, width, [])
-    return images, findings
+            images[image_id] = CocoImage(image_id, name, *size, [])
+    return images, refused
 
 
-def _annotate(images: dict[int, CocoImage], entries: Iterable[Any], categories: Categories) -> list[Finding]:
-    """Hand the annotations to their images, in the json's order."""
+def _file_name(image: CocoImage, folder: Path) -> str:
+    """With slashes where a program on Windows wrote backslashes."""
+    name = image.file_name
+    return name.replace("\\", "/") if "\\" in name and not os.path.lexists(folder / name) else name
+
+
+def _stated_size(entry: Any) -> tuple[tuple[int, int], str]:
+    """((height, width), what is wrong with them); (0, 0) where an entry states none, as hand-made sets do."""
+    stated = {name: member_of(entry, name) for name in ("height", "width")}
+    sides = [0 if value is None else as_whole(value, 0, MOST_SIDE) for value in stated.values()]
+    if None in sides:
+        shown = " and ".join(f"{name} {described(value)}" for name, value in stated.items())
+        return (0, 0), f"{shown} must be whole, > 0"
+    height, width = (side or 0 for side in sides)
+    return ((height, width) if height and width else (0, 0)), ""
+
+
+def _sized(
+    images: dict[int, CocoImage],
+    headers: list[Header | tuple[str, str]],
+    source: Source,
+    reading: Reading,
+    findings: list[Finding],
+) -> set[int]:
+    """Give each image the size and orientation that its boxes refer to; the ids of those whose file can be used.
+
+    A quarter turn shows in the stated size. One annotation tool treats all images alike, so the others of the set
+    follow those that show it.
+    """
+    usable: dict[int, Header] = {}
+    told: set[bool] = set()
+    for image, header in zip(list(images.values()), headers, strict=True):
+        if isinstance(header, tuple):
+            findings.append(Finding(header[0], image.where, header[1]))
+            continue
+        stated, stored = (image.height, image.width), (header.height, header.width)
+        if stated != (0, 0) and stated not in (stored, header.shown_size):
+            shown = f", shown as {stored[0]} x {stored[1]}" if header.shown_size != stored else ""
+            what = f"{stated[1]} x {stated[0]} is stated, the file holds {stored[1]} x {stored[0]} pixels{shown}"
+            findings.append(Finding("wrong size", image.where, what))
+            images[image.image_id] = replace(image, height=0, width=0)
+            continue
+        usable[image.image_id] = header
+        if stated != (0, 0) and header.shown_size != stored:
+            told.add(stated == header.shown_size)
+    convention = reading.orientation
+    if convention is None and (source.relative or len(told) == 1):
+        convention = "shown" if source.relative or told == {True} else "stored"
+    for image_id, header in usable.items():
+        image, stored = images[image_id], (header.height, header.width)
+        stated = (image.height, image.width)
+        is_shown = (convention == "shown") if convention else source.shown
+        if stated != (0, 0) and header.shown_size != stored:
+            is_shown = stated == header.shown_size
+        elif header.orientation != 1 and convention is None:
+            taken = "picture as shown" if is_shown else "stored pixels"
+            what = f"EXIF orientation {header.orientation}: nothing tells what the boxes refer to; taken: the {taken}"
+            findings.append(Finding("unknown orientation", image.where, what, "warning"))
+        orientation = header.orientation if is_shown else 1
+        height, width = header.shown_size if is_shown else stored
+        images[image_id] = replace(image, height=height, width=width, orientation=orientation)
+    return set(usable)
+
+
+def _set_findings(path: Path, images: list[CocoImage]) -> list[Finding]:
     findings: list[Finding] = []
-    seen: set[int] = set()
-    for entry in entries:
-        annotation_id, image_id = _get(entry, "id"), _get(entry, "image_id")
-        category_id, bbox = _get(entry, "category_id"), _get(entry, "bbox")
-        where = f"annotation {described(annotation_id)} of image {described(image_id)}"
-        image = images.get(image_id) if is_whole(image_id) else None
-        if not is_whole(annotation_id):
-            findings.append(Finding("bad entry", where, f"needs a whole id >= 0: {described(entry)}"))
-            continue
-        if annotation_id in seen:
-            findings.append(Finding("duplicate id", where, "the id belongs to an earlier annotation too"))
-            continue
-        seen.add(annotation_id)
-        if image is None:
-            findings.append(Finding("unknown image", where, "no such image in the json"))
-            continue
-        if type(category_id) is not int or category_id not in categories:
-            findings.append(Finding("unknown category", where, f"category_id {described(category_id)}"))
-            continue
-        fault = box_fault(bbox, image.height, image.width)
-        if fault:
-            kind, what = fault
-            is_error = kind == "degenerate box"
-            findings.append(Finding(kind, where, what, "error" if is_error else "warning"))
-            if is_error:
-                continue
-        area, iscrowd = _get(entry, "area"), _get(entry, "iscrowd")
-        image.annotations.append(
-            {
-                "id": annotation_id,
-                "bbox": bbox,
-                "category_id": category_id,
-                "area": area if is_number(area) else bbox[2] * bbox[3],
-                "iscrowd": int(bool(iscrowd)),
-            }
-        )
+    boxes = crowds = 0
+    for image in images:
+        seen: set[tuple[Any, ...]] = set()
+        for annotation in image.annotations:
+            box = (annotation["category_id"], *annotation["bbox"])
+            if box in seen:
+                where = f"annotation {annotation['id']} of image {image.image_id}"
+                what = f"bbox {annotation['bbox']} of category {box[0]} is there before"
+                findings.append(Finding("repeated box", where, what, "warning"))
+            seen.add(box)
+            crowds += annotation["iscrowd"]
+        boxes += len(image.annotations)
+    if images and boxes == crowds:
+        what = f"all {boxes} boxes are crowds" if boxes else f"none of {len(images)} images has a box"
+        findings.append(Finding("no boxes", str(path), what, "warning"))
     return findings
 
 
-def _get(entry: Any, key: str) -> Any:
-    return entry.get(key) if isinstance(entry, dict) else None
-
-
-def _is_coordinate(value: Any) -> bool:
-    return is_number(value) and abs(value) <= MOST_COORDINATE
+def _line(finding: Finding) -> str:
+    return f"{visible(finding.where)}: {visible(finding.what)}"

@@ -1,24 +1,27 @@
 """Looking a data set over before training on it: a COCO json with its images, or a folder of shards.
 
 Everything found is returned, nothing is raised but for what cannot be read at all; `Finding` says what and where, and
-`coco.FIXES` what to do about it.
+`findings.FIXES` what to do about it.
 """
 
 import hashlib
 import tarfile
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
 
-from .coco import CocoImage, Finding, box_fault
+from .annotations import box_fault
 from .config import MOST_PIXELS
-from .formats import read_annotations
+from .findings import Finding
+from .formats import EVERYTHING, read_annotations
 from .index import SampleError, ShardIndex, ShardReader, file_sha256, tar_members
+from .inspection import inspect_file, inspect_image
 from .layout import Shard
 from .parallel import ordered_map
-from .shards import file_findings, inspect_file, inspect_image
+from .sets import CocoImage, CocoSet, Reading
 
 Digest = tuple[str, bytes]  # where an image is, and the digest of its bytes
 
@@ -27,23 +30,23 @@ def check_coco(
     annotations: Path,
     images: Path,
     *,
-    workers: int = 0,
-    allow_outside: bool = False,
-    most_pixels: int = MOST_PIXELS,
+    reading: Reading = EVERYTHING,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """All that is wrong with a COCO json and its images; every image is decoded.
+    """All that is wrong with annotations (`read_annotations`) and their images: `check_set` of the one set there."""
+    coco = read_annotations(annotations, images, reading, progress=progress)
+    return check_set(coco, workers=reading.workers, most_pixels=reading.most_pixels, progress=progress)
 
-    allow_outside, most_pixels: as `pack` has them.
-    Raises FileNotFoundError without json or folder, ValueError when the json is no COCO json.
-    """
-    coco = read_annotations(annotations, images, allow_outside=allow_outside, most_pixels=most_pixels)
-    faults = file_findings(coco, images, allow_outside)
-    findings = coco.findings + list(faults.values())
-    present = [image for image in coco.images if image.image_id not in faults]
-    task = progress.add_task("checking images", total=len(present)) if progress else None
+
+def check_set(
+    coco: CocoSet, *, workers: int = 0, most_pixels: int = MOST_PIXELS, progress: Progress | None = None
+) -> list[Finding]:
+    """What was found when the set was read, and what is wrong with its images, each of which is decoded."""
+    findings = list(coco.findings)
+    task = progress.add_task("checking images", total=len(coco.images)) if progress else None
     digests = []
-    for finding, digest in ordered_map(partial(_check_file, images, most_pixels), present, workers=workers, chunk=16):
+    check = partial(_check_file, coco.folder, most_pixels)
+    for finding, digest in ordered_map(check, coco.images, workers=workers, chunk=16):
         findings += [finding] if finding else []
         digests += [digest] if digest else []
         if progress and task is not None:
@@ -60,6 +63,10 @@ def check_shards(
     """
     index = ShardIndex.read(folder)
     findings = [Finding("extra shard", name, "not in the index") for name in index.extra_shards()]
+    boxes = int(index.samples["num_boxes"].sum())
+    if boxes == index.source.get("crowds", 0):
+        what = f"all {boxes} boxes are crowds" if boxes else f"none of {index.num_samples} images has a box"
+        findings.append(Finding("no boxes", str(folder), what, "warning"))
     numbers = []
     for number, shard in enumerate(index.shards):
         if shard.path.is_file():
@@ -80,7 +87,7 @@ def check_shards(
 
 def _check_file(folder: Path, most_pixels: int, image: CocoImage) -> tuple[Finding | None, Digest | None]:
     finding, _, data = inspect_file(image, folder / image.file_name, most_pixels)
-    return finding, (f"image {image.image_id} ({image.file_name})", _digest(data)) if data else None
+    return finding, (image.where, _digest(data)) if data else None
 
 
 def _check_shard(index: ShardIndex, most_pixels: int, number: int) -> tuple[list[Finding], list[Digest]]:
@@ -97,7 +104,7 @@ def _check_shard(index: ShardIndex, most_pixels: int, number: int) -> tuple[list
             continue
         image = CocoImage(**entry)
         finding = inspect_image(image, data, most_pixels)[0]
-        findings += [Finding(finding.kind, where, finding.what)] if finding else []
+        findings += [replace(finding, where=where)] if finding else []
         digests.append((where, _digest(data)))
         indexed = tuple(int(shard.samples[row][name]) for name in ("image_id", "height", "width", "num_boxes"))
         stored = (image.image_id, image.height, image.width, len(image.annotations))
@@ -108,7 +115,7 @@ def _check_shard(index: ShardIndex, most_pixels: int, number: int) -> tuple[list
             place = f"{where}, annotation {annotation['id']}"
             fault = box_fault(annotation["bbox"], image.height, image.width)
             if fault:
-                severity = "error" if fault[0] == "degenerate box" else "warning"
+                severity = "warning" if fault[0] == "overhanging box" else "error"
                 findings.append(Finding(fault[0], place, fault[1], severity))
             if annotation["category_id"] not in index.categories:
                 findings.append(Finding("unknown category", place, f"category_id {annotation['category_id']}"))

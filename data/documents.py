@@ -1,11 +1,27 @@
-"""JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
+"""Text, JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
 
+import codecs
 import json
 import math
 from functools import partial
 from typing import Any
 
 import yaml
+
+from .text import visible
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with the mark that says so; without a mark. Raises ValueError for any other."""
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"it is not text in UTF-8 (byte {error.start} is {data[error.start]:#x}): save it as UTF-8"
+        ) from None
 
 
 def parse_json(text: str | bytes | bytearray) -> Any:
@@ -36,25 +52,45 @@ def _without_nan(value: Any) -> Any:
 MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more
 
 
-class _WithoutAliases(yaml.SafeLoader):
+class _NoAliases:
     """A few lines of aliases of aliases stand for billions of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
             raise ValueError("it has aliases (*name), which stand for more than is written: write them out")
+        return super().compose_node(parent, index)  # type: ignore[misc]
+
+
+class _WithoutAliases(_NoAliases, yaml.SafeLoader):
+    pass
+
+
+class _Texts(_NoAliases, yaml.BaseLoader):
+    """Every value is text: `no`, `on` and `1` may be names."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        tag = getattr(self.peek_event(), "tag", None)
+        if tag is not None:
+            raise ValueError(f"it has a tag ({visible(str(tag))}), which says what a value is: leave it out")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        values = super().construct_mapping(node, deep=deep)
+        if len(values) < len(node.value):
+            raise ValueError(f"a key stands twice in the mapping that begins in line {node.start_mark.line + 1}")
+        return values
 
-def parse_yaml(text: str | bytes, *, aliases: bool = False) -> Any:
+
+def parse_yaml(text: str | bytes, *, aliases: bool = False, texts: bool = False) -> Any:
     """Raises ValueError for what is no YAML and for nesting without end.
 
     Where aliases are not allowed, the text is a stranger's: then for more than 1 MiB of it, too. No tag of it makes an
-    object, let alone runs anything.
+    object, let alone runs anything. texts: every value stays the text that is written; tags are refused.
     """
     if not aliases and len(text) > MOST_BYTES:
         raise ValueError(f"it is {len(text) / 2**20:.1f} MiB long, more than {MOST_BYTES >> 20} MiB")
     try:
-        return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
+        return yaml.load(text, _Texts if texts else yaml.SafeLoader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error
     except (AttributeError, LookupError, TypeError, OverflowError) as error:  # its loader, of `!!bool x` and the like

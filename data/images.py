@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -25,6 +26,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000"
 MOST_FILE_BYTES = 1 << 30  # of an image file, and of any other that is read at once
 _BAND_PIXELS = 1 << 24  # converted to RGB at a time, so that a large image is not in memory several times
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
+_ORIENTATION = 0x0112  # tag of EXIF
+_DARKEST = 63  # of 255: what 14 of 16 bits reach
 
 Result = TypeVar("Result")
 
@@ -37,8 +40,45 @@ class SizeError(ValueError):
     """An image whose header states another size than it should."""
 
 
+class DepthError(ValueError):
+    """An image whose numbers have no black and no white."""
+
+
 class TooManyPixels(SizeError):
     """An image whose header states more pixels than the limit."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file states. height, width: of the stored pixels. orientation: 1 to 8, as EXIF has it.
+
+    A viewer shows the pixels turned and mirrored by the orientation; 1 means as they are stored, 5 to 8 a quarter turn.
+    """
+
+    height: int
+    width: int
+    orientation: int = 1
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(height, width) of the picture as a viewer shows it."""
+        return turned_size(self.height, self.width, self.orientation)
+
+
+def turned_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """(height, width) of pixels (height, width) after `turned`; and back, for that is its own inverse."""
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels (height, width, 3) as a viewer shows them (EXIF 2.32, tag 0x0112)."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else None)
+    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else None)
+    return np.ascontiguousarray(pixels[rows, columns])
 
 
 def load_image(
@@ -47,13 +87,21 @@ def load_image(
     *,
     most_pixels: int = MOST_PIXELS,
     stated: tuple[int, int] | None = None,
+    orientation: int = 1,
 ) -> np.ndarray:
     """Any image file (grayscale, palette, CMYK, 16-bit, ...) as (height, width, 3) uint8 RGB.
 
+    orientation: by which the stored pixels are turned (`turned`), whatever the file says of it. smallest, stated and
+    the result are of the turned picture.
     A JPEG may come at half its size or less, no smaller than `smallest`, (height, width); by default at its full size.
     most_pixels: as data.most_pixels. stated: the (height, width) that it must have.
     Raises SizeError, and ValueError for data that is no image or is cut short.
     """
+    if orientation != 1:
+        swap = orientation >= 5
+        stored = turned_size(*stated, orientation) if stated else None
+        data_smallest = (smallest[1], smallest[0]) if swap else smallest
+        return turned(load_image(data, data_smallest, most_pixels=most_pixels, stated=stored), orientation)
     if data.startswith(b"\xff\xd8"):
         # What libjpeg-turbo objects to, PIL judges below: it reads on over harmless oddities, and says what is wrong.
         header = None
@@ -69,6 +117,7 @@ def load_image(
                 )
 
     def decode(image: Image.Image) -> np.ndarray:
+        _check_depth(image)
         _check_size(image.height, image.width, most_pixels, stated)
         # PIL looks again at the size of a TIFF, and at that of a band.
         again = image.format == "TIFF" or image.width * image.height > _BAND_PIXELS
@@ -79,10 +128,25 @@ def load_image(
     return _opened(io.BytesIO(data), most_pixels, decode)
 
 
-def image_size(path: Path, most_pixels: int = MOST_PIXELS) -> tuple[int, int]:
-    """(height, width) that an image file states; nothing is decoded. Raises as `load_image`, and OSError."""
+def load_upright(data: bytes, *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """The picture as a viewer shows it: `load_image` turned by the orientation in the file."""
+    return load_image(data, most_pixels=most_pixels, orientation=_opened(io.BytesIO(data), most_pixels, _orientation))
+
+
+def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:
+    """What an image file states; nothing is decoded. Raises as `load_image`, and OSError."""
+
+    def header(image: Image.Image) -> Header:
+        _check_depth(image)
+        return Header(image.height, image.width, _orientation(image))
+
     with open_file(path) as file:
-        return _opened(file, most_pixels, lambda image: (image.height, image.width))
+        return _opened(file, most_pixels, header)
+
+
+def is_dark(data: bytes, pixels: np.ndarray) -> bool:
+    """Whether these are the `pixels` of a file of 16 bits that uses their lower ones alone: they are nearly black."""
+    return int(pixels.max(initial=0)) <= _DARKEST and _opened(io.BytesIO(data), 2 * pixels.size, _is_deep)
 
 
 def image_suffix(data: bytes, most_pixels: int = MOST_PIXELS) -> str:
@@ -145,7 +209,7 @@ def _opened(file: BinaryIO, most_pixels: int, use: Callable[[Image.Image], Resul
         raise ValueError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:  # of formats whose size PIL looks at itself
         raise TooManyPixels(f"the image states far more pixels than data.most_pixels={most_pixels}") from None
-    except SizeError:
+    except (SizeError, DepthError):
         raise
     except Exception as error:  # PIL's readers raise whatever they stumble over in a broken file
         raise ValueError(f"the image cannot be decoded: {visible(str(error) or repr(error))}") from error
@@ -171,6 +235,36 @@ def _check_size(height: int, width: int, most_pixels: int, stated: tuple[int, in
         )
     if stated is not None and (height, width) != stated:
         raise SizeError(f"the json says {stated[1]} x {stated[0]}, the file holds {width} x {height} pixels")
+
+
+def _check_depth(image: Image.Image) -> None:
+    layouts = _layouts(image)
+    if image.mode == "F" or any(layout.startswith("I;32") for layout in layouts):
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+        raise DepthError(
+            f"the image holds {kind}, and nothing says which of them are black and white; save it with 8 or 16 bits"
+        )
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return any(";16" in layout for layout in _layouts(image))
+
+
+def _layouts(image: Image.Image) -> list[str]:
+    """How the parts of the file hold their pixels, in PIL's words: `I;16B`, `RGB;16B`, ..."""
+    firsts = (tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3] for tile in getattr(image, "tile", ()))
+    return [first for first in firsts if isinstance(first, str)]
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of the stored pixels, as PIL gives them: those of a TIFF it turns itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # what PIL's parser stumbles over in broken EXIF, with which every viewer shows the stored pixels
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -137,7 +137,11 @@ def _rows(samples: list[Any], shard_bytes: int) -> np.ndarray:
 
 
 def entry_from_json(data: bytes) -> dict[str, Any]:
-    """{"image_id", "file_name", "height", "width", "annotations"} of a sample. Raises ValueError for anything else."""
+    """{"image_id", "file_name", "height", "width", "annotations", "orientation"} of a sample.
+
+    height, width: of the picture, which is the stored one turned by `orientation` (1 where none is noted).
+    Raises ValueError for anything else.
+    """
     values = parse_json(data)
     return {
         "image_id": whole(values, "image_id"),
@@ -145,6 +149,7 @@ def entry_from_json(data: bytes) -> dict[str, Any]:
         "height": whole(values, "height", 1, MOST_SIDE),
         "width": whole(values, "width", 1, MOST_SIDE),
         "annotations": [_annotation(annotation) for annotation in member(values, "annotations", list)],
+        "orientation": whole(values, "orientation", 1, 8) if "orientation" in values else 1,
     }
 
 

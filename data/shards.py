@@ -1,8 +1,9 @@
-"""Packing: a COCO json and its images into indexed tar shards.
+"""Packing: annotations and their images into indexed tar shards.
 
-What a shard holds is decided before anything is written, from the json and the sizes of the files, so the bytes on
-disk depend neither on the number of workers nor on interruptions. A shard gets its name when it is whole, together
-with a sidecar that holds its part of the index; `index.json` is written last. Packing again skips what is whole.
+What a shard holds is decided before anything is written, from annotations and the headers and sizes of the files, so
+the bytes on disk depend neither on the number of workers nor on interruptions. A shard gets its name when it is whole,
+together with a sidecar that holds its part of the index; `index.json` is written last. Packing again skips what is
+whole.
 """
 
 import hashlib
@@ -20,17 +21,21 @@ import numpy as np
 from rich.progress import Progress
 from webdataset.writer import TarWriter
 
-from .coco import CocoImage, CocoSet, Finding, summary
 from .config import MOST_PIXELS
 from .documents import parse_json
-from .formats import digest, read_annotations
-from .images import SizeError, TooManyPixels, file_fault, image_suffix, load_image, read_file
+from .findings import Finding, summary
+from .formats import EVERYTHING, digest, read_annotations
+from .images import read_file
 from .index import ShardIndex, file_sha256, partial_path, tar_members, write_whole
+from .inspection import inspect_file
 from .layout import INDEX_NAME, MOST_INDEX_BYTES, SAMPLE_DTYPE, Shard, sample_key
 from .parallel import ordered_map
+from .sets import CocoImage, CocoSet, Reading
 from .text import visible
 
-__all__ = ["ShardIndex", "pack"]
+__all__ = ["ShardIndex", "pack", "pack_set"]
+
+DEFAULT_SHARD_BYTES = 64 << 20
 
 _LEFTOVER = re.compile(r"\.(shard-[0-9]{6,}\.(tar|json)|index\.json)\.[0-9]+\.partial")  # of a pack that was killed
 
@@ -49,37 +54,75 @@ class ShardJob:
         return self.path.with_suffix(".json")
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The shards written, and what is worth a word of the set they are made from: findings that are no errors."""
+
+    index: ShardIndex
+    warnings: list[Finding]
+
+
 def pack(
     annotations: Path,
     images: Path,
     output: Path,
     *,
     workers: int,
-    shard_bytes: int = 64 << 20,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
     drop_degenerate: bool = False,
-    allow_outside: bool = False,
-    most_pixels: int = MOST_PIXELS,
+    reading: Reading = EVERYTHING,
     progress: Progress | None = None,
 ) -> ShardIndex:
-    """Write the images that a COCO json names, with their annotations, as shards of nearly equal size.
+    """Write the images that annotations name, with these, as shards of nearly equal size: `pack_set` of one set.
 
-    annotations: the json, or a folder of Pascal VOC xml or YOLO txt files.
+    annotations: a COCO json, or a folder of Pascal VOC xml or YOLO txt files. Raises as `read_annotations` and
+    `pack_set`.
+    """
+    coco = read_annotations(annotations, images, replace(reading, workers=workers), progress=progress)
+    packed = pack_set(
+        coco,
+        output,
+        workers=workers,
+        shard_bytes=shard_bytes,
+        drop_degenerate=drop_degenerate,
+        most_pixels=reading.most_pixels,
+        progress=progress,
+    )
+    return packed.index
+
+
+def pack_set(
+    coco: CocoSet,
+    output: Path,
+    *,
+    workers: int,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    drop_degenerate: bool = False,
+    most_pixels: int = MOST_PIXELS,
+    progress: Progress | None = None,
+) -> Packed:
+    """Write a set as shards of nearly equal size.
+
     shard_bytes: size that shards do not exceed by more than a sample. workers: processes, 0 for one per core. Every
-    image is decoded once to be sure of it. allow_outside: images may lie outside `images`, by .., by a link or by an
-    absolute name. most_pixels: an image that states more is an error.
+    image is decoded once to be sure of it. most_pixels: an image that states more is an error.
 
-    Raises ValueError, listing what is wrong, for a json with errors (boxes without area too, unless
-    `drop_degenerate` leaves them out) and for missing or undecodable images; FileExistsError when `output` holds
-    shards of another set. Until all is whole there is no index.json, so nothing half-made can be mistaken for data.
+    Raises ValueError, listing what is wrong, for a set with errors (boxes without area too, unless `drop_degenerate`
+    leaves them out, which it does not with all boxes of a class) and for undecodable images; FileExistsError when
+    `output` holds shards of another set. Until all is whole there is no index.json, so nothing half-made can be
+    mistaken for data.
     """
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
-    coco = read_annotations(annotations, images, allow_outside=allow_outside, most_pixels=most_pixels)
+    if output.resolve() in (coco.folder.resolve(), coco.path.resolve()):
+        raise ValueError(
+            f"{output}: holds the images or annotations that are to be packed; choose another folder for OUT"
+        )
     refused = [f for f in coco.findings if f.severity == "error" and not (drop_degenerate and _is_droppable(f))]
-    refused += file_findings(coco, images, allow_outside).values()
-    if refused:
-        raise ValueError(f"{annotations}: nothing was packed, {len(refused)} error(s):\n{summary(refused)}")
-    jobs = plan_shards(coco, images, output, shard_bytes)
+    refused += _lost_classes(coco) if drop_degenerate else []
+    if refused or not coco.images:
+        raise ValueError(f"{coco.path}: nothing was packed, {len(refused)} error(s):\n{summary(refused)}")
+    warnings = [finding for finding in coco.findings if finding.severity == "warning"]
+    jobs = plan_shards(coco, output, shard_bytes)
     finished = _finished_shards(output, jobs)
     output.mkdir(parents=True, exist_ok=True)
     task = progress.add_task("packing", total=len(coco.images)) if progress else None
@@ -87,52 +130,55 @@ def pack(
     todo = [job for job in jobs if job.path not in finished]
     if progress and task is not None:
         progress.advance(task, len(coco.images) - sum(len(job.images) for job in todo))
-    for job, result in zip(
+    for job, (shard, found) in zip(
         todo, ordered_map(partial(write_shard, most_pixels=most_pixels), todo, workers=workers), strict=True
     ):
-        if isinstance(result, Shard):
-            finished[job.path] = result
-        else:
-            findings += result
+        if shard is not None:
+            finished[job.path] = shard
+        findings += [finding for finding in found if finding.severity == "error"]
+        warnings += [finding for finding in found if finding.severity == "warning"]
         if progress and task is not None:
             progress.advance(task, len(job.images))
     if findings:
         raise ValueError(
-            f"{images}: {len(findings)} error(s), so there is no {INDEX_NAME}; the shards without errors are kept for "
-            f"the next try:\n{summary(findings)}"
+            f"{coco.folder}: {len(findings)} error(s), so there is no {INDEX_NAME}; the shards without errors are kept "
+            f"for the next try:\n{summary(findings)}"
         )
     source = {
-        "annotations": annotations.name,
-        "annotations_sha256": digest(annotations),
+        "annotations": coco.path.name,
+        "annotations_sha256": digest(coco.path),
         "images": len(coco.images),
         "boxes": sum(len(image.annotations) for image in coco.images),
-        "dropped_boxes": sum(_is_droppable(finding) for finding in coco.findings),
+        "crowds": sum(annotation["iscrowd"] for image in coco.images for annotation in image.annotations),
+        "dropped_boxes": sum(coco.without_area.values()),
     }
     index = ShardIndex(output, coco.categories, source, [finished[job.path] for job in jobs])
     index.save()
     partials = [path for path in output.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for leftover in [*(job.sidecar for job in jobs), *partials]:
         leftover.unlink(missing_ok=True)
-    return ShardIndex.load(output)
+    return Packed(ShardIndex.load(output), warnings)
 
 
-def file_findings(coco: CocoSet, folder: Path, allow_outside: bool) -> dict[int, Finding]:
-    """Image id -> why its file is not to be read; nothing is opened."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected the images that the json names")
-    resolved = folder.resolve()
-    faults = ((image, file_fault(resolved, image.file_name, allow_outside=allow_outside)) for image in coco.images)
-    return {image.image_id: Finding(fault[0], f"image {image.image_id}", fault[1]) for image, fault in faults if fault}
+def _lost_classes(coco: CocoSet) -> list[Finding]:
+    """Classes that would have no box left without those that have no area."""
+    kept = {annotation["category_id"] for image in coco.images for annotation in image.annotations}
+    names = dict(zip(coco.categories.ids, coco.categories.names, strict=True))
+    return [
+        Finding("lost boxes", f"category {names[category_id]}", f"none of its {count} boxes has an area")
+        for category_id, count in sorted(coco.without_area.items())
+        if count and category_id not in kept
+    ]
 
 
-def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> list[ShardJob]:
+def plan_shards(coco: CocoSet, output: Path, shard_bytes: int) -> list[ShardJob]:
     """Divide the images into shards of nearly equal size.
 
     Images are dealt in the order of a digest of their ids: a fixed order without any trace of how the data was
     collected, so that neighbours in a shard are no more alike than any two images.
     """
     images = sorted(coco.images, key=lambda image: hashlib.sha256(image.key.encode()).digest())
-    files = [folder / image.file_name for image in images]
+    files = [coco.folder / image.file_name for image in images]
     file_sizes = [file.stat().st_size for file in files]
     samples = [_sample_json(image) for image in images]
     # In a tar each member takes a header of 512 bytes and whole blocks of 512.
@@ -155,8 +201,8 @@ def plan_shards(coco: CocoSet, folder: Path, output: Path, shard_bytes: int) -> 
     return jobs
 
 
-def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> Shard | list[Finding]:
-    """Write one shard and its sidecar, or return what is wrong with its images and leave nothing."""
+def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> tuple[Shard | None, list[Finding]]:
+    """Write one shard and its sidecar, and say what is worth a word of its images; nothing is left where one is bad."""
     findings: list[Finding] = []
     checksums: dict[int, tuple[int, int]] = {}
     unfinished = partial_path(job.path)
@@ -167,45 +213,22 @@ def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> Shard | list[F
             with TarWriter(file, encoder=False, mtime=0.0) as tar:
                 for image, path in zip(job.images, job.files, strict=True):
                     finding, suffix, data = inspect_file(image, path, most_pixels)
-                    if finding:
-                        findings.append(finding)
+                    findings += [finding] if finding else []
+                    if suffix is None:
                         continue
                     entry = _sample_json(image)
                     tar.write({"__key__": image.key, suffix: data, "json": entry})
                     checksums[image.image_id] = zlib.crc32(data), zlib.crc32(entry)
             file.flush()
             os.fsync(file.fileno())
-        if findings:
-            return findings
+        if len(checksums) < len(job.images):
+            return None, findings
         shard = replace(_describe(job, unfinished, checksums), path=job.path)
         write_whole(job.sidecar, json.dumps(shard.to_json()).encode())  # first: a shard without it is somebody else's
         unfinished.rename(job.path)
-        return shard
+        return shard, findings
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def inspect_file(image: CocoImage, path: Path, most_pixels: int) -> tuple[Finding | None, str, bytes]:
-    """`inspect_image` of a file, and its bytes; none where it cannot be read."""
-    try:
-        data = read_file(path)
-    except (OSError, ValueError) as error:
-        return Finding("undecodable image", f"image {image.image_id} ({image.file_name})", str(error)), "", b""
-    return *inspect_image(image, data, most_pixels), data
-
-
-def inspect_image(image: CocoImage, data: bytes, most_pixels: int) -> tuple[Finding | None, str]:
-    """Decode an image file as the stream will. Returns (what is wrong or None, the file's suffix in the shard)."""
-    where = f"image {image.image_id} ({image.file_name})"
-    try:
-        load_image(data, most_pixels=most_pixels, stated=(image.height, image.width))
-        return None, image_suffix(data, most_pixels)
-    except TooManyPixels as error:
-        return Finding("too large image", where, str(error)), ""
-    except SizeError as error:
-        return Finding("wrong size", where, str(error)), ""
-    except ValueError as error:
-        return Finding("undecodable image", where, str(error)), ""
 
 
 def _is_droppable(finding: Finding) -> bool:
@@ -223,6 +246,7 @@ def _sample_json(image: CocoImage) -> bytes:
         "height": image.height,
         "width": image.width,
         "annotations": image.annotations,
+        **({} if image.orientation == 1 else {"orientation": image.orientation}),
     }
     return json.dumps(values, separators=(",", ":")).encode()
 
@@ -252,8 +276,7 @@ def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard
         known = {shard.path: shard for shard in ShardIndex.read(output).shards}
         if [shard.fingerprint for shard in known.values()] != [job.fingerprint for job in jobs]:
             raise FileExistsError(
-                f"{output}: already holds shards of other images, annotations or shard size; "
-                "choose another folder or delete this one"
+                f"{output}: already holds shards of other images, annotations or shard size; choose another folder"
             )
     for job in jobs:
         if job.path not in known and job.sidecar.is_file():
@@ -261,7 +284,7 @@ def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard
         elif job.path not in known and os.path.lexists(job.path):
             raise FileExistsError(
                 f"{job.path}: a shard that nothing says to be of this set, and that would be overwritten; "
-                "choose another folder or delete it"
+                "choose another folder"
             )
     return {
         job.path: shard
@@ -282,5 +305,5 @@ def _read_sidecar(job: ShardJob) -> Shard:
     except ValueError as error:
         raise ValueError(
             f"{job.sidecar}: not what `ddetr data pack` notes beside a shard ({visible(str(error))}); choose another "
-            "folder or delete it"
+            "folder, or move this file away"
         ) from error

@@ -305,9 +305,11 @@ def _seen(
     height, width = entry["height"], entry["width"]
     try:
         if reduced:
-            image = load_for(stored.image, height, width, view, most_pixels)
+            image = load_for(stored.image, height, width, view, most_pixels, entry["orientation"])
         else:
-            image = load_image(stored.image, most_pixels=most_pixels, stated=(height, width))
+            image = load_image(
+                stored.image, most_pixels=most_pixels, stated=(height, width), orientation=entry["orientation"]
+            )
         return annotated_sample(image, view, entry, index.categories)
     except ValueError as error:
         raise reader.error(stored.shard, stored.row, error) from error

@@ -1,6 +1,7 @@
 """From a decoded image to a training or evaluation sample: resample once to a view, carry the boxes along.
 
-Images are read as stored: COCO's boxes refer to the stored pixels, so an EXIF rotation is not applied.
+An image is turned by the orientation that its sample notes, not by what EXIF says: boxes refer to the pixels that
+packing found them to refer to.
 """
 
 from collections.abc import Mapping
@@ -21,12 +22,14 @@ from .views import View, evaluation_view
 REDUCED = 2.0  # a JPEG is decoded smaller while it stays so many times as large as it is seen (docs/data.md)
 
 
-def load_for(data: bytes, height: int, width: int, view: View, most_pixels: int = MOST_PIXELS) -> np.ndarray:
-    """The image of this stored size, as small as the view allows without visible loss. Raises as `load_image`."""
+def load_for(
+    data: bytes, height: int, width: int, view: View, most_pixels: int = MOST_PIXELS, orientation: int = 1
+) -> np.ndarray:
+    """The picture of this size, as small as the view allows without visible loss. Raises as `load_image`."""
     left, top, right, bottom = view.window_xyxy
     seen_height, seen_width = view.size
     smallest = REDUCED * seen_height * height / (bottom - top), REDUCED * seen_width * width / (right - left)
-    return load_image(data, smallest, most_pixels=most_pixels, stated=(height, width))
+    return load_image(data, smallest, most_pixels=most_pixels, stated=(height, width), orientation=orientation)
 
 
 def view_pixels(image: np.ndarray, view: View, stored_size: tuple[int, int]) -> Tensor:

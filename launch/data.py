@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from ..core.config import Config
 from ..data.batch import Batch
 from ..data.boxes import cxcywh_to_xyxy
 from ..data.categories import Categories
-from ..data.coco import FIXES, Finding
-from ..data.config import MOST_PIXELS
-from ..data.doctor import check_coco, check_shards
+from ..data.doctor import check_set, check_shards
+from ..data.findings import FIXES, Finding, summary
+from ..data.formats import EVERYTHING, read_sets
 from ..data.index import ShardIndex
-from ..data.shards import pack as pack_shards
+from ..data.layout import INDEX_NAME
+from ..data.sets import Reading
+from ..data.shards import pack_set
 from ..data.stream import TrainStream
 from ..data.synthetic import draw_set
 from .console import Terminal, brief, progress_bar, say
@@ -31,52 +34,68 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f
 
 def pack(
     annotations: Path,
-    images: Path,
+    images: Path | None,
     output: Path,
+    *,
     workers: int,
     shard_megabytes: int,
     drop_degenerate: bool,
-    allow_outside: bool,
-    most_pixels: int,
+    reading: Reading,
+    split: str | None,
 ) -> None:
-    """COCO json and images -> shards, and a line that says what was packed."""
+    """Annotations and images -> shards, a line that says what was packed, and what else is to be known of it.
+
+    The splits of an export's root are packed into folders of `output` of their names; a single one into `output`.
+    """
     with progress_bar() as progress:
-        index = pack_shards(
-            annotations,
-            images,
-            output,
-            workers=workers,
-            shard_bytes=shard_megabytes << 20,
-            drop_degenerate=drop_degenerate,
-            allow_outside=allow_outside,
-            most_pixels=most_pixels,
-            progress=progress,
-        )
-    megabytes = sum(shard.bytes for shard in index.shards) / 2**20
-    say(
-        f"{output}: {index.num_samples} images with {index.source['boxes']} boxes of {len(index.categories)} "
-        f"categories in {len(index.shards)} shards, {megabytes:.1f} MiB"
-    )
-    if index.source["dropped_boxes"]:
-        say(f"{index.source['dropped_boxes']} boxes without area were left out")
-
-
-def check(path: Path, images: Path | None, allow_outside: bool = False, most_pixels: int = MOST_PIXELS) -> bool:
-    """Print everything wrong with a COCO json and its images, or with a folder of shards; True without errors."""
-    if path.is_dir() and images is None:
+        sets = read_sets(annotations, images, replace(reading, workers=workers), split=split, progress=progress)
+    for name, coco in sets.items():
+        place = output / name if len(sets) > 1 else output
         with progress_bar() as progress:
-            findings = check_shards(path, most_pixels=most_pixels, progress=progress)
-    else:
-        if path.is_file() and images is None:
-            raise ValueError(f"{path} is a file: name the folder of its images too: `ddetr data check {path} IMAGES`")
-        with progress_bar() as progress:
-            findings = check_coco(
-                path, images or path.parent, allow_outside=allow_outside, most_pixels=most_pixels, progress=progress
+            packed = pack_set(
+                coco,
+                place,
+                workers=workers,
+                shard_bytes=shard_megabytes << 20,
+                drop_degenerate=drop_degenerate,
+                most_pixels=reading.most_pixels,
+                progress=progress,
             )
+        index = packed.index
+        megabytes = sum(shard.bytes for shard in index.shards) / 2**20
+        say(
+            f"{place}: {index.num_samples} images with {index.source['boxes']} boxes of {len(index.categories)} "
+            f"categories in {len(index.shards)} shards, {megabytes:.1f} MiB"
+        )
+        if index.source["dropped_boxes"]:
+            say(f"{index.source['dropped_boxes']} boxes without area were left out")
+        if packed.warnings:
+            say(f"{len(packed.warnings)} warning(s):\n{summary(packed.warnings, each=3)}")
+
+
+def check(
+    path: Path, images: Path | None, *, workers: int = 0, reading: Reading = EVERYTHING, split: str | None = None
+) -> bool:
+    """Print everything wrong with annotations and their images, or with a folder of shards; True without errors."""
+    if images is None and (path / INDEX_NAME).exists():
+        with progress_bar() as progress:
+            findings = check_shards(path, workers=workers, most_pixels=reading.most_pixels, progress=progress)
+        return _told(str(path), findings)
+    with progress_bar() as progress:
+        sets = read_sets(path, images, replace(reading, workers=workers), split=split, progress=progress)
+    right = []
+    for name, coco in sets.items():
+        with progress_bar() as progress:
+            findings = check_set(coco, workers=workers, most_pixels=reading.most_pixels, progress=progress)
+        right.append(_told(f"{path}, {name}" if len(sets) > 1 else str(path), findings))
+    return all(right)
+
+
+def _told(place: str, findings: list[Finding]) -> bool:
     errors = sum(finding.severity == "error" for finding in findings)
     if findings:
         _print_findings(findings)
-    say(f"{path}: {errors} error(s), {len(findings) - errors} warning(s)")
+    say(f"{place}: {errors} error(s), {len(findings) - errors} warning(s)")
     return errors == 0
 
 

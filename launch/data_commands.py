@@ -1,12 +1,13 @@
 """`ddetr data ...`: the commands' arguments and help. The work is done in the module each imports."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .arguments import Overrides
 
+OrientationName = Literal["stored", "shown"]
 AllowOutside = Annotated[
     bool,
     typer.Option(
@@ -20,17 +21,45 @@ MostPixels = Annotated[
         min=1, max=2_000_000_000, help="Of an image as its header states it; more is an error. As data.most_pixels."
     ),
 ]
+Renumber = Annotated[
+    bool, typer.Option("--renumber", help="Give all annotations new ids, where some are repeated or missing.")
+]
+Orientation = Annotated[
+    OrientationName | None,
+    typer.Option(
+        help="What boxes refer to where EXIF turns an image and its size does not tell: the pixels as they are stored, "
+        "or the picture as it is shown."
+    ),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The classes of VOC or YOLO files: names in a text file or a data.yaml; a COCO json; a folder of shards.",
+    ),
+]
+Split = Annotated[str | None, typer.Option(help="Which split of an export's root to read (default: all of them).")]
 
-data_app = typer.Typer(no_args_is_help=True, help="Turn COCO-format data into shards; check it, make it, look at it.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Turn annotated images into shards; check them, make them, look at them."
+)
 
 
 @data_app.command("pack")
 def data_pack(
     annotations: Annotated[
-        Path, typer.Argument(metavar="COCO_JSON", help="COCO json; or a folder of VOC or YOLO files.")
+        Path,
+        typer.Argument(
+            metavar="ANNOTATIONS", help="COCO json; a folder of VOC or YOLO files; or the root of an export."
+        ),
     ],
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of the images that it names.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their index.json.")],
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[IMAGES] OUT",
+            help="Folder of the images, where the layout does not tell it; folder for the shards and their index.json.",
+        ),
+    ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and write.")] = 2,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of one shard, in MiB.")] = 64,
     drop_degenerate: Annotated[
@@ -38,26 +67,49 @@ def data_pack(
     ] = False,
     allow_outside: AllowOutside = False,
     most_pixels: MostPixels = 250_000_000,
+    renumber: Renumber = False,
+    orientation: Orientation = None,
+    classes: Classes = None,
+    split: Split = None,
 ) -> None:
-    """Pack COCO json and images into indexed tar shards, in parallel.
+    """Pack annotations and images into indexed tar shards, in parallel.
 
-    Run it again after an interruption and it goes on; finished shards are kept.
+    Run it again after an interruption and it goes on; finished shards are kept. The splits of an export's root come
+    into folders of OUT.
 
-    Example: `ddetr data pack instances_train2017.json train2017/ shards/train --workers 8`
+    Examples: `ddetr data pack instances_train2017.json train2017/ shards/train --workers 8`,
+    `ddetr data pack roboflow_export/ shards/`
     """
+    from ..data.sets import Reading
     from .data import pack
 
-    pack(annotations, images, output, workers, shard_megabytes, drop_degenerate, allow_outside, most_pixels)
+    if len(places) > 2:
+        raise ValueError(f"{len(places)} folders after {annotations}: needs at most two, IMAGES and OUT")
+    pack(
+        annotations,
+        places[0] if len(places) == 2 else None,
+        places[-1],
+        workers=workers,
+        shard_megabytes=shard_megabytes,
+        drop_degenerate=drop_degenerate,
+        reading=Reading(allow_outside, most_pixels, renumber, orientation, classes),
+        split=split,
+    )
 
 
 @data_app.command("check")
 def data_check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards; or what `pack` takes.")],
     images: Annotated[
-        Path | None, typer.Argument(metavar="IMAGES", help="With annotations: the folder of their images.")
+        Path | None, typer.Argument(metavar="[IMAGES]", help="The images' folder, where the layout does not tell it.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one a core.")] = 0,
     allow_outside: AllowOutside = False,
     most_pixels: MostPixels = 250_000_000,
+    renumber: Renumber = False,
+    orientation: Orientation = None,
+    classes: Classes = None,
+    split: Split = None,
 ) -> None:
     """Find bad boxes, missing or broken images, unknown categories and duplicates, and say which.
 
@@ -65,9 +117,11 @@ def data_check(
 
     Examples: `ddetr data check instances_val2017.json val2017/`, `ddetr data check shards/val`
     """
+    from ..data.sets import Reading
     from .data import check
 
-    if not check(path, images, allow_outside, most_pixels):
+    reading = Reading(allow_outside, most_pixels, renumber, orientation, classes)
+    if not check(path, images, workers=workers, reading=reading, split=split):
         raise typer.Exit(1)
 
 

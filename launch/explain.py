@@ -19,7 +19,7 @@ from ..core.detector import DeformableDetr
 from ..core.world import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
-from ..data.images import load_image, read_file
+from ..data.images import load_upright, read_file
 from ..data.transforms import evaluation_sample
 from .console import brief, say
 from .predict import category_names
@@ -59,7 +59,7 @@ def explain(
     data = read_file(image)
     detector = load_detector(checkpoint, overrides=overrides)
     try:
-        pixels = load_image(data, most_pixels=detector.config.data.most_pixels)
+        pixels = load_upright(data, most_pixels=detector.config.data.most_pixels)
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error
     explanation = explained(detector, pixels, query)

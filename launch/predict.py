@@ -14,7 +14,7 @@ from ..core.published import published_categories
 from ..core.world import device_for
 from ..data.batch import collate, normalised
 from ..data.documents import as_json
-from ..data.images import load_image, read_file
+from ..data.images import load_upright, read_file
 from ..data.index import write_whole
 from ..data.text import file_name, visible
 from ..data.transforms import evaluation_sample
@@ -46,7 +46,7 @@ def predict(checkpoint: Path, images: list[Path], output: Path, overrides: list[
     with progress_bar() as progress:
         for file, drawn_name in progress.track(list(zip(files, drawn_names, strict=True)), description="predicting"):
             try:
-                pixels = load_image(read_file(file), most_pixels=detector.config.data.most_pixels)
+                pixels = load_upright(read_file(file), most_pixels=detector.config.data.most_pixels)
             except (ValueError, OSError) as error:
                 unreadable.append(visible(f"{file}: {error}"))
                 continue

@@ -10,7 +10,13 @@ from torch import Tensor
 from tests.core.runs import Run, Train, succeeded
 
 STEPS = 50
-BATCH = ("train.batch_size=8", "train.epochs=20", "model.dropout=0", "train.checkpoint_every_epochs=0")
+BATCH = (
+    "train.batch_size=8",
+    "optim.learning_rate=2e-5",
+    "train.epochs=20",
+    "model.dropout=0",
+    "train.checkpoint_every_epochs=0",
+)
 EVERYTHING = ("train.accumulation=2", "train.checkpoint_activations=true", "train.ema_decay=0.95")
 
 pytestmark = pytest.mark.slow

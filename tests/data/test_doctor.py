@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ddetr.data.coco import FIXES
 from ddetr.data.doctor import check_coco, check_shards
+from ddetr.data.findings import FIXES
 from ddetr.data.index import INDEX_NAME, ShardIndex
+from ddetr.data.sets import Reading
 from ddetr.data.shards import pack
 
 
 def check(coco_folder: Path) -> list[tuple[str, str]]:
-    findings = check_coco(coco_folder / "annotations.json", coco_folder / "images", workers=1)
+    findings = check_coco(coco_folder / "annotations.json", coco_folder / "images", reading=Reading(workers=1))
     assert all(finding.kind in FIXES for finding in findings)
     return [(finding.kind, finding.where) for finding in findings]
 
@@ -24,7 +25,7 @@ def test_a_clean_set_has_no_findings(coco_folder, synthetic_shards):
 
 
 def test_real_coco_is_clean(coco_free, tmp_path):
-    assert check_coco(coco_free / "annotations.json", coco_free / "images", workers=2) == []
+    assert check_coco(coco_free / "annotations.json", coco_free / "images", reading=Reading(workers=2)) == []
     pack(coco_free / "annotations_val.json", coco_free / "images", tmp_path, workers=1, shard_bytes=4 << 20)
     assert check_shards(tmp_path, workers=2) == []
 
@@ -35,9 +36,10 @@ def first(coco, key="annotations"):
 
 BROKEN = [
     ("degenerate box", lambda c: first(c).update(bbox=[1, 1, 0, 5])),
-    ("degenerate box", lambda c: first(c).update(bbox=[100, 1, 5, 5])),
-    ("degenerate box", lambda c: first(c).update(bbox=[1, 1, float("nan"), 5])),
-    ("degenerate box", lambda c: first(c).update(bbox=[1, 1, 5])),
+    ("outside box", lambda c: first(c).update(bbox=[100, 1, 5, 5])),
+    ("impossible box", lambda c: first(c).update(bbox=[1, 1, float("nan"), 5])),
+    ("impossible box", lambda c: first(c).update(bbox=[1, 1, 5])),
+    ("impossible box", lambda c: first(c).update(bbox=[9, 9, -5, 5])),
     ("overhanging box", lambda c: first(c).update(bbox=[50, 50, 30, 5])),
     ("unknown category", lambda c: first(c).update(category_id=2)),
     ("unknown category", lambda c: first(c).update(category_id="disc")),
@@ -47,7 +49,7 @@ BROKEN = [
     ("unknown image", lambda c: first(c).update(image_id=777)),
     ("missing image", lambda c: first(c, "images").update(file_name="nowhere.jpg")),
     ("wrong size", lambda c: first(c, "images").update(width=65)),
-    ("bad entry", lambda c: first(c, "images").pop("height")),
+    ("bad entry", lambda c: first(c, "images").update(height="tall")),
     ("bad entry", lambda c: first(c, "images").update(id="one")),
     ("bad entry", lambda c: first(c).pop("id")),
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ddetr.data.images import TooManyPixels, image_size, load_image, read_file
+from ddetr.data.images import TooManyPixels, image_header, load_image, read_file
 from PIL import Image
 
 from tests.data.test_transforms import encoded, photograph
@@ -106,11 +106,11 @@ def test_headers_that_state_too_many_pixels_are_refused_before_anything_is_decod
         (tmp_path / name).write_bytes(data)
     program = (
         "import sys, resource, warnings; from pathlib import Path; warnings.simplefilter('error');"
-        "from ddetr.data.images import TooManyPixels, image_size, load_image;"
+        "from ddetr.data.images import TooManyPixels, image_header, load_image;"
         "held = int(Path('/proc/self/statm').read_text().split()[0]) * 4096;"
         "resource.setrlimit(resource.RLIMIT_AS, (held + (512 << 20), held + (512 << 20)))\n"
         "for file in Path(sys.argv[1]).iterdir():\n"
-        "    for read in (lambda: load_image(file.read_bytes(), (8, 8)), lambda: image_size(file)):\n"
+        "    for read in (lambda: load_image(file.read_bytes(), (8, 8)), lambda: image_header(file)):\n"
         "        try: read()\n"
         "        except TooManyPixels as error: print(file.name, error)\n"
         "        except Exception as error: print(file.name, 'BUT', error)\n"
@@ -183,7 +183,7 @@ def test_only_ordinary_files_are_read(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     for name in ("pipe.jpg", "device.jpg", "."):
-        for read in (read_file, image_size):
+        for read in (read_file, image_header):
             with pytest.raises(OSError, match="not an ordinary file"):
                 read(tmp_path / name)
     (tmp_path / "large.jpg").write_bytes(bytes(100))

@@ -48,7 +48,7 @@ def test_shards_are_ordinary_webdataset_tars_that_the_index_describes(coco_folde
         for row, sample in enumerate(read):
             assert reader.image(number, row) == sample["jpg"]
             entry = json.loads(sample["json"])
-            assert reader.annotations(number, row) == entry
+            assert reader.annotations(number, row) == {**entry, "orientation": 1}
             assert sample["jpg"] == (coco_folder / "images" / entry["file_name"]).read_bytes()
             assert shard.samples[row]["num_boxes"] == len(entry["annotations"])
             seen.add(entry["image_id"])
@@ -198,9 +198,8 @@ def test_undecodable_images_leave_no_index(coco_folder, tmp_path, workers):
 
 def test_a_size_that_is_not_the_files_is_refused(coco_folder, edit, tmp_path):
     edit(lambda coco: coco["images"][2].update(height=70, width=64))
-    with pytest.raises(ValueError, match=r"json says 64 x 70, the file holds 64 x 64") as refusal:
+    with pytest.raises(ValueError, match=r"64 x 70 is stated, the file holds 64 x 64"):
         pack_folder(coco_folder, tmp_path / "shards")
-    assert "EXIF" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""The files of a set by their names: which image belongs to which annotations, whatever the case of suffixes."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif", ".tga"}
+
+
+def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files, links and pipes of a folder and those below, by name; suffixes in lower case, of names in any case."""
+    wanted = set(suffixes)
+    return sorted(path for path in _below(folder) if path.suffix.lower() in wanted)
+
+
+def stem_of(name: str) -> str:
+    """A path's text without the suffix."""
+    return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name
+
+
+class ImageFiles:
+    """The image files in a folder, by their names relative to it, with and without suffix."""
+
+    def __init__(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        """names: of those that belong to the set; all image files of the folder if not given."""
+        self.folder = folder
+        if names is None:
+            names = (path.relative_to(folder).as_posix() for path in files_below(folder, IMAGE_SUFFIXES))
+        self.names = sorted(names)
+        self._known = {name.lower(): name for name in self.names}
+        self._by_path: dict[str, list[str]] = {}
+        self._by_stem: dict[str, list[str]] = {}
+        for name in self.names:
+            self._by_path.setdefault(stem_of(name), []).append(name)
+            self._by_stem.setdefault(stem_of(PurePosixPath(name).name), []).append(name)
+
+    def exactly(self, name: str, beside: str = "") -> str | None:
+        """The image of this name, or of its last part in the folder `beside`, or in this one; suffixes in any case."""
+        last = PurePosixPath(name).name
+        for place in (name, str(PurePosixPath(beside, last)), last):
+            found = self._known.get(place.lower())
+            if found and stem_of(found) == stem_of(place):
+                return found
+        return None
+
+    def called(self, path: str) -> list[str]:
+        """The images at this path without suffix; else those with its last part as their name, in any folder."""
+        return self._by_path.get(path) or self._by_stem.get(PurePosixPath(path).name, [])
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Without hidden ones, and without what macOS puts beside each file of an archive."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        yield from (Path(place, name) for name in names if not name.startswith("."))

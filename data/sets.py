@@ -1,0 +1,87 @@
+"""What an annotated set is: as somebody's annotations say, and as far as that can be used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .categories import Categories
+from .config import MOST_PIXELS
+from .findings import Finding
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How annotations are read: the options that `pack` and `check` share.
+
+    allow_outside: images may lie outside their folder, by .., by a link or by an absolute name. most_pixels: as
+    data.most_pixels. renumber: annotations get new ids, in their order. orientation: what boxes of an image with an
+    EXIF orientation refer to where its size does not tell: the stored pixels, or the picture as shown. classes: where
+    the names of the classes are, of VOC and YOLO. workers: processes, 0 for one per core.
+    """
+
+    allow_outside: bool = False
+    most_pixels: int = MOST_PIXELS
+    renumber: bool = False
+    orientation: Literal["stored", "shown"] | None = None
+    classes: Path | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What annotations say, as entries of a COCO json, before any of it is believed.
+
+    relative: each bbox is in shares of the picture as shown. shown: where nothing tells, boxes refer to the picture as
+    shown (`Reading.orientation`).
+    """
+
+    categories: Any
+    images: list[Any]
+    annotations: list[Any]
+    findings: list[Finding] = field(default_factory=list)
+    relative: bool = False
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One image with the annotations that can be used, reduced to what a detector needs.
+
+    height, width: pixels of the picture, which is the stored one turned by `orientation` (1 to 8, as EXIF has them).
+    annotations: {"id", "bbox" (xywh in pixels of the picture), "category_id", "area", "iscrowd"} each.
+    """
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    annotations: list[dict[str, Any]]
+    orientation: int = 1
+
+    @property
+    def key(self) -> str:
+        """The sample's name in its shard."""
+        return f"{self.image_id:012d}"
+
+    @property
+    def where(self) -> str:
+        """The image, as a finding names it."""
+        return f"image {self.image_id} ({self.file_name})"
+
+
+@dataclass(frozen=True)
+class CocoSet:
+    """Categories, images by ascending id, and everything found wrong on the way.
+
+    path: of the annotations. folder: of the images. without_area: category id -> how many boxes have no area, which
+    `images` are without.
+    """
+
+    path: Path
+
+    categories: Categories
+    images: list[CocoImage]
+    findings: list[Finding]
+    folder: Path
+    without_area: Mapping[int, int]
