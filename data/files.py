@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+# What programs call the parts of a set.
+SPLITS = ("train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing", "default")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif", ".tga"}
 
 
@@ -46,6 +48,24 @@ class ImageFiles:
     def called(self, path: str) -> list[str]:
         """The images at this path without suffix; else those with its last part as their name, in any folder."""
         return self._by_path.get(path) or self._by_stem.get(PurePosixPath(path).name, [])
+
+
+def is_inside(root: Path, place: Path) -> bool:
+    """Whether there is something at a path that a file told, and within the folder that the user named."""
+    try:
+        return place.exists() and place.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def folders_in(root: Path) -> list[Path]:
+    """The folders of a folder itself, by name, as `files_below` sees them."""
+    return sorted(place for place in root.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))
+
+
+def files_in(root: Path) -> list[Path]:
+    """The files of a folder itself, by name."""
+    return sorted(place for place in root.iterdir() if place.is_file() and not place.name.startswith("."))
 
 
 def _below(folder: Path) -> Iterator[Path]:

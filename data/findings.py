@@ -46,6 +46,8 @@ FIXES = {
     "image left out": "nothing to do if they are not meant to belong to the set: it has no annotations of them",
     "foreign file": "nothing to do if it holds no labels",
     "other names": "keep one list of the classes",
+    "absent split": "nothing to do if there is no such split; else correct its path in the data.yaml",
+    "differing categories": "give a class the same id and name in all splits, or training refuses to evaluate on them",
     # shards
     "missing shard": "run `ddetr data pack` again: it makes only what is missing",
     "extra shard": "move the file elsewhere, or pack into an empty folder",

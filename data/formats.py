@@ -13,8 +13,8 @@ from .documents import parse_json
 from .files import IMAGE_SUFFIXES, ImageFiles, files_below, stem_of
 from .findings import Finding
 from .index import file_sha256
-from .parts import Part, find_parts
-from .sets import CocoSet, Reading, Source
+from .parts import find_parts
+from .sets import CocoSet, Part, Reading, Source
 from .voc import VocFiles, alphabetical, read_voc, voc_source
 from .yolo import yolo_source
 
@@ -60,7 +60,9 @@ def read_sets(
             source = voc_source(voc[part.name], ids, from_zero)
         else:
             source = (_coco_source if part.kind == "coco" else _yolo_source)(part, reading)
+        source.findings[:0] = [Finding("absent split", part.name, what, "warning") for what in part.absent]
         sets[part.name] = coco_set(part.annotations, source, part.images, reading, progress=progress)
+    _compare(sets)
     return sets
 
 
@@ -81,6 +83,19 @@ def digest(path: Path) -> str:
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES]
     lines = [f"{file.relative_to(path)} {file_sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _compare(sets: dict[str, CocoSet]) -> None:
+    """Say of each split where its categories are not those of the first; it may list fewer."""
+    (first, of_first), *others = sets.items()
+    known = dict(zip(of_first.categories.ids, of_first.categories.names, strict=True))
+    for name, of_other in others:
+        for id_, category in zip(of_other.categories.ids, of_other.categories.names, strict=True):
+            if known.get(id_) != category:
+                what = (
+                    f"{category!r} has id {id_}, which is {repr(known[id_]) if id_ in known else 'nothing'} in {first}"
+                )
+                of_other.findings.append(Finding("differing categories", name, what, "warning"))
 
 
 def _coco_source(part: Part, reading: Reading) -> Source:
@@ -114,18 +129,20 @@ def _foreign(values: Any) -> str:
 
 
 def _voc_files(part: Part) -> VocFiles:
-    files = files_below(part.annotations, (".xml",))
+    files, images = files_below(part.annotations, (".xml",)), ImageFiles(part.images)
     if part.listed is None:
-        return read_voc(part.annotations, files, ImageFiles(part.images))
-    own = [file for file in files if file.stem in set(part.listed)]
-    images = ImageFiles(part.images)
-    found = read_voc(
-        part.annotations,
-        own,
-        ImageFiles(part.images, [name for name in images.names if stem_of(Path(name).name) in set(part.listed)]),
-    )
-    for stem in sorted(set(part.listed) - {file.stem for file in own}):
-        found.findings.append(Finding("unknown image", f"{part.name}.txt", f"{stem} is listed, but has no xml"))
+        return read_voc(part.annotations, files, images)
+    listed = set(part.listed)
+
+    def is_listed(path: str) -> bool:
+        return stem_of(path) in listed or stem_of(path).rpartition("/")[2] in listed
+
+    own = [file for file in files if is_listed(file.relative_to(part.annotations).as_posix())]
+    images = ImageFiles(part.images, [name for name in images.names if is_listed(name)])
+    found = read_voc(part.annotations, own, images, listed=True)
+    there = {stem_of(file.relative_to(part.annotations).as_posix()) for file in own} | {file.stem for file in own}
+    for stem in sorted(listed - there - {stem_of(name) for name in images.names}):
+        found.findings.append(Finding("missing image", part.name, f"{stem} is listed, but there is no such image"))
     return found
 
 

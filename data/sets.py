@@ -85,3 +85,20 @@ class CocoSet:
     findings: list[Finding]
     folder: Path
     without_area: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a set. annotations: a json, or the folder of xml or txt files. images: the folder of its images.
+
+    listed: the images that belong to it, where not all in the folder do: their names for YOLO, without suffix for VOC.
+    classes: the file that names its classes, where the layout has one. absent: splits that are named but not there.
+    """
+
+    name: str
+    kind: Literal["coco", "voc", "yolo"]
+    annotations: Path
+    images: Path
+    listed: tuple[str, ...] | None = None
+    classes: Path | None = None
+    absent: tuple[str, ...] = ()

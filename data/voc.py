@@ -40,8 +40,11 @@ class VocFiles:
         return any(min(corners[:2]) < 1 for _, _, corners, _ in self.objects)
 
 
-def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles) -> VocFiles:
-    """Read xml files in `folder`, each of one of the images. Whatever cannot be read is a finding."""
+def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed: bool = False) -> VocFiles:
+    """Read xml files in `folder`, each of one of the images. Whatever cannot be read is a finding.
+
+    listed: the images are those that a list names, so one without an xml belongs to the set, without objects.
+    """
     found = VocFiles()
     named: set[str] = set()
     for number, file in enumerate(files, 1):
@@ -72,7 +75,10 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles) -> VocFile
     unnamed = sorted(set(images.names) - named)
     if unnamed and found.images:
         what = f"{len(unnamed)} of {len(images.names)} images have no xml: {', '.join(unnamed[:3])}"
-        found.findings.append(Finding("image left out", str(images.folder), what, "warning"))
+        kind = "image without labels" if listed else "image left out"
+        found.findings.append(Finding(kind, str(images.folder), what, "warning"))
+    for number, name in enumerate(unnamed if listed else (), len(files) + 1):
+        found.images.append({"id": number, "file_name": name})
     return found
 
 

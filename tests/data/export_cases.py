@@ -34,7 +34,7 @@ EXACT = 1e-6  # pixels
 SIX_DIGITS = 1e-4  # shares of the image with six decimals: 64 pixels * 0.75e-6
 FIVE_DIGITS = 1e-3
 FOUR_DIGITS = 1e-2
-UNKNOWN_BASE = 1.01  # corners from 0 whose last pixel is not included; VOC's own count from 1, and no file says which
+CUT_OFF = 1.01  # corners that the tool cut to whole pixels, or to 1
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,11 @@ CASES = [
     Case(f"{DATUMARO}/coco", "images/{part}/{name}", TRAIN_VAL, names=IN_FOLDER),
     Case(f"{DATUMARO}/coco_instances_default", "images/default/{name}", names=IN_FOLDER),
     Case(f"{DATUMARO}/coco_instances_default", "{name}", names=IN_FOLDER, elsewhere=True),
-    Case(f"{DATUMARO}/voc", "JPEGImages/{name}", TRAIN_VAL, names=IN_FOLDER, tolerance=UNKNOWN_BASE, marks=True),
+    Case(f"{DATUMARO}/voc", "JPEGImages/{name}", TRAIN_VAL, names=IN_FOLDER, marks=True),
     Case(
         f"{DATUMARO}/voc_detection_default",
         "JPEGImages/{name}",
         names=IN_FOLDER,
-        tolerance=UNKNOWN_BASE,
         marks=True,
     ),
     Case(
@@ -103,7 +102,6 @@ CASES = [
         "JPEGImages/{name}",
         TRAIN_VAL,
         names=IN_FOLDER,
-        tolerance=UNKNOWN_BASE,
         marks=True,
     ),
     Case(f"{DATUMARO}/yolo", "obj_{part}_data/{name}", TRAIN_VAL, names=IN_FOLDER, tolerance=SIX_DIGITS),
@@ -112,24 +110,25 @@ CASES = [
     Case(f"{FIFTYONE}/coco", "data/{name}", marks=True),
     Case(f"{FIFTYONE}/coco_own_classes", "{part}/data/{name}", TRAIN_VAL, marks=True, own_classes=True),
     # It cuts 24.99... to 24, so a far corner may be one pixel short, whatever the base.
-    Case(f"{FIFTYONE}/voc", "data/{name}", tolerance=UNKNOWN_BASE, marks=True),
+    Case(f"{FIFTYONE}/voc", "data/{name}", tolerance=CUT_OFF, marks=True),
     Case(f"{FIFTYONE}/yolov4", "data/{name}", tolerance=SIX_DIGITS),
     Case(f"{FIFTYONE}/yolov5", "images/{part}/{name}", TRAIN_VAL, tolerance=SIX_DIGITS),
     Case("globox-2.9.0/coco", "{name}", elsewhere=True),
-    Case("globox-2.9.0/pascal_voc", tolerance=UNKNOWN_BASE),
+    Case("globox-2.9.0/pascal_voc"),
     # The tool fails for an image without objects.
     Case("imgann-0.8.1/coco", "{name}", elsewhere=True, without=("empty.png",)),
-    Case("imgann-0.8.1/voc", "{name}", tolerance=UNKNOWN_BASE, elsewhere=True),
+    Case("imgann-0.8.1/voc", "{name}", elsewhere=True),
     # Coordinates below 1 become 1: a box at the border is a pixel smaller, in both formats.
-    Case("labelImg-1.8.6/PascalVOC", "{name}", tolerance=UNKNOWN_BASE, marks=True),
-    Case("labelImg-1.8.6/YOLO", "{name}", tolerance=1.01),
+    Case("labelImg-1.8.6/PascalVOC", "{name}", tolerance=CUT_OFF, marks=True),
+    Case("labelImg-1.8.6/YOLO", "{name}", tolerance=CUT_OFF),
     Case("label-studio-converter-0.0.59/COCO", names=LABEL_STUDIO),
-    Case(f"{SDK}/VOC", names=LABEL_STUDIO, tolerance=UNKNOWN_BASE),
+    # It writes no xml for an image without objects, and no list of images.
+    Case(f"{SDK}/VOC", names=LABEL_STUDIO, without=("empty.png",)),
     Case(f"{SDK}/YOLO_WITH_IMAGES", names=LABEL_STUDIO),
     Case(f"{SDK}/YOLO_WITH_IMAGES", "{name}", names=LABEL_STUDIO, elsewhere=True),
-    Case("labelme-6.3.1/labelme2voc", "JPEGImages/{name}", names=ALL_JPEG, tolerance=UNKNOWN_BASE),
+    Case("labelme-6.3.1/labelme2voc", "JPEGImages/{name}", names=ALL_JPEG),
     Case("labelme2coco-0.2.6/coco", "photos/{name}"),
-    Case("pylabel-0.1.55/voc", "{name}", tolerance=UNKNOWN_BASE, elsewhere=True),
+    Case("pylabel-0.1.55/voc", "{name}", elsewhere=True),
     Case("pylabel-0.1.55/yolov5", "training/images/{part}/{name}", TRAIN_VAL, tolerance=FOUR_DIGITS),
     Case("pylabel-0.1.55/yolov5", "training/images/{part}/{name}", TRAIN_VAL, "training", tolerance=FOUR_DIGITS),
     Case("sahi-0.12.8/coco", "{name}", TRAIN_VAL, elsewhere=True),
@@ -153,5 +152,5 @@ CASES = [
         names=VOC2007,
         marks=True,
     ),
-    Case("handmade/vott-voc", "JPEGImages/{name}", TRAIN_VAL, tolerance=UNKNOWN_BASE),
+    Case("handmade/vott-voc", "JPEGImages/{name}", TRAIN_VAL),
 ]

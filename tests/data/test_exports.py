@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from ddetr.data.coco import CocoImage, CocoSet
 from ddetr.data.formats import read_sets
+from ddetr.data.sets import CocoImage, CocoSet
 
 from tests.data.export_cases import CASES, LABEL_STUDIO, Case
 from tests.data.export_truth import CLASSES, MARKED, PICTURES, draw
