@@ -70,7 +70,8 @@ def pack(
         if index.source["dropped_boxes"]:
             say(f"{index.source['dropped_boxes']} boxes without area were left out")
         if packed.warnings:
-            say(f"{len(packed.warnings)} warning(s):\n{summary(packed.warnings, each=3)}")
+            for line in (f"{len(packed.warnings)} warning(s):", *summary(packed.warnings, each=3).splitlines()):
+                say(line)
 
 
 def check(
