@@ -12,7 +12,7 @@ from tests.data.export_cases import CASES, LABEL_STUDIO, Case
 from tests.data.export_truth import CLASSES, MARKED, PICTURES, draw
 
 EXPORTS = Path(__file__).parent / "exports"
-EXPORTED_AT = "/home/user/export"  # stands in data.yaml for the folder that the tool wrote into
+EXPORTED_AT = "/srv/export"  # stands in data.yaml for the folder that the tool wrote into
 SAME_PART = {"val": "valid", "default": ""}  # what a layout calls a part, and what the reader may call it
 
 

@@ -1,4 +1,4 @@
-"""Every row of `annotation_cases.py`: read, checked and packed."""
+"""Every row of the table of annotations: read, checked and packed."""
 
 import re
 from collections import Counter
@@ -12,7 +12,8 @@ from ddetr.data.index import ShardReader
 from ddetr.data.sets import CocoSet
 from ddetr.data.shards import pack_set
 
-from tests.data.annotation_cases import CASES, Case
+from tests.data.annotation_table import CASES
+from tests.data.annotation_table.case import Case
 
 
 def laid_out(case: Case, folder: Path) -> None:
