@@ -153,16 +153,16 @@ def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
 def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
     """The twelve numbers of COCOeval for boxes; -1 where no ground truth falls into the range, as pycocotools has it.
 
-    ground_truth: a COCO dictionary. detections: COCO's result format. Neither is changed.
+    ground_truth: a COCO dictionary; the ids of its annotations, and `ignore` in them, have no meaning, and a missing
+    area or iscrowd is as `ddetr data pack` completes it. Detections of categories that it does not list do not count.
+    detections: COCO's result format. Neither is changed.
     """
     from pycocotools.cocoeval import COCOeval
 
+    assert {row["image_id"] for row in detections} <= {image["id"] for image in ground_truth["images"]}
+    found = [{name: row[name] for name in ("image_id", "category_id", "bbox", "score")} for row in detections]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints, and writes into what it is given
-        truth = _indexed({**ground_truth, "annotations": [dict(row) for row in ground_truth["annotations"]]})
-        if detections:
-            results = truth.loadRes([dict(row) for row in detections])
-        else:  # loadRes looks at the first detection
-            results = _indexed({**ground_truth, "annotations": []})
+        truth, results = _indexed(ground_truth, ground_truth["annotations"]), _indexed(ground_truth, found)
         evaluation = COCOeval(truth, results, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -170,12 +170,16 @@ def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]
     return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
 
 
-def _indexed(dataset: Any) -> Any:
-    """A pycocotools.coco.COCO of a dictionary instead of a file."""
+def _indexed(ground_truth: dict, rows: list[dict]) -> Any:
+    """A pycocotools.coco.COCO of annotations or detections in the images of a COCO dictionary.
+
+    They are numbered anew, from 1: COCOeval takes a match with id 0 for none, and sees one of those with equal ids.
+    """
     from pycocotools.coco import COCO
 
+    completed = ({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **row} for row in rows)
     coco = COCO()
-    coco.dataset = dataset
+    coco.dataset = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
     coco.createIndex()
     return coco
 

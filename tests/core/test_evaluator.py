@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import io
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from ddetr.data.transforms import load_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 
 def truth(*boxes: tuple[int, list[float]], category: int = 5) -> dict[str, Any]:
@@ -94,6 +98,137 @@ def test_nothing_is_printed_or_changed(capsys: pytest.CaptureFixture[str]) -> No
     coco_metrics(ground_truth, detections)
     assert (ground_truth, detections) == before
     assert capsys.readouterr().out == ""
+
+
+def of_pycocotools(ground_truth: dict, detections: list[dict], category_ids: list[int]) -> dict[str, float]:
+    """The numbers as pycocotools' own example computes them, from a COCO dictionary with ordinary ids."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(ground_truth)
+        truth.createIndex()
+        scored = COCOeval(truth, truth.loadRes(copy.deepcopy(detections)), "bbox")
+        scored.params.catIds = category_ids
+        scored.evaluate()
+        scored.accumulate()
+        scored.summarize()
+    return dict(zip(METRICS, scored.stats.tolist(), strict=True))
+
+
+def drawn(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Five images (ids 1..5, the last one empty) with objects of three categories (1..3), crowds among them, and
+    detections near some of them, far from others, of the wrong category, with equal scores."""
+    random = np.random.default_rng(seed)
+    annotations, detections = [], []
+    for number in range(24):
+        image, category = int(random.integers(1, 5)), int(random.integers(1, 4))
+        x, y, *sides = (float(value) for value in random.uniform(4, 300, 4))
+        area = sides[0] * sides[1] * float(random.uniform(0.3, 1))
+        annotations.append({"id": number + 1, "image_id": image, "category_id": category, "bbox": [x, y, *sides]})
+        annotations[-1] |= {"area": area, "iscrowd": int(number % 8 == 7)}
+        for _ in range(int(random.integers(0, 4))):
+            moved = [float(value) for value in np.array([x, y, *sides]) + random.normal(0, 12, 4)]
+            guess = category if random.random() < 0.8 else int(random.integers(1, 4))
+            detections.append(found(image, [*moved[:2], *map(abs, moved[2:])], round(float(random.random()), 1), guess))
+    images = [{"id": image, "width": 640, "height": 640} for image in range(1, 6)]
+    categories = [{"id": category, "name": f"class {category}"} for category in (1, 2, 3)]
+    return {"images": images, "annotations": annotations, "categories": categories}, detections
+
+
+def renamed(
+    truth: dict[str, Any], detections: list[dict[str, Any]], image: Callable[[int], Any], category: Callable[[int], Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same set under other ids of images and categories."""
+
+    def row(values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "image_id": image(values["image_id"]), "category_id": category(values["category_id"])}
+
+    images = [{**values, "id": image(values["id"])} for values in truth["images"]]
+    categories = [{**values, "id": category(values["id"])} for values in truth["categories"]]
+    annotations = [row(values) for values in truth["annotations"]]
+    new = {"images": images, "annotations": annotations, "categories": categories}
+    return new, [row(values) for values in detections]
+
+
+ANNOTATION_IDS: dict[str, Callable[[int], Any]] = {
+    "from 0": lambda n: n,
+    "all 0": lambda n: 0,
+    "all equal": lambda n: 7,
+    "in pairs": lambda n: n // 2,
+    "negative": lambda n: -n,
+    "large": lambda n: 2**63 - 1 - n,
+    "of numpy": np.int64,
+    "texts": str,
+    "missing": lambda n: None,
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ids", ANNOTATION_IDS)
+def test_the_ids_of_annotations_change_no_number(ids: str, seed: int) -> None:
+    truth, detections = drawn(seed)
+    expected = of_pycocotools(truth, detections, [1, 2, 3])
+    assert 0 < expected["AP"] < 1
+    assert coco_metrics(truth, detections) == expected
+    for number, annotation in enumerate(truth["annotations"]):
+        annotation["id"] = ANNOTATION_IDS[ids](number)
+        if annotation["id"] is None:
+            del annotation["id"]
+    assert coco_metrics(truth, detections) == expected
+
+
+def test_an_object_with_id_0_that_is_found_is_found() -> None:
+    ground_truth = truth((1, [100.0, 100.0, 50.0, 50.0]))
+    ground_truth["annotations"][0]["id"] = 0
+    assert coco_metrics(ground_truth, [found(1, [100.0, 100.0, 50.0, 50.0], 0.9)])["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("image", "category"),
+    [
+        (lambda i: i - 1, lambda c: c - 1),
+        (lambda i: i, lambda c: c - 3),
+        (np.int64, np.int32),
+        (lambda i: 2**63 - 9 + i, lambda c: c - 2**63),
+    ],
+    ids=["from 0", "negative", "of numpy", "large"],
+)
+def test_the_ids_of_images_and_categories_change_no_number(
+    image: Callable[[int], Any], category: Callable[[int], Any], seed: int
+) -> None:
+    truth, detections = drawn(seed)
+    expected = of_pycocotools(truth, detections, [1, 2, 3])
+    assert coco_metrics(*renamed(truth, detections, image, category)) == expected
+
+
+def test_fields_beside_those_of_boxes_change_no_number() -> None:
+    truth, detections = drawn(0)
+    expected = of_pycocotools(truth, detections, [1, 2, 3])
+    for number, annotation in enumerate(truth["annotations"]):
+        annotation |= {"ignore": number % 2, "_ignore": 1, "segmentation": [], "score": 0.0}
+    noise = {"ignore": 1, "id": 0, "area": -1.0, "iscrowd": 1, "segmentation": [], "caption": "none"}
+    assert coco_metrics(truth, [{**detection, **noise} for detection in detections]) == expected
+
+
+def test_a_missing_area_or_crowd_flag_is_what_packing_makes_of_it() -> None:
+    truth, detections = drawn(1)
+    for annotation in truth["annotations"]:
+        annotation |= {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0}
+    expected = of_pycocotools(truth, detections, [1, 2, 3])
+    for annotation in truth["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    assert coco_metrics(truth, detections) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("listed", [[1, 2], [3]])
+def test_detections_of_categories_that_the_set_does_not_list_do_not_count(listed: list[int], seed: int) -> None:
+    whole, detections = drawn(seed)
+    expected = of_pycocotools(whole, detections, listed)
+    annotations = [row for row in whole["annotations"] if row["category_id"] in listed]
+    categories = [row for row in whole["categories"] if row["id"] in listed]
+    assert coco_metrics({**whole, "annotations": annotations, "categories": categories}, detections) == expected
+    assert expected != of_pycocotools(whole, detections, [1, 2, 3])
 
 
 @pytest.mark.parametrize("softmax", [False, True])
