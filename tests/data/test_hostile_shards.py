@@ -115,6 +115,16 @@ def test_annotations_of_a_stranger_are_a_sample_error_that_names_shard_and_key(s
         shutil.rmtree(folder)
 
 
+def test_annotations_of_equal_ids_are_objects_of_their_own(synthetic_shards, tmp_path):
+    good = ShardReader(ShardIndex.load(synthetic_shards)).annotations(0, 0)
+    assert len(good["annotations"]) > 1
+    equal = {**good, "annotations": [{**annotation, "id": 7} for annotation in good["annotations"]]}
+    folder, _ = with_annotations(synthetic_shards, tmp_path / "set", json.dumps(equal).encode())
+    annotations = ShardIndex.load(folder).ground_truth()["annotations"]
+    assert [annotation["id"] for annotation in annotations] == list(range(1, len(annotations) + 1))
+    assert [a["bbox"] for a in annotations[: len(good["annotations"])]] == [a["bbox"] for a in good["annotations"]]
+
+
 def test_statistics_name_the_sample_of_an_unknown_category(synthetic_shards, tmp_path):
     good = ShardReader(ShardIndex.load(synthetic_shards)).annotations(0, 0)
     good["annotations"] = [{"id": 1, "bbox": [1, 1, 9, 9], "category_id": 7777, "area": 81, "iscrowd": 0}]

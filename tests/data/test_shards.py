@@ -85,6 +85,22 @@ def test_ground_truth_is_the_json(coco_folder, tmp_path):
     assert [a for part in parts for a in part["annotations"]] == truth["annotations"]
 
 
+def test_ground_truth_has_no_annotation_0_which_pycocotools_takes_for_no_match(coco_folder, edit, tmp_path):
+    def from_0(coco):
+        for number, annotation in enumerate(coco["annotations"]):
+            annotation["id"] = number
+
+    before = pack_folder(coco_folder, tmp_path / "before").ground_truth()["annotations"]
+    edit(from_0)
+    annotations = pack_folder(coco_folder, tmp_path / "shards").ground_truth()["annotations"]
+    assert [annotation["id"] for annotation in annotations] == list(range(1, len(before) + 1))
+
+    def contents(annotations):
+        return sorted(({**annotation, "id": None} for annotation in annotations), key=json.dumps)
+
+    assert contents(annotations) == contents(before)
+
+
 def test_real_coco_fed_back_as_detections_has_perfect_precision(coco_free, tmp_path):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
