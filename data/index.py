@@ -22,7 +22,16 @@ from .addresses import is_remote, shown
 from .categories import Categories
 from .documents import parse_json
 from .images import read_file
-from .layout import INDEX_NAME, INDEX_VERSION, MOST_INDEX_BYTES, Shard, check_density, entry_from_json
+from .layout import (
+    INDEX_NAME,
+    INDEX_VERSION,
+    MOST_INDEX_BYTES,
+    ForeignIndexError,
+    Shard,
+    check_density,
+    check_own,
+    entry_from_json,
+)
 from .parallel import threaded_map
 from .text import visible
 from .values import described, member
@@ -93,6 +102,7 @@ class ShardIndex:
         try:
             check_density(text)
             values = parse_json(text)
+            check_own(values)
             version = values.get("version") if isinstance(values, dict) else None
             if version != INDEX_VERSION or type(version) is not int:
                 raise ValueError(f"version {described(version)} (this release reads {INDEX_VERSION})")
@@ -108,6 +118,8 @@ class ShardIndex:
             if not categories:
                 raise ValueError("no categories in it")
             return cls(location, categories, source, shards)
+        except ForeignIndexError as error:
+            raise ValueError(f"{shown(location)}/{INDEX_NAME}: {error}") from None
         except (ValueError, MemoryError) as error:
             what = visible(str(error)) or "it takes more memory than there is"
             raise ValueError(

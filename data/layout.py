@@ -24,6 +24,12 @@ MOST_BETWEEN_BYTES = 1 << 20  # between the two members of a sample, which are r
 # No character that a shell, a file system or an address takes for anything but a part of a name.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,199}\.tar")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_INTO_NEW = "into a new folder: `ddetr data pack COCO_JSON IMAGES NEW_FOLDER`"
+
+
+class ForeignIndexError(ValueError):
+    """An index.json that another program has written for its own data: there is nothing wrong with it."""
+
 
 # One row a sample. Offsets and sizes are bytes of the tar; num_boxes counts annotations, crowds included.
 SAMPLE_DTYPE = np.dtype(
@@ -101,6 +107,27 @@ class Shard:
             return cls(folder / name, size, **digests, samples=_rows(member(values, "samples", list), size))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+def check_own(values: Any) -> None:
+    """Raise ForeignIndexError for an index.json of another program that is known here."""
+    keys = values if isinstance(values, dict) else {}
+    shards = keys.get("shards")
+    first = shards[0] if isinstance(shards, list) and shards else None
+    if isinstance(first, dict) and "raw_data" in first:
+        theirs = "MosaicML Streaming"
+    elif "shardlist" in keys:
+        theirs = "WebDataset (wids)"
+    elif "chunks" in keys and "config" in keys:
+        theirs = "LitData"
+    elif "images" in keys and "annotations" in keys:
+        raise ForeignIndexError(f"a COCO json, not an index of shards; pack it {_INTO_NEW}")
+    else:
+        return
+    raise ForeignIndexError(
+        f"the index of {theirs}, whose shards ddetr does not read; write their images as files and their boxes as a "
+        f"COCO json, and pack these {_INTO_NEW}"
+    )
 
 
 def check_density(text: bytes | bytearray) -> None:

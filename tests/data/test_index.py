@@ -146,6 +146,46 @@ def test_what_no_index_can_hold_is_refused(index_json, tmp_path):
         assert_refused(tmp_path, data, name)
 
 
+MDS = {"column_encodings": ["jpeg", "json"], "column_names": ["image", "boxes"], "column_sizes": [None, None]}
+MDS |= {"compression": None, "format": "mds", "hashes": [], "samples": 7158, "size_limit": 67108864, "version": 2}
+MDS |= {"raw_data": {"basename": "shard.00000.mds", "bytes": 41225853, "hashes": {}}, "zip_data": None}
+WIDS = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "train"}
+WIDS |= {"shardlist": [{"url": "shard-000000.tar", "nsamples": 100, "filesize": 4096}]}
+CHUNK = {"chunk_bytes": 64000000, "chunk_size": 250, "dim": None, "filename": "chunk-0-0.bin"}
+LIT = {
+    "chunk_bytes": 64000000,
+    "chunk_size": None,
+    "compression": None,
+    "data_format": ["jpeg", "str"],
+    "encryption": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        ({"shards": [MDS], "version": 2}, "MosaicML Streaming"),
+        ({"version": 2, "shards": [{**MDS, "format": "json", "columns": {"id": "int"}}]}, "MosaicML Streaming"),
+        (WIDS, "WebDataset (wids)"),
+        ({"chunks": [CHUNK], "config": LIT, "updated_at": "1715000000"}, "LitData"),
+        ({"images": [], "annotations": [], "categories": []}, "a COCO json"),
+    ],
+)
+def test_an_index_of_another_program_is_called_by_its_name(theirs, name, tmp_path, synthetic_shards):
+    data = json.dumps(theirs).encode()
+    (tmp_path / INDEX_NAME).write_bytes(data)
+    for read in (ShardIndex.load, check_shards, lambda folder: ShardIndex.parse(data, "https://host/set", folder)):
+        with pytest.raises(ValueError, match=r"index\.json: ") as error:
+            read(tmp_path)
+        told = str(error.value)
+        assert name in told
+        assert "into a new folder: `ddetr data pack COCO_JSON IMAGES NEW_FOLDER`" in told
+        assert "usable" not in told, "there is nothing wrong with it"
+        assert "delete" not in told
+        assert "copy" not in told
+    assert (tmp_path / INDEX_NAME).read_bytes() == data
+
+
 def test_a_local_index_is_believed_no_more_than_a_servers(synthetic_shards, index_json, tmp_path):
     folder = Path(shutil.copytree(synthetic_shards, tmp_path / "shards"))
     (folder / INDEX_NAME).write_bytes(changed(index_json, lambda i: first(i).update(name="../shard-000000.tar")))
