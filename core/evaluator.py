@@ -19,6 +19,7 @@ from ..data.index import ShardIndex
 from ..data.parallel import until
 from ..data.stream import evaluation_batches
 from .checkpoint import TrainedDetector
+from .labels import check_evaluable
 from .postprocess import detections as top_detections
 
 METRICS = (
@@ -126,28 +127,19 @@ def evaluation(ground_truth: dict, results: Iterable[ShardResult]) -> Evaluation
 
 
 def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
-    """Every category of the shards must be one that the checkpoint knows, under the same id and name.
-
-    Raises ValueError that names those that are not.
-    """
-    wanted = dict(zip(index.categories.ids, index.categories.names, strict=True))
+    """Every category of the shards must be one that the checkpoint knows. Raises ValueError that names the others."""
+    known: dict[int, str | None] = dict.fromkeys(range(detector.config.model.num_classes))
+    remedy = "Evaluate on shards packed from data with the checkpoint's categories"
     if detector.categories is None:
-        limit = detector.config.model.num_classes
-        wrong = [f"{name!r} has id {id_}" for id_, name in wanted.items() if not 0 <= id_ < limit]
-        rule = f"a published checkpoint's label is the category id, below {limit}"
+        remedy = f"A published checkpoint's label is the category id. {remedy}"
     else:
         known = dict(zip(detector.categories.ids, detector.categories.names, strict=True))
-        wrong = [
-            f"{name!r} (id {id_}) " + (f"is {known[id_]!r} in the checkpoint" if id_ in known else "is not in it")
-            for id_, name in wanted.items()
-            if known.get(id_) != name
-        ]
-        rule = f"it knows {_listed([f'{name!r} (id {id_})' for id_, name in known.items()])}"
-    if wrong:
-        raise ValueError(
-            f"the categories of the shards {index.location} and of the checkpoint {detector.path} do not correspond: "
-            f"{_listed(wrong)}; {rule}. Evaluate on shards packed from data with the checkpoint's categories"
-        )
+    check_evaluable(index.categories, index.location, known, "the checkpoint", detector.path, remedy)
+
+
+def without_ap(index: ShardIndex) -> str:
+    """The warning for shards that lack objects."""
+    return f"{index.location}: {index.lack}, so evaluations on it give no AP (-1)"
 
 
 def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
@@ -178,12 +170,8 @@ def _indexed(ground_truth: dict, rows: list[dict]) -> Any:
     from pycocotools.coco import COCO
 
     completed = ({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **row} for row in rows)
+    numbered: Any = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
     coco = COCO()
-    coco.dataset = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
+    coco.dataset = numbered
     coco.createIndex()
     return coco
-
-
-def _listed(items: list[str], most: int = 8) -> str:
-    rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -5,7 +5,7 @@ row, "no object", the last.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -114,12 +114,34 @@ def check_same(stored: Categories | None, shards: Categories, checkpoint: object
     )
 
 
+def check_evaluable(
+    shards: Categories, location: object, known: Mapping[int, str | None], where: str, path: object, remedy: str
+) -> None:
+    """Every category of the shards must be a known one, under the same id and name; there may be more known ones.
+
+    known: names by id in `where` ("the checkpoint") at `path`; None: any name. remedy: ends the message.
+    Raises ValueError that names those that are not known.
+    """
+    wrong = [
+        f"{described} is " + (f"{visible(str(known[id_]))!r} in {where}" if id_ in known else f"not in {where}")
+        for described, id_, name in zip(_described(shards), shards.ids, shards.names, strict=True)
+        if id_ not in known or known[id_] not in (None, name)
+    ]
+    if wrong:
+        there = [f"id {id_}" if name is None else f"{visible(name)!r} (id {id_})" for id_, name in known.items()]
+        raise ValueError(
+            f"the categories of the shards {location} and of {where} {path} do not correspond: {_several(wrong)}; "
+            f"there are {_several(there)}. {remedy}"
+        )
+
+
 def _described(categories: Categories) -> list[str]:
     return [f"{visible(name)!r} (id {i})" for i, name in zip(categories.ids, categories.names, strict=True)]
 
 
-def _listed(names: list[str] | tuple[str, ...], most: int = 8) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f" ({', '.join(map(visible, names[:most]))}{more})"
+def _several(items: list[str], most: int = 8) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    return f" ({_several([visible(name) for name in names])})" if names else ""

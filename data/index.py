@@ -174,6 +174,15 @@ class ShardIndex:
         return np.concatenate([shard.samples for shard in self.shards])
 
     @cached_property
+    def lack(self) -> str | None:
+        """Why no detector can be trained on the set, nor scored; None where there are objects, or an older index does
+        not tell how many of its boxes are crowds."""
+        boxes = int(self.samples["num_boxes"].sum())
+        if not boxes:
+            return "there is no box in it"
+        return "every box in it is a crowd" if self.source.get("crowds") == boxes else None
+
+    @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum([len(shard.samples) for shard in self.shards])
 

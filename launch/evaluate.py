@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector
 from ..core.config import Config, ConfigError
-from ..core.evaluator import ShardResult, check_categories, evaluate_shard, evaluation
+from ..core.evaluator import ShardResult, check_categories, evaluate_shard, evaluation, without_ap
 from ..core.ownership import ForeignSettingError, check_links, check_own
 from ..core.reports import without_score
 from ..core.world import device_for
@@ -64,6 +64,8 @@ def evaluate(
         for detector in detectors:
             index = _shards(data, detector, overrides)
             check_categories(detector, index)
+            if index.lack and index.real_location not in evaluators:
+                console.print(without_ap(index), soft_wrap=True)
             folder = _output_folder(detector.path, output, each=all_checkpoints)
             if output is None:
                 in_run = detector.path.parent.parent.name == "checkpoints"

@@ -20,8 +20,9 @@ from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weigh
 from ..core.config import Config, dump
 from ..core.detector import Detector, build
 from ..core.engine import deepspeed_config
+from ..core.evaluator import without_ap
 from ..core.heartbeat import TRY_AGAIN
-from ..core.labels import check_same
+from ..core.labels import check_evaluable, check_same
 from ..core.manifest import is_evaluated, resumable, verify
 from ..core.optimizer import check_trained, freeze_without_rate, rate_advice
 from ..core.ownership import check_links, remember
@@ -74,6 +75,7 @@ def run(
         indexes = [index for index in (train_index, validation_index) if index]
         machines = check(config, world, indexes, writes=not dry_run)
         began = world.agree(lambda: _beginning(config, model, resume, train_index, stream), _Beginning)
+        began.told.extend(_told_of_validation(config, train_index, validation_index))
         run_directory, resumes = began.run_directory, began.resumes
         if began.nothing_left is not None:
             if world.rank == 0:
@@ -146,8 +148,12 @@ def run(
 
 
 def check_beforehand(config: Config) -> None:
-    """All that a `run` of one rank finds out about a configuration before it makes anything. Raises what it raises."""
-    index, _ = _open_data(config)
+    """All that a `run` of one rank finds out about a configuration before it makes anything, and whether it will have
+    an AP, which a search needs. Raises what it raises, and ValueError.
+    """
+    index, validation_index = _open_data(config)
+    if validation_index and validation_index.lack:
+        raise ValueError(without_ap(validation_index))
     training_stream(config, index, World(0, 1, 0, torch.device("cpu")))
     deepspeed_config(config)
     _fit_initial_weights(_without_weights(config), config, index.categories)
@@ -160,15 +166,33 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
         )
     train_index = open_shards(config.data.train, config.data)
     validation_index = open_shards(config.data.validation, config.data) if config.data.validation else None
+    if train_index.lack:
+        raise ValueError(
+            f"data.train={train_index.location}: {train_index.lack}, so there is nothing to train on; set data.train "
+            "to shards with objects"
+        )
     if (count := len(train_index.categories)) != config.model.num_classes:
         raise ValueError(
             f"model.num_classes={config.model.num_classes}, but {train_index.location} has {count} categories; "
             f"set model.num_classes={count}"
         )
-    if validation_index and validation_index.categories != train_index.categories:
-        places = f"{train_index.location} and {validation_index.location}"
-        raise ValueError(f"{places} differ in their categories; pack both anew")
+    if validation_index:
+        known = dict(zip(train_index.categories.ids, train_index.categories.names, strict=True))
+        remedy = "Pack validation shards from data with all or some of the categories of training"
+        where, place = "the training shards", train_index.location
+        check_evaluable(validation_index.categories, validation_index.location, known, where, place, remedy)
     return train_index, validation_index
+
+
+def _told_of_validation(config: Config, train: ShardIndex, validation: ShardIndex | None) -> list[str]:
+    """What there is to know of the run's AP beforehand."""
+    if validation is None or not config.train.evaluate_every_epochs:
+        return []
+    if validation.lack:
+        return [without_ap(validation)]
+    listed, all_ = len(validation.categories), len(train.categories)
+    few = f"{validation.location} lists {listed} of the {all_} categories of training: AP is of these alone"
+    return [few] if listed < all_ else []
 
 
 def _check_output(config: Config, resume: Path | None) -> None:

@@ -352,7 +352,7 @@ def test_the_batch_size_changes_no_detection(index: ShardIndex, detector: Traine
         (
             (1, 23),
             ("disc", "triangle"),
-            r"'cross' \(id 56\) is not in it; it knows 'disc' \(id 1\), 'triangle' \(id 23\)",
+            r"'cross' \(id 56\) is not in the checkpoint; there are 'disc' \(id 1\), 'triangle' \(id 23\)\.",
         ),
         ((1, 23, 56, 90), ("disc", "triangle", "cross", "brush"), None),  # a part of what the checkpoint knows
         ((56, 1, 23), ("cross", "disc", "triangle"), None),  # another order of the labels
@@ -370,7 +370,7 @@ def test_categories_must_correspond(
 
 def test_a_published_checkpoints_label_is_the_category_id(index: ShardIndex, detector: TrainedDetector) -> None:
     published = replace(detector, categories=None)
-    with pytest.raises(ValueError, match=r"'triangle' has id 23, 'cross' has id 56; .*below 3"):
+    with pytest.raises(ValueError, match=r"'triangle' \(id 23\) is not in the checkpoint, 'cross'.* id 2\. A pub"):
         check_categories(published, index)
     ids = {row["category_id"] for row in evaluate_shard(published, index, 0, "cpu").detections}
     assert ids <= {0, 1, 2}
