@@ -177,10 +177,7 @@ class ShardIndex:
     def lack(self) -> str | None:
         """Why no detector can be trained on the set, nor scored; None where there are objects, or an older index does
         not tell how many of its boxes are crowds."""
-        boxes = int(self.samples["num_boxes"].sum())
-        if not boxes:
-            return "there is no box in it"
-        return "every box in it is a crowd" if self.source.get("crowds") == boxes else None
+        return lack_of_objects(int(self.samples["num_boxes"].sum()), self.source.get("crowds"))
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -292,6 +289,13 @@ class ShardReader:
             self._files[shard] = self._index.open(self._index.shards[shard])
         self._files.move_to_end(shard)
         return os.pread(self._files[shard], end - begin, begin)
+
+
+def lack_of_objects(boxes: int, crowds: Any) -> str | None:
+    """What a message says of a set with so many boxes, of which so many are crowds; None where there are others."""
+    if not boxes:
+        return "there is no box in it"
+    return "every box in it is a crowd" if crowds == boxes else None
 
 
 def _open(shard: Shard) -> int:

@@ -1,15 +1,19 @@
 """`ddetr data stats`: what a set holds, what the detector sees of it, and which settings do not fit it."""
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from ..core.config import Config
-from ..data.config import DataConfig
-from ..data.index import ShardIndex
+from ..core.config import Config, ConfigError, changed
+from ..core.overrides import read
+from ..data.addresses import is_remote
+from ..data.config import LONGEST_SIDE, DataConfig
+from ..data.index import ShardIndex, lack_of_objects
 from ..data.plan import StepPlan
 from ..data.statistics import read_objects
 from ..data.stream import seen_sizes
@@ -33,7 +37,10 @@ def stats(shards: Path, config: Config, ranks: int) -> None:
     console.print(_shapes(index))
     console.print(_classes(index, objects))
     console.print(_as_seen(index, objects, config, ranks))
-    suggested = suggestions(index, objects, config)
+    if lack := lack_of_objects(len(objects), int(objects["iscrowd"].sum())):
+        console.print(f"{lack}: no detector can be trained on this set, and evaluations on it give no AP")
+        return
+    suggested = suggestions(index, objects, config, ranks)
     console.print("settings to change:" if suggested else "no setting needs to be changed for this set")
     for setting, reason in suggested:
         console.print(f"  {setting}: {reason}")
@@ -139,37 +146,156 @@ def padding_share(index: ShardIndex, config: Config, ranks: int, similar: bool) 
     return 1 - real / padded
 
 
-def suggestions(index: ShardIndex, objects: np.ndarray, config: Config) -> list[tuple[str, str]]:
-    """(setting, reason) of what does not fit the set."""
-    found, data, model = [], config.data, config.model
-    if len(index.categories) != model.num_classes:
-        found.append((f"model.num_classes={len(index.categories)}", f"the set has that many, not {model.num_classes}"))
-    most = int(_objects_of_images(index, objects).max())
-    if most > model.queries:
-        needed = -(-most * 3 // 2 // 50) * 50
-        reason = f"an image has {most} objects; what goes beyond {model.queries} queries is never found"
-        found.append((f"model.queries={needed}", reason))
-    if most > config.eval.top_k:
-        found.append((f"eval.top_k={most}", f"an image has {most} objects; predictions are cut at {config.eval.top_k}"))
-    scales = evaluation_sizes(index.samples["height"], index.samples["width"], data).min(1) / _short_sides(index)
-    scale, thin = float(np.median(scales)), _seen_short_sides(index, objects, data) < FINEST_STRIDE
-    if scale > 2.5:
-        side = round(1.5 * float(np.median(_short_sides(index))) / 32) * 32
-        settings = f"data.validation_short_side={side} data.short_sides={_below(side)}"
-        found.append((settings, f"images are enlarged {scale:.1f} times: much to compute, nothing more to see"))
-    elif scale < 1 and len(thin) and thin.mean() > 0.1:
-        side = round(float(np.median(_short_sides(index))) / 32) * 32
-        long_side = round(float(np.median(index.samples["height"] + index.samples["width"])) - side)
-        settings = f"data.validation_short_side={side} data.short_sides={_below(side)} "
-        reason = f"{100 * thin.mean():.0f} % of the objects are thinner than {FINEST_STRIDE} pixels after shrinking"
-        found.append((f"{settings}data.long_side={long_side}", reason))
-    steps, left = divmod(index.num_samples, config.train.batch_size)
-    if data.remainder == "drop" and steps and left / index.num_samples > 0.05:
-        reason = f"each epoch leaves out {left} of {index.num_samples} images, as many as fill no batch"
-        found.append(("data.remainder=pad", reason))
-    if steps == 0:
-        found.append((f"train.batch_size={index.num_samples}", "or fewer: the set has no more images"))
+@dataclass(frozen=True)
+class _Set:
+    """What the checks look at. ranks: processes that will train."""
+
+    index: ShardIndex
+    objects: np.ndarray
+    ranks: int
+
+    @cached_property
+    def single(self) -> np.ndarray:
+        """Rows of the objects that are no crowds."""
+        return self.objects[~self.objects["iscrowd"]]
+
+    @cached_property
+    def per_image(self) -> np.ndarray:
+        return _objects_of_images(self.index, self.objects)
+
+
+_Remedies = Iterator[tuple[str, str]]  # (settings, reason), the better ones first; none where nothing is wrong
+
+
+def suggestions(index: ShardIndex, objects: np.ndarray, config: Config, ranks: int = 1) -> list[tuple[str, str]]:
+    """(settings, reason) of what does not fit the set; each to be taken together with those before it.
+
+    Each is tried: a remedy is only advised if its check finds nothing any more, and the checks before it that found
+    nothing still do not. So when all are taken, nothing is advised: with each remedy, the row of what the checks find,
+    read as a binary number, gets smaller, and what is advised depends on the configuration alone.
+    Nothing is advised for a set without objects.
+    """
+    seen, found = _Set(index, objects, ranks), []
+    while len(seen.single) and (remedy := _remedy(seen, config)) is not None:
+        settings, reason, config = remedy
+        found.append((settings, reason))
     return found
+
+
+def _remedy(seen: _Set, config: Config) -> tuple[str, str, Config] | None:
+    """The first remedy that works: settings, reason, and the configuration with it."""
+    nothing_found = []
+    for check in _CHECKS if _is_trained_on(seen.index, config) else (_top_k,):
+        remedies = list(check(seen, config))
+        for settings, reason in remedies:
+            changes = [setting for setting in settings.split() if not _is_set(setting, config)]
+            try:
+                changed_config = changed(config, changes, settings)
+            except ConfigError:  # more than may be set
+                continue
+            if not any(list(other(seen, changed_config)) for other in (*nothing_found, check)):
+                return " ".join(changes), reason, changed_config
+        if not remedies:
+            nothing_found.append(check)
+    return None
+
+
+def _is_trained_on(index: ShardIndex, config: Config) -> bool:
+    """Not a set that is the configuration's for validation alone: what trains is another set's business."""
+    train, validation = (
+        location is not None
+        and not is_remote(location)
+        and Path(location).resolve() == Path(index.real_location).resolve()
+        for location in (config.data.train, config.data.validation)
+    )
+    return train or not validation or config.data.train is None
+
+
+def _is_set(setting: str, config: Config) -> bool:
+    (section, key), value = read(setting, Config)
+    return config.model_dump(mode="json")[section][key] == value
+
+
+def _num_classes(seen: _Set, config: Config) -> _Remedies:
+    number = len(seen.index.categories)
+    if number != config.model.num_classes:
+        yield f"model.num_classes={number}", f"the set has that many, not {config.model.num_classes}"
+
+
+def _sizes(seen: _Set, config: Config) -> _Remedies:
+    """Images much enlarged, and objects that shrinking makes thinner than the finest stride."""
+    rows = seen.index.samples
+    short_sides, long_sides = _short_sides(seen.index), np.maximum(rows["height"], rows["width"])
+    scale = float(np.median(evaluation_sizes(rows["height"], rows["width"], config.data).min(1) / short_sides))
+    if scale > 2.5:
+        side = _in_eights(1.5 * float(np.median(short_sides)))
+        settings = f"data.validation_short_side={side} data.short_sides={_below(side)}"
+        yield settings, f"images are enlarged {scale:.1f} times: much to compute, nothing more to see"
+    thin = _seen_short_sides(seen.index, seen.objects, config.data) < FINEST_STRIDE
+    lost = thin & (np.minimum(seen.single["width"], seen.single["height"]) >= FINEST_STRIDE)
+    for share in (0.5, 0.9) if lost.mean() > 0.1 else ():
+        side, long_side = (_in_eights(float(np.quantile(sides, share))) for sides in (short_sides, long_sides))
+        settings = f"data.validation_short_side={side} data.short_sides={_below(side)} data.long_side={long_side}"
+        reason = f"{100 * lost.mean():.0f} % of the objects get thinner than {FINEST_STRIDE} pixels by shrinking"
+        yield settings, reason
+
+
+def _queries(seen: _Set, config: Config) -> _Remedies:
+    queries = config.model.queries
+    most = int(np.minimum(seen.per_image, _places(seen, config)).max())
+    if most > queries:
+        reason = f"an image has {seen.per_image.max()} objects; what goes beyond {queries} queries is never found"
+        yield f"model.queries={-(-most * 3 // 2 // 50) * 50}", reason
+
+
+def _top_k(seen: _Set, config: Config) -> _Remedies:
+    model, top_k = config.model, config.eval.top_k
+    detections = np.minimum(model.queries, _places(seen, config))
+    if model.classification == "sigmoid":
+        detections = detections * model.num_classes
+    most = int(np.minimum(seen.per_image, detections).max())
+    if most > top_k:
+        reason = f"an image has {seen.per_image.max()} objects; predictions are cut at {top_k}"
+        yield f"eval.top_k={most}", reason
+
+
+def _batch_size(seen: _Set, config: Config) -> _Remedies:
+    images, ranks, train = seen.index.num_samples, seen.ranks, config.train
+    if train.batch_size <= images:
+        return
+    for accumulation in dict.fromkeys((train.accumulation, 1)):
+        if size := images // (ranks * accumulation) * ranks * accumulation:
+            settings = f"train.batch_size={size} train.accumulation={accumulation}"
+            yield settings, f"or fewer: the set has {images} images"
+            return
+    if config.data.remainder == "drop":
+        yield "data.remainder=pad", f"the set has {images} images, fewer than there are ranks"
+
+
+def _remainder(seen: _Set, config: Config) -> _Remedies:
+    images = seen.index.num_samples
+    steps, left = divmod(images, config.train.batch_size)
+    if config.data.remainder == "drop" and steps and left / images > 0.05:
+        yield "data.remainder=pad", f"each epoch leaves out {left} of {images} images, as many as fill no batch"
+
+
+_CHECKS = (_num_classes, _sizes, _queries, _top_k, _batch_size, _remainder)
+
+
+def _places(seen: _Set, config: Config) -> np.ndarray:
+    """(images,) how many boxes the first stage proposes in each, at most as many as queries; without one, endless."""
+    model, rows = config.model, seen.index.samples
+    if not model.two_stage:
+        return np.full(len(rows), np.inf)
+    sides = evaluation_sizes(rows["height"], rows["width"], config.data)
+    strides = [FINEST_STRIDE << level for level in range(model.levels)]
+    if model.levels == 1:
+        strides = [16 if model.dilation else 32]
+    return np.sum([(-(-sides // stride)).prod(-1) for stride in strides], axis=0)
+
+
+def _in_eights(pixels: float) -> int:
+    return min(max(8, -(-round(pixels) // 8) * 8), LONGEST_SIDE)
 
 
 def _below(side: int) -> str:
