@@ -42,8 +42,8 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
     if free < needed_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"no room for a checkpoint of {needed_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; delete "
-            f"some, or set train.keep_checkpoints",
+            f"no room for a checkpoint of {needed_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; make "
+            f"room there, or set train.keep_checkpoints",
             str(final),
         )
     try:

@@ -139,7 +139,7 @@ class ShardIndex:
                 faults.append(f"{shard.name} is missing")
             elif size != shard.bytes:
                 faults.append(f"{shard.name} has {size} bytes instead of {shard.bytes}")
-        faults += [f"{name} is not in the index" for name in self.extra_shards()]
+        faults += [f"{name} is not in the index (move it elsewhere)" for name in self.extra_shards()]
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise FileNotFoundError(

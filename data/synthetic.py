@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from rich.progress import Progress
 
-from .index import write_whole
+from .documents import parse_json
+from .index import partial_path, write_whole
 from .parallel import ordered_map
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -99,7 +100,8 @@ def draw_set(
     """Draw `images` square images of `size` pixels into output/images and write output/annotations.json.
 
     Returns the path of the json, which is written last; a set of the same description is left as it is. Equal
-    arguments give equal bytes. Raises ValueError for arguments out of range, FileExistsError for another set there.
+    arguments give equal bytes. Raises ValueError for arguments out of range, FileExistsError for another set there
+    and for images of others, which are not overwritten.
     """
     for name, value, least in (("images", images, 1), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
@@ -109,8 +111,8 @@ def draw_set(
     path = output / "annotations.json"
     info = {"description": "ddetr data synth", "images": images, "size": size, "classes": classes, "seed": seed}
     if path.exists():
-        if json.loads(path.read_bytes()).get("info") != info:
-            raise FileExistsError(f"{output}: already holds another set; choose another folder or delete this one")
+        if _info(path) != info:
+            raise FileExistsError(f"{output}: already holds another set; choose another folder")
         return path
     (output / "images").mkdir(parents=True, exist_ok=True)
     task = progress.add_task("drawing", total=images) if progress else None
@@ -298,5 +300,20 @@ def _write_image(folder: Path, size: int, classes: int, seed: int, number: int) 
     pixels, annotations = draw_image(size, classes, seed, number)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
-    (folder / _file_name(number)).write_bytes(buffer.getvalue())
+    path, data = folder / _file_name(number), buffer.getvalue()
+    if not path.exists():
+        partial = partial_path(path)
+        partial.write_bytes(data)
+        partial.rename(path)
+    elif path.read_bytes() != data:
+        raise FileExistsError(f"{path}: an image that would be overwritten; choose another folder")
     return annotations
+
+
+def _info(path: Path) -> Any:
+    """What a json says of itself; None where it is none of ours."""
+    try:
+        values = parse_json(path.read_bytes())
+    except ValueError:
+        return None
+    return values.get("info") if isinstance(values, dict) else None

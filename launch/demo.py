@@ -25,7 +25,7 @@ STARTED = time.monotonic()
 def demo(folder: Path) -> None:
     """Run all stages into `folder`, which must not exist. Raises RuntimeError when one fails or AP50 is too low."""
     if folder.exists():
-        raise RuntimeError(f"{folder} exists already; remove it, or name another folder")
+        raise RuntimeError(f"{folder} exists already; name another folder")
     shards = {}
     for part, images, seed in (("train", TRAINING_IMAGES, 1), ("val", VALIDATION_IMAGES, 2)):
         coco, shards[part] = folder / f"coco_{part}", folder / "shards" / part

@@ -130,7 +130,9 @@ def picture(path: Path, caption: str) -> str:
         image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
         image.save(encoded, "JPEG", quality=88)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error}); delete it, then report again") from error
+        raise ValueError(
+            f"{path}: not a picture that can be read ({error}); move it away, then report again"
+        ) from error
     data = base64.b64encode(encoded.getvalue()).decode()
     return (
         f'<figure class="card"><img src="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}" '

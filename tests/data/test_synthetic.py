@@ -70,6 +70,28 @@ def test_another_set_is_not_overwritten(tmp_path):
         draw_set(tmp_path, seed=1, **arguments)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"images": []}'])
+def test_a_json_of_somebody_else_is_not_overwritten(tmp_path, content):
+    (tmp_path / "annotations.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"another set; choose another folder$"):
+        draw_set(tmp_path, images=3, size=32, classes=2, seed=0, workers=1)
+    assert (tmp_path / "annotations.json").read_text() == content
+
+
+def test_images_of_somebody_else_are_not_overwritten(tmp_path):
+    arguments = {"images": 3, "size": 32, "classes": 2, "seed": 0, "workers": 1}
+    drawn = [path.name for path in sorted((draw_set(tmp_path / "drawn", **arguments).parent / "images").iterdir())]
+    photograph = tmp_path / "mine/images" / drawn[1]
+    photograph.parent.mkdir(parents=True)
+    photograph.write_bytes(b"a photograph")
+    with pytest.raises(FileExistsError, match=f"{drawn[1]}: an image that would be overwritten; choose another"):
+        draw_set(tmp_path / "mine", **arguments)
+    assert photograph.read_bytes() == b"a photograph"
+    photograph.unlink()
+    draw_set(tmp_path / "mine", **arguments)  # as after an interruption: the first image is there
+    assert sorted(path.name for path in photograph.parent.iterdir()) == drawn
+
+
 @pytest.mark.parametrize(("name", "value"), [("images", 0), ("size", 8), ("classes", 99), ("seed", -1)])
 def test_arguments_out_of_range_are_named(tmp_path, name, value):
     arguments = {"images": 1, "size": 32, "classes": 1, "seed": 0, name: value}
