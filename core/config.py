@@ -19,6 +19,7 @@ from ..data.text import visible
 from .overrides import assign, read, switches_for_numbers
 from .ownership import ORDERS, check_own, is_shortened
 
+LONGEST_MISTAKE = 1200  # characters
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
 
@@ -310,18 +311,20 @@ def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> C
     except ValidationError as error:
         mistakes += [_describe(item) for item in error.errors()]
     if mistakes:
-        raise ConfigError(f"{len(mistakes)} mistake(s) in {source}:\n" + "\n".join(f"  {m}" for m in mistakes))
+        lines = [f"  {brief(mistake)}" for mistake in mistakes]
+        raise ConfigError(f"{len(mistakes)} mistake(s) in {source}:\n" + "\n".join(lines))
     return config
 
 
 def _path(preset_or_path: str | Path) -> Path:
     path = PRESETS / f"{preset_or_path}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it takes any text for a name
         path = Path(preset_or_path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{preset_or_path}: no such preset or file.{hint} Presets: {', '.join(preset_names())}")
+        name = brief(str(preset_or_path))
+        raise ConfigError(f"{name}: no such preset or file.{hint} Presets: {', '.join(preset_names())}")
     return path
 
 
@@ -365,6 +368,12 @@ def _describe(item: Any) -> str:
         hints = [".".join([*location[:-1], near[0]])] if near else elsewhere[:1]
         return f"{where}: no such key." + (f" Did you mean {hints[0]}?" if hints else "")
     return f"{where}: {complaint(item)}"
+
+
+def brief(mistake: str) -> str:
+    """A mistake on one line, however long the value is that it repeats."""
+    mistake = visible(mistake[: LONGEST_MISTAKE + 1])
+    return mistake if len(mistake) <= LONGEST_MISTAKE else f"{mistake[:LONGEST_MISTAKE]}..."
 
 
 def complaint(item: Any) -> str:

@@ -92,8 +92,16 @@ def parse_yaml(text: str | bytes, *, aliases: bool = False, texts: bool = False)
     try:
         return yaml.load(text, _Texts if texts else yaml.SafeLoader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from error
+        raise ValueError(f"not valid YAML: {_yaml_problem(error)}") from error
     except (AttributeError, LookupError, TypeError, OverflowError) as error:  # its loader, of `!!bool x` and the like
         raise ValueError("not valid YAML: a tag (!!name) does not fit its value") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{visible(error.problem or 'it ends too early')} (line {mark.line + 1}, column {mark.column + 1})"
+    return visible(" ".join(str(error).split()))

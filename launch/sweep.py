@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ..core.config import Config, ConfigError, came_with_weights, changed, complaint, load
+from ..core.config import Config, ConfigError, brief, came_with_weights, changed, complaint, load
 from ..core.evaluator import METRICS
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
@@ -40,6 +40,15 @@ DRAWS = 64  # combinations of the other keys' values among which one must make a
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes `true`, `on` and `no` for 1 and 0; only a choice can be between them."""
+        for item in value if isinstance(value, list) and info.field_name != "choice" else [value]:
+            if isinstance(item, bool):
+                raise ValueError(f"expected no {str(item).lower()} here")
+        return value
 
 
 class Distribution(_Part):
@@ -131,7 +140,10 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:
         raise _mistakes(path, [_describe(item) for item in error.errors()]) from error
-    base = load(sweep.base, sweep.overrides)
+    try:
+        base = load(sweep.base, sweep.overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, its base and overrides: {error}") from error
     if foreign:
         check_own(base, ORDERS, (), path)
         orders = [key for key in sweep.search if any(f"{key}.".startswith(f"{order}.") for order in ORDERS)]
@@ -176,7 +188,7 @@ def _refused(sweep: Sweep, base: Config) -> list[str]:
                 check_beforehand(config)
                 known[without] = []
             except (OSError, ValueError) as error:
-                known[without] = [str(error).replace("\n", "\n    ")]
+                known[without] = [str(error)]
         return known[without]
 
     of_all = faults(base)
@@ -188,7 +200,7 @@ def _refused(sweep: Sweep, base: Config) -> list[str]:
         others = {name: other for name, other in searched.items() if name != key}
         for value in distribution.extremes():
             refused = _tried(base, key, value, others, faults)
-            found += [fault if fault in of_all else f"{written(key, value)}: {fault}" for fault in refused]
+            found += [fault if fault in of_all else f"{brief(written(key, value))}: {fault}" for fault in refused]
     return found
 
 
@@ -218,7 +230,9 @@ def _tried(
 
 
 def _mistakes(path: Path, found: list[str]) -> ConfigError:
-    return ConfigError(f"{len(found)} mistake(s) in {path}:\n" + "\n".join(f"  {mistake}" for mistake in found))
+    """One line each; what a run says of itself may have several."""
+    lines = ["\n    ".join(brief(line) for line in mistake.split("\n")) for mistake in found]
+    return ConfigError(f"{len(found)} mistake(s) in {path}:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def _describe(item: Any) -> str:
@@ -229,5 +243,5 @@ def _describe(item: Any) -> str:
         if location[:2] == ["scheduler", "asha"] and len(location) == 3:
             part = Asha
         near = difflib.get_close_matches(location[-1], list(part.model_fields), n=1)
-        return f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else "")
-    return f"{where}: {complaint(item)}"
+        return brief(f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else ""))
+    return brief(f"{where}: {complaint(item)}")
