@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ..data.documents import as_json, parse_json
+from ..data.text import LONGEST_FILE_NAME, visible
+from ..data.values import described, is_number, member, whole
 from .timetable import Position
 
 log = logging.getLogger("ddetr")
@@ -49,7 +50,10 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
     try:
         unfinished.mkdir()
         write(unfinished)
-        files = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
+        written = sorted(unfinished.iterdir())
+        for path in written:
+            _sync(path)
+        files = {path.name: _digest(path) for path in written}
         text = as_json({"version": _VERSION, **values, "files": files}, indent=1)
         _write(unfinished / MANIFEST, text)
         _sync(unfinished)
@@ -79,13 +83,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: no {MANIFEST} in it, so it can be evaluated but not resumed")
     try:
         values = parse_json(path.read_bytes())
-        if values["version"] != _VERSION:
-            raise ValueError(f"version {values['version']}, this release reads {_VERSION}")
-        sizes = {name: described["bytes"] for name, described in values["files"].items()}
-        if away := [name for name in sizes if Path(name).name != name]:
-            raise ValueError(f"{away[0]!r} is no file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a usable manifest ({type(error).__name__}: {error})") from error
+        if (version := whole(values, "version")) != _VERSION:
+            raise ValueError(f"version {version}, this release reads {_VERSION}")
+        files = member(values, "files", dict)
+        for name in files:
+            if Path(name).name != name or name != visible(name) or len(name.encode()) > LONGEST_FILE_NAME:
+                raise ValueError(f"{described(name)} is no file name")
+        sizes = {name: whole(entry, "bytes") for name, entry in files.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: not a usable manifest ({visible(str(error))})") from error
     for name, expected in sizes.items():
         size = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
         if size != expected:
@@ -97,8 +103,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """As `read_manifest`, with every byte of the files compared with its checksum."""
     values = read_manifest(checkpoint)
-    for name, described in values["files"].items():
-        if _described(checkpoint / name) != described:
+    for name, entry in values["files"].items():
+        if _digest(checkpoint / name) != entry:
             raise ValueError(damaged(checkpoint, f"the checksum of {name} is wrong"))
     return values
 
@@ -115,15 +121,21 @@ class Resumable:
 
 def resumable(checkpoint: Path) -> Resumable:
     """What a run goes on from. Raises ValueError as `read_manifest`, and that names what a manifest lacks."""
-    values = read_manifest(checkpoint)
+    values = {"order": "", **read_manifest(checkpoint)}
     try:
+        step, epoch, in_epoch = (whole(values, name) for name in ("step", "epoch", "step_in_epoch"))
         if "steps_per_epoch" not in values:  # of versions whose steps were always whole epochs
-            per_epoch = (values["step"] - values["step_in_epoch"]) // values["epoch"] if values["epoch"] else 0
-            values["steps_per_epoch"] = per_epoch
-        position = TypeAdapter(Position).validate_python(values)
-        return TypeAdapter(Resumable).validate_python({**values, "position": position})
-    except (ValidationError, KeyError, TypeError) as error:
-        raise ValueError(damaged(checkpoint, f"{MANIFEST} lacks what a resume needs ({error})")) from error
+            values["steps_per_epoch"] = (step - in_epoch) // epoch if epoch else 0
+        per_epoch, order = whole(values, "steps_per_epoch"), member(values, "order", str)
+        counts, loss_scale = (member(values, name, dict) for name in ("optimizer_steps", "loss_scale"))
+        if bad := [value for value in loss_scale.values() if not (type(value) is bool or is_number(value))]:
+            raise ValueError(f"'loss_scale' holds {described(bad[0])}")
+        steps = {name: whole(counts, name) for name in counts}
+        position = Position(step, epoch, in_epoch, per_epoch, order)
+        return Resumable(position, steps, loss_scale, member(values, "moving_average", bool))
+    except ValueError as error:
+        what = f"{MANIFEST} lacks what a resume needs ({visible(str(error))})"
+        raise ValueError(damaged(checkpoint, what)) from error
 
 
 def is_evaluated(checkpoint: Path) -> bool:
@@ -156,11 +168,17 @@ def _average_precision(checkpoint: Path) -> float:
     """-1 where it was not evaluated or met numbers that are not finite, infinity where that cannot be read."""
     path = checkpoint / EVALUATION
     try:
-        stored = parse_json(path.read_bytes())["AP"] if path.is_file() else None
-        score = -1.0 if stored is None else float(stored)
-        return -1.0 if math.isnan(score) else score
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read (%s: %s): its checkpoint is kept", path, type(error).__name__, error)
+        scores = parse_json(path.read_bytes()) if path.is_file() else {"AP": None}
+        if not isinstance(scores, dict) or "AP" not in scores:
+            raise ValueError("it has no 'AP'")
+        score = scores["AP"]
+        if score is None or score != score:  # NaN, as earlier versions wrote it
+            return -1.0
+        if not is_number(score):
+            raise ValueError(f"'AP' is {described(score)}")
+        return float(score)
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): its checkpoint is kept", path, visible(str(error)))
         return math.inf
 
 
@@ -172,10 +190,9 @@ def damaged(checkpoint: Path, what: str) -> str:
     )
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": checksum}
 
 
@@ -194,8 +211,8 @@ def _replace(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

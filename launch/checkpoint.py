@@ -35,6 +35,7 @@ from ..data.batch import normalised
 from ..data.categories import Categories
 from ..data.documents import parse_json
 from ..data.text import file_name, visible
+from ..data.values import described, is_number, member, whole
 from ..ops import reference
 from .console import Terminal, brief, say
 from .predict import category_names
@@ -221,15 +222,20 @@ def _evaluated(found: Contents) -> str | None:
         if file == written:
             metrics = parse_json(file.read_bytes())
         else:
-            for line in file.read_bytes().splitlines():
-                row = parse_json(line)
-                if row["kind"] == "evaluation" and row["step"] == found.step:
-                    metrics = row["metrics"]
-        if metrics and metrics["AP"] is None:
+            for row in map(parse_json, file.read_bytes().splitlines()):
+                if member(row, "kind", str) == "evaluation" and whole(row, "step") == found.step:
+                    metrics = member(row, "metrics", dict)
+            if metrics is None:
+                return None
+        scores = {name: metrics.get(name) if isinstance(metrics, dict) else None for name in ("AP", "AP50", "AP75")}
+        if isinstance(metrics, dict) and metrics.get("AP", 0) is None:
             return "no score: the model gave infinities or NaN"
-        return metrics and ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75"))
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{file} cannot be read ({type(error).__name__}: {error})"
+        for name, score in scores.items():
+            if not is_number(score):
+                raise ValueError(f"{name} is {described(score)}")
+        return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+    except ValueError as error:
+        return f"{file} cannot be read ({visible(str(error))})"
 
 
 def _resumable(folder: Path) -> str:
@@ -238,7 +244,7 @@ def _resumable(folder: Path) -> str:
         values = verify(folder)
     except ValueError as error:
         return f"no: {error}"
-    total = sum(described["bytes"] for described in values["files"].values())
+    total = sum(file["bytes"] for file in values["files"].values())
     by = f"{values.get('ranks')} rank(s), ZeRO {values.get('zero_stage')}"
     return f"{_bytes(total)} in all, checksums right; written by {by}"
 
