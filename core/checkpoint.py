@@ -22,7 +22,8 @@ from torch import Tensor
 from ..data.categories import Categories
 from ..data.documents import parse_json
 from ..data.text import visible
-from .config import Config, ConfigError, EvalConfig, ModelConfig, changed, dump, parse, without_logins
+from ..data.values import member, whole
+from .config import Config, ConfigError, EvalConfig, ModelConfig, brief, changed, dump, parse, without_logins
 from .detector import Detector, build
 from .guard import check_finite
 from .labels import check_shared, continued_heads, label_map
@@ -189,6 +190,8 @@ def load_parameters(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     with _opened(file) as opened:
         stored = set(opened.keys())
         trained = [name.removeprefix("exp_avg/") for name in stored if name.startswith("exp_avg/")]
+        if not trained:
+            raise ValueError(damaged(checkpoint, f"{TRAINING} has no state of the optimizer"))
         if kind not in ("weights", "average") or f"{kind}/{trained[0]}" in stored:
             found = {name: opened.get_tensor(f"{kind}/{name}") for name in trained}
             check_finite(found, file)
@@ -245,15 +248,15 @@ def _contents(file: Path, overrides: Sequence[str]) -> Contents:
     else:
         settings = [override for override in overrides if not override.strip().startswith("model.")]
 
-        def described() -> tuple[Config, Categories, int, int]:
-            return (
-                _with_logins(parse(metadata["config"], str(file), settings), file),
-                Categories.from_json(parse_json(metadata["categories"])),
-                int(metadata["step"]),
-                int(metadata["epoch"]),
-            )
-
-        stored, categories, step, epoch = _described_by(file, described)
+        stored, categories, step, epoch = _described_by(
+            file,
+            lambda: (
+                _with_logins(parse(member(metadata, "config", str), str(file), settings), file),
+                Categories.from_json(parse_json(member(metadata, "categories", str))),
+                whole({"step": int(member(metadata, "step", str))}, "step"),
+                whole({"epoch": int(member(metadata, "epoch", str))}, "epoch"),
+            ),
+        )
     config = changed(stored, overrides, str(file))
     fixed = [f"model.{name}" for name, value in stored.model if getattr(config.model, name) != value]
     if fixed:
@@ -370,8 +373,8 @@ def _described_by(file: Path, read: Callable[[], Described]) -> Described:
         return read()
     except ConfigError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: its metadata cannot be used: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: its metadata cannot be used: {brief(str(error))}") from error
 
 
 def _weights_file(path: str | Path) -> Path:
@@ -394,4 +397,4 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+        raise ValueError(f"{file}: not a readable safetensors file ({brief(str(error))})") from error

@@ -6,7 +6,6 @@ Reading runs no code of the file's: tensors and plain values only.
 import argparse
 import logging
 import os
-import pickle
 import re
 import struct
 import zipfile
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..data.categories import Categories
 from ..data.text import visible
-from .config import ModelConfig
+from .config import ModelConfig, brief
 from .detector import Detector
 
 log = logging.getLogger("ddetr")
@@ -89,8 +88,10 @@ def read_published(file: Path) -> Published:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the published files hold their arguments so
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # torch's readers raise whatever they stumble over in a broken file
+        if isinstance(error, OSError) and error.filename:
+            raise
+        reason = brief(str(error).partition("\n")[0] or type(error).__name__)
         raise ValueError(f"{file}: neither safetensors nor a checkpoint of plain tensors ({reason})") from error
     found = {key: weights for key in (*_AVERAGES, *_WEIGHTS) if (weights := _state_dict(content, key)) is not None}
     if not found and isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values()):
@@ -144,11 +145,13 @@ def _is_compressed(file: Path) -> bool:
     """Raises ValueError for an archive that one reader could take for another than the next one."""
     try:
         with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
-            if archive.start_dir != _stated_start(raw):
-                raise ValueError(f"{file}: its table of contents is not where the archive says; not a checkpoint")
-            return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{file}: not a readable archive ({error})") from error
+            start, stated = archive.start_dir, _stated_start(raw)
+            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except Exception as error:  # as torch's
+        raise ValueError(f"{file}: not a readable archive ({brief(str(error))})") from error
+    if start != stated:
+        raise ValueError(f"{file}: its table of contents is not where the archive says; not a checkpoint")
+    return compressed
 
 
 def _stated_start(raw: BinaryIO) -> int | None:
