@@ -1,0 +1,68 @@
+"""Every property twice: a few examples, always the same, and new ones for some seconds. A small checkpoint."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ddetr.core.checkpoint import (
+    TRAINING,
+    WEIGHTS,
+    save_weights,
+)
+from ddetr.core.config import Config, dump, load
+from ddetr.core.detector import build
+from ddetr.core.manifest import EVALUATION, write_checkpoint
+from safetensors.torch import save_file
+
+from tests.core.runs import SMALL
+from tests.fuzz.checkpoint_files import CATEGORIES, STEP
+from tests.fuzz.strategies import Effort
+
+SECONDS = float(os.environ.get("DDETR_FUZZ_SECONDS", "20"))  # of each property in `make test-all`
+
+
+@pytest.fixture(
+    params=[Effort(examples=12), pytest.param(Effort(seconds=SECONDS), marks=pytest.mark.slow)], ids=["quick", "long"]
+)
+def effort(request: pytest.FixtureRequest) -> Effort:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return load("tiny", [*SMALL, "model.hidden_dim=32", "model.num_classes=2", "model.pretrained_backbone=false"])
+
+
+@pytest.fixture(scope="session")
+def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one checkpoint, its scores and config.yaml."""
+    run = tmp_path_factory.mktemp("written") / "run"
+    torch.manual_seed(0)
+    weights = build(config.model).state_dict()
+    trained = [name for name in weights if name.startswith("class_embed")]
+    kept = {f"{kind}/{name}": torch.ones_like(weights[name]) for kind in ("exp_avg", "exp_avg_sq") for name in trained}
+    values = {"step": 20, "epoch": 2, "step_in_epoch": 0, "steps_per_epoch": 10, "order": "", "ranks": 1}
+    values |= {
+        "zero_stage": 1,
+        "optimizer_steps": dict.fromkeys(trained, 20),
+        "loss_scale": {},
+        "moving_average": False,
+    }
+
+    def write(folder: Path) -> None:
+        save_weights(folder / WEIGHTS, weights, config, CATEGORIES, 20, 2)
+        save_file(kept, folder / TRAINING)
+
+    write_checkpoint(run / STEP, 0, write, values)
+    (run / STEP / EVALUATION).write_text('{"AP": 0.25, "AP50": 0.5}')
+    (run / "eval/step_00000020").mkdir(parents=True)
+    (run / "eval/step_00000020/metrics.json").write_text('{"AP": 0.25, "AP50": 0.5, "AP75": 0.125}')
+    (run / "config.yaml").write_text(dump(config))
+    return run
+
+
+@pytest.fixture
+def run_directory(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "run"))
