@@ -286,13 +286,17 @@ def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard
                 f"{job.path}: a shard that nothing says to be of this set, and that would be overwritten; "
                 "choose another folder"
             )
+    own = [job for job in jobs if job.path in known and known[job.path].fingerprint == job.fingerprint]
+    there = [path for path in known if path.is_file()]
+    if there and not own:  # where some are its own, the others are from before an annotation was corrected
+        raise FileExistsError(
+            f"{output}: holds {len(there)} shards of another set that was not packed to its end; choose another folder, "
+            "or move these away"
+        )
     return {
-        job.path: shard
-        for job in jobs
-        if (shard := known.get(job.path)) is not None
-        and shard.fingerprint == job.fingerprint
-        and job.path.is_file()
-        and file_sha256(job.path) == shard.sha256
+        job.path: known[job.path]
+        for job in own
+        if job.path.is_file() and file_sha256(job.path) == known[job.path].sha256
     }
 
 

@@ -257,3 +257,17 @@ def test_a_folder_that_does_not_fit_its_index_is_found_when_loaded(synthetic_sha
         ShardIndex.load(newer)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         ShardIndex.load(tmp_path / "nowhere")
+
+
+def test_shards_of_another_set_that_was_not_packed_to_its_end_are_kept(coco_folder, edit, tmp_path):
+    output, image = tmp_path / "shards", coco_folder / "images/000004.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])  # found when it is decoded
+    with pytest.raises(ValueError, match="are kept for the next try"):
+        pack_folder(coco_folder, output)
+    before = contents(output)
+    assert before
+    edit(lambda coco: coco.update(annotations=[{**row, "category_id": 1} for row in coco["annotations"]]))
+    with pytest.raises(FileExistsError, match=r"shards of another set that was not packed to its end; choose another"):
+        pack_folder(coco_folder, output)
+    assert contents(output) == before

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 import yaml
-from ddetr.data.coco import FIXES, summary
+from ddetr.data.findings import FIXES, summary
 from ddetr.data.text import visible
 from ddetr.data.values import MOST_ID
 from hypothesis import strategies as st

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ddetr.data.images import FORMATS, image_size, image_suffix, load_image
+from ddetr.data.images import FORMATS, image_header, image_suffix, load_image
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -62,7 +62,7 @@ def test_there_is_a_file_of_every_format() -> None:
 def assert_image_is_sound(data: bytes, file: Path) -> None:
     file.write_bytes(data)
     with watched():
-        size = outcome(lambda: image_size(file, MOST_PIXELS))
+        header = outcome(lambda: image_header(file, MOST_PIXELS))
         pixels = outcome(lambda: load_image(data, most_pixels=MOST_PIXELS))
         small = outcome(lambda: load_image(data, (8, 8), most_pixels=MOST_PIXELS))
         suffix = outcome(lambda: image_suffix(data, MOST_PIXELS))
@@ -71,15 +71,16 @@ def assert_image_is_sound(data: bytes, file: Path) -> None:
         assert pixels.ndim == 3
         assert pixels.shape[2] == 3
         assert 0 < pixels.shape[0] * pixels.shape[1] <= MOST_PIXELS
-        assert size is None or pixels.shape[:2] == size
+        assert header is None or pixels.shape[:2] == (header.height, header.width)
         assert outcome(lambda: load_image(data, most_pixels=MOST_PIXELS, stated=pixels.shape[:2])) is not None
     if small is not None and pixels is not None:
         assert all(
             least <= side for least, side in zip(np.minimum((8, 8), pixels.shape[:2]), small.shape[:2], strict=True)
         )
-    if size is not None:
-        assert all(type(side) is int and side > 0 for side in size)
-        assert size[0] * size[1] <= MOST_PIXELS
+    if header is not None:
+        assert all(type(side) is int and side > 0 for side in (header.height, header.width))
+        assert header.height * header.width <= MOST_PIXELS
+        assert header.orientation in range(1, 9)
     assert suffix is None or suffix.isalnum()
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddetr.data.coco import FIXES, summary
 from ddetr.data.doctor import check_shards
+from ddetr.data.findings import FIXES, summary
 from ddetr.data.index import ShardIndex, ShardReader, tar_members
 from ddetr.data.layout import INDEX_NAME, SAMPLE_LIMITS, sample_key
 from ddetr.data.text import visible
@@ -27,6 +27,7 @@ ENTRY = {
         {"id": 1, "bbox": [1, 2.5, 9, 9], "category_id": 3, "area": 81, "iscrowd": 0},
         {"id": 2, "bbox": [0, 0, 24, 16], "category_id": 5, "area": 384.0, "iscrowd": 1},
     ],
+    "orientation": 6,
 }
 
 
