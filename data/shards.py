@@ -290,8 +290,8 @@ def _finished_shards(output: Path, jobs: Sequence[ShardJob]) -> dict[Path, Shard
     there = [path for path in known if path.is_file()]
     if there and not own:  # where some are its own, the others are from before an annotation was corrected
         raise FileExistsError(
-            f"{output}: holds {len(there)} shards of another set that was not packed to its end; choose another folder, "
-            "or move these away"
+            f"{output}: holds {len(there)} shards of another set that was not packed to its end; choose another "
+            "folder, or move these away"
         )
     return {
         job.path: known[job.path]
