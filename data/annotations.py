@@ -56,6 +56,8 @@ def annotate(
         annotation_id = number if reading.renumber else as_whole(member_of(entry, "id"))
         shown_id = number if reading.renumber else described(member_of(entry, "id"))
         where = f"annotation {shown_id} of image {described(member_of(entry, 'image_id'))}"
+        if source.places:
+            where = source.places[number - 1]
         if annotation_id is None:
             found.append(Finding("bad entry", where, f"id is no whole number >= 0: {described(entry)}"))
             continue

@@ -32,14 +32,15 @@ class Reading:
 class Source:
     """What annotations say, as entries of a COCO json, before any of it is believed.
 
-    relative: each bbox is in shares of the picture as shown. shown: where nothing tells, boxes refer to the picture as
-    shown (`Reading.orientation`).
+    places: where each annotation stands, if not by its id. relative: each bbox is in shares of the picture as shown.
+    shown: where nothing tells, boxes refer to the picture as shown (`Reading.orientation`).
     """
 
     categories: Any
     images: list[Any]
     annotations: list[Any]
     findings: list[Finding] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     relative: bool = False
     shown: bool = False
 

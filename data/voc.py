@@ -25,19 +25,19 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class VocFiles:
-    """What the files of one part of a set say. objects: (image id, name of the class, corners, difficult) each."""
+    """What the files of one part of a set say. objects: (image id, class, corners, difficult, where) each."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
-    objects: list[tuple[int, str, list[float], Any]] = field(default_factory=list)
+    objects: list[tuple[int, str, list[float], str, str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def names(self) -> set[str]:
-        return {name for _, name, _, _ in self.objects}
+        return {name for _, name, *_ in self.objects}
 
     @property
     def from_zero(self) -> bool:
-        return any(min(corners[:2]) < 1 for _, _, corners, _ in self.objects)
+        return any(min(corners[:2]) < 1 for _, _, corners, *_ in self.objects)
 
 
 def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed: bool = False) -> VocFiles:
@@ -71,7 +71,7 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
                 found.findings.append(Finding("bad entry", f"{where}, object {row}", shown))
                 continue
             numbers = [value for value in corners.values() if value is not None]
-            found.objects.append((number, label, numbers, _text(entry, "difficult")))
+            found.objects.append((number, label, numbers, _text(entry, "difficult"), f"{where}, object {row}"))
     unnamed = sorted(set(images.names) - named)
     if unnamed and found.images:
         what = f"{len(unnamed)} of {len(images.names)} images have no xml: {', '.join(unnamed[:3])}"
@@ -90,13 +90,14 @@ def voc_source(files: VocFiles, ids: Mapping[str, int], from_zero: bool) -> Sour
         findings.append(Finding("pixels counted from 0", f"{len(files.objects)} boxes", what, "warning"))
     first, last = (0, 0) if from_zero else (1, 1)  # what is taken from the first corner, and the last pixel's own width
     annotations = []
-    for number, (image_id, name, (left, top, right, bottom), difficult) in enumerate(files.objects, 1):
+    for number, (image_id, name, (left, top, right, bottom), difficult, _) in enumerate(files.objects, 1):
         bbox = [left - first, top - first, right - left + last, bottom - top + last]
         category = ids.get(name, name)
         annotations.append(
             {"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, "difficult": difficult}
         )
-    return Source(categories_of(ids), files.images, annotations, findings, shown=True)
+    places = [where for *_, where in files.objects]
+    return Source(categories_of(ids), files.images, annotations, findings, places, shown=True)
 
 
 def alphabetical(names: Iterable[str]) -> dict[str, int]:

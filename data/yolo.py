@@ -35,6 +35,7 @@ class _Rows:
     """The rows of all files as entries of a COCO json, and what of them is not as it should be."""
 
     annotations: list[dict[str, Any]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     keypoints: int = 0  # numbers of a row after its box
 
@@ -77,7 +78,7 @@ def yolo_source(
         what = f"{len(unlabelled)} of {len(images.names)} images have no file of labels in {folder}: {shown}"
         rows.findings.append(Finding("image without labels", str(images.folder), what, "warning"))
     categories = [{"id": number, "name": name} for number, name in names.items()]
-    return Source(categories, entries, rows.annotations, rows.findings, relative=True, shown=True)
+    return Source(categories, entries, rows.annotations, rows.findings, rows.places, relative=True, shown=True)
 
 
 def _read_rows(file: Path, where: str, image_id: int, rows: _Rows) -> None:
@@ -100,6 +101,7 @@ def _read_rows(file: Path, where: str, image_id: int, rows: _Rows) -> None:
             rows.findings.append(Finding("bad entry", place, what))
             continue
         annotation_id = len(rows.annotations) + 1
+        rows.places.append(place)
         rows.annotations.append({"id": annotation_id, "image_id": image_id, "category_id": category_id, "bbox": bbox})
 
 
