@@ -20,6 +20,15 @@ def stem_of(name: str) -> str:
     return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name
 
 
+def label_stem(stem: str) -> str:
+    """Where YOLO's labels of the image at a path without suffix are: .../labels/... for .../images/..."""
+    parts = list(PurePosixPath(stem).parts)
+    for position in reversed(range(len(parts) - 1)):
+        if parts[position] == "images":
+            return str(PurePosixPath(*parts[:position], "labels", *parts[position + 1 :]))
+    return stem
+
+
 class ImageFiles:
     """The image files in a folder, by their names relative to it, with and without suffix."""
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from .classes import NAME_FILES, keypoint_numbers, named_classes, read_classes
 from .coco import coco_set
 from .documents import parse_json
-from .files import IMAGE_SUFFIXES, ImageFiles, files_below, stem_of
+from .files import IMAGE_SUFFIXES, ImageFiles, files_below, label_stem, stem_of
 from .findings import Finding
 from .index import file_sha256
 from .parts import find_parts
@@ -178,6 +178,7 @@ def _yolo_source(part: Part, reading: Reading) -> Source:
     images = ImageFiles(part.images, part.listed)
     if part.listed is not None:  # the folder holds those of other splits, too
         stems = {stem_of(name) for name in part.listed}
+        stems |= set(map(label_stem, stems))
         files = [file for file in files if stem_of(file.relative_to(part.annotations).as_posix()) in stems]
     if not files:
         raise FileNotFoundError(f"{part.annotations}: no .txt file of labels for the images in {part.images}")

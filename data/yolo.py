@@ -14,7 +14,7 @@ from typing import Any
 
 from .annotations import outline_corners
 from .documents import decoded
-from .files import ImageFiles, stem_of
+from .files import ImageFiles, label_stem, stem_of
 from .findings import Finding
 from .images import read_file
 from .sets import Source
@@ -56,7 +56,7 @@ def yolo_source(
     unlabelled = []
     for number, name in enumerate(images.names, 1):
         stem = stem_of(name)
-        own = labels.get(stem, [])
+        own = labels.get(stem) or labels.get(label_stem(stem), [])
         if own and len(of_stem[stem]) > 1:
             what = f"its labels may be of {' or '.join(of_stem[stem])}"
         elif len(own) > 1:
@@ -69,8 +69,9 @@ def yolo_source(
                 unlabelled.append(name)
             continue
         rows.findings.append(Finding("ambiguous image", f"image {number} ({name})", what))
+    taken = {*of_stem, *map(label_stem, of_stem)}
     for stem, alike in sorted(labels.items()):
-        for file in alike if stem not in of_stem else ():
+        for file in alike if stem not in taken else ():
             finding = _of_no_image(file, str(file.relative_to(folder)), images.folder)
             rows.findings += [finding] if finding else []
     if unlabelled:

@@ -12,7 +12,29 @@ from tests.data.annotation_table.case import (
     yolo,
 )
 
+TWO_FOLDERS = {
+    "first/images/a.png": A,
+    "first/labels/a.txt": ROW,
+    "second/images/b.png": B,
+    "second/labels/b.txt": ROW,
+    "third/images/c.png": A,
+    "third/labels/c.txt": "",
+}
 YOLO = [
+    Case(
+        "two folders to train on",
+        {"data.yaml": "train: [first/images, second/images]\nnames: [cat, dog]\n", **TWO_FOLDERS},
+        {"first/images/a.png": [CAT], "second/images/b.png": [("cat", 6, 22.5, 18, 45)]},
+    ),
+    Case(
+        "a list of images in two folders",
+        {
+            "data.yaml": "train: train.txt\nnames: [cat, dog]\n",
+            "train.txt": "./first/images/a.png\r\n/home of others/second/images/b.png\n",
+            **TWO_FOLDERS,
+        },
+        {"first/images/a.png": [CAT], "second/images/b.png": [("cat", 6, 22.5, 18, 45)]},
+    ),
     Case("as ultralytics has it", yolo(), ONE, path="labels", images="images"),
     Case(
         "suffixes in capitals",
