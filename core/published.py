@@ -86,6 +86,9 @@ def read_published(file: Path) -> Published:
     if zipfile.is_zipfile(file) and _is_compressed(file):
         raise ValueError(f"{file}: its members are compressed, which torch never does; not a checkpoint")
     try:
+        with file.open("rb") as raw:
+            if not raw.read(4).startswith((b"PK\3\4", b"\x80")):  # torch makes a folder for a tar, before it refuses it
+                raise ValueError("it is no file of torch.save")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the published files hold their arguments so
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers raise whatever they stumble over in a broken file

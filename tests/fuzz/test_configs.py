@@ -120,7 +120,8 @@ def test_a_sweep_is_what_its_file_says_or_refused(
         said = yaml.safe_load(data)
         assert sweep == Sweep.model_validate(said)
         for name in ("samples", "concurrent", "cpus_per_trial", "gpus_per_trial", "seed"):
-            assert name not in said or (float(said[name]) == getattr(sweep, name) and type(said[name]) is not bool)
+            read = getattr(sweep, name)
+            assert name not in said or (type(read)(said[name]) == read and type(said[name]) is not bool)
         for key, distribution in sweep.search.items():
             for value in distribution.extremes():
                 section, name = key.split(".", 1)
