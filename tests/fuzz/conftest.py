@@ -20,7 +20,7 @@ from tests.core.runs import SMALL
 from tests.fuzz.checkpoint_files import CATEGORIES, STEP
 from tests.fuzz.strategies import Effort
 
-SECONDS = float(os.environ.get("DDETR_FUZZ_SECONDS", "20"))  # of each property in `make test-all`
+SECONDS = float(os.environ.get("DDETR_FUZZ_SECONDS", "10"))  # of each property in `make test-all`
 
 
 @pytest.fixture(
