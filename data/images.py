@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def open_file(path: Path) -> BinaryIO:
 def read_file(path: Path, most_bytes: int = MOST_FILE_BYTES) -> bytes:
     """The bytes of an ordinary file. Raises OSError as `open_file`, and ValueError when they are more than that."""
     with open_file(path) as file:
-        data = file.read(most_bytes + 1) if os.fstat(file.fileno()).st_size <= most_bytes else None
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= most_bytes else None
     if data is None or len(data) > most_bytes:
         raise ValueError(f"{path}: the file has more than {most_bytes} bytes")
     return data
@@ -290,9 +292,10 @@ def _rgb_band(image: Image.Image) -> np.ndarray:
 def _pil_allows(pixels: int) -> Iterator[None]:
     """PIL's own limit is one for the whole process. It warns beyond it and refuses beyond twice as many.
 
-    Until this ends, in one thread at a time, it does neither for what our limit allows, nor warns of what we refuse.
+    Until this ends, in one thread at a time, it does neither for what our limit allows, and warns of nothing: what it
+    warns of beside its limit names no file, and is in the error where the image cannot be decoded.
     """
-    with _pil_limit:
+    with _pil_limit, warnings.catch_warnings(action="ignore"):
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2 * pixels
         try:
             yield

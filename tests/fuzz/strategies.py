@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 Value = TypeVar("Value")
 
-HEADROOM_BYTES = 3 << 29  # that a reader may take; 1 GiB is what an open file is read into
+HEADROOM_BYTES = 1 << 30  # that a reader may take
 MOST_CPU_SECONDS = 20  # of one example; the slowest takes a tenth of a second
 LONGEST_LINE = 4000  # characters of a message
 ERRORS = {ValueError, OSError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError}

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -11,6 +10,7 @@ from xml.sax.saxutils import escape
 import pytest
 import yaml
 from ddetr.data.findings import FIXES, summary
+from ddetr.data.formats import read_sets
 from ddetr.data.text import visible
 from ddetr.data.values import MOST_ID
 from hypothesis import strategies as st
@@ -34,15 +34,6 @@ SIZES = {"a.jpg": (40, 60), "b.jpg": (50, 30), "c.jpg": (32, 32)}  # (height, wi
 
 
 @pytest.fixture
-def read_sets() -> Callable[..., Sets]:
-    try:
-        from ddetr.data.formats import read_sets
-    except ImportError:
-        pytest.skip("ddetr.data.formats has no read_sets yet")
-    return read_sets
-
-
-@pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "set" / "images"
     folder.mkdir(parents=True)
@@ -51,7 +42,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def read(read_sets: Callable[..., Sets], root: Path, images: Path | None, *names: str | Path) -> Sets | None:
+def read(root: Path, images: Path | None, *names: str | Path) -> Sets | None:
     """What is read of a set, looked at as far as one can without knowing what it should be."""
     before = listing(root)
     with watched():
@@ -133,9 +124,7 @@ COCO = {
 }
 
 
-def test_a_coco_json_is_sound_and_every_loss_a_finding(
-    effort: Effort, read_sets: Callable[..., Sets], images: Path
-) -> None:
+def test_a_coco_json_is_sound_and_every_loss_a_finding(effort: Effort, images: Path) -> None:
     root = images.parent
     file = root / "annotations.json"
     good = json.dumps(COCO).encode()
@@ -144,7 +133,7 @@ def test_a_coco_json_is_sound_and_every_loss_a_finding(
 
     def holds(data: bytes) -> None:
         file.write_bytes(data)
-        sets = read(read_sets, root, images, file)
+        sets = read(root, images, file)
         if sets is None:
             return
         said = json.loads(data)
@@ -186,16 +175,14 @@ def rewritten(draw: st.DrawFn) -> dict[str, Any]:
     return dict(draw(st.permutations(list(values.items()))))
 
 
-def test_one_coco_set_in_other_words_has_the_same_boxes(
-    effort: Effort, read_sets: Callable[..., Sets], images: Path
-) -> None:
+def test_one_coco_set_in_other_words_has_the_same_boxes(effort: Effort, images: Path) -> None:
     root = images.parent
     (root / "annotations.json").write_text(json.dumps(COCO))
     expected = boxes(read_sets(root, images))
 
     def holds(values: dict[str, Any]) -> None:
         (root / "annotations.json").write_text(json.dumps(values))
-        sets = read(read_sets, root, images)
+        sets = read(root, images)
         assert sets is not None
         assert boxes(sets) == expected
         assert not errors(sets)
@@ -230,9 +217,7 @@ def write_voc(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def test_voc_files_are_sound_and_every_loss_a_finding(
-    effort: Effort, read_sets: Callable[..., Sets], images: Path
-) -> None:
+def test_voc_files_are_sound_and_every_loss_a_finding(effort: Effort, images: Path) -> None:
     root = images.parent
     folder = root / "Annotations"
     files = write_voc(folder)
@@ -241,7 +226,7 @@ def test_voc_files_are_sound_and_every_loss_a_finding(
     def holds(name: str, data: bytes) -> None:
         for other, good in files.items():
             (folder / other).write_bytes(data if other == name else good)
-        sets = read(read_sets, root, images, folder)
+        sets = read(root, images, folder)
         if sets is not None:
             objects = data.count(b"<object>") + 4
             assert num_images(sets) == 3 or findings(sets), "a file was left out, and nothing says so"
@@ -260,9 +245,7 @@ def test_voc_files_are_sound_and_every_loss_a_finding(
     effort(lambda drawn: holds(*drawn), written | broken)
 
 
-def test_one_voc_set_in_other_words_has_the_same_boxes(
-    effort: Effort, read_sets: Callable[..., Sets], images: Path
-) -> None:
+def test_one_voc_set_in_other_words_has_the_same_boxes(effort: Effort, images: Path) -> None:
     root = images.parent
     write_voc(root / "Annotations")
     expected = boxes(read_sets(root, images))
@@ -279,7 +262,7 @@ def test_one_voc_set_in_other_words_has_the_same_boxes(
                 for entry in order
             ]
             (root / "Annotations" / f"{Path(name).stem}.xml").write_text(voc(name, size, objects, extra))
-        sets = read(read_sets, root, images)
+        sets = read(root, images)
         assert sets is not None
         assert boxes(sets) == expected
         assert not errors(sets)
@@ -305,9 +288,7 @@ def write_yolo(root: Path) -> dict[str, bytes]:
     return files
 
 
-def test_yolo_files_are_sound_and_every_loss_a_finding(
-    effort: Effort, read_sets: Callable[..., Sets], images: Path
-) -> None:
+def test_yolo_files_are_sound_and_every_loss_a_finding(effort: Effort, images: Path) -> None:
     root = images.parent
     files = write_yolo(root)
     assert boxes(read_sets(root, images))
@@ -315,7 +296,7 @@ def test_yolo_files_are_sound_and_every_loss_a_finding(
     def holds(name: str, data: bytes) -> None:
         for other, good in files.items():
             (root / other).write_bytes(data if other == name else good)
-        sets = read(read_sets, root, images)
+        sets = read(root, images)
         if sets is None or name == "data.yaml":
             return
         lines = sum(
@@ -342,9 +323,7 @@ def _lines(data: bytes) -> list[str]:
     return data.decode(errors="replace").splitlines()
 
 
-def test_one_yolo_set_in_other_words_has_the_same_boxes(
-    effort: Effort, read_sets: Callable[..., Sets], images: Path
-) -> None:
+def test_one_yolo_set_in_other_words_has_the_same_boxes(effort: Effort, images: Path) -> None:
     root = images.parent
     write_yolo(root)
     expected = boxes(read_sets(root, images))
@@ -357,7 +336,7 @@ def test_one_yolo_set_in_other_words_has_the_same_boxes(
             ]
             (root / "labels" / f"{stem}.txt").write_bytes("".join(line + ending for line in lines).encode())
         (root / "data.yaml").write_text(yaml.safe_dump({"nc": 2, **names}))
-        sets = read(read_sets, root, images)
+        sets = read(root, images)
         assert sets is not None
         assert boxes(sets) == expected
         assert not errors(sets)
@@ -371,9 +350,7 @@ def _share(number: str, way: int) -> str:
     return (number, f"{float(number):.6f}", f"{float(number):e}", f"+{number}", f" {number}")[way]
 
 
-def test_a_folder_of_anything_is_a_set_or_refused(
-    effort: Effort, read_sets: Callable[..., Sets], tmp_path: Path
-) -> None:
+def test_a_folder_of_anything_is_a_set_or_refused(effort: Effort, tmp_path: Path) -> None:
     """Files of any names and contents in the places where sets have theirs."""
     root = tmp_path / "any"
     picture = encoded(photograph(20, 30), "JPEG")
@@ -387,7 +364,7 @@ def test_a_folder_of_anything_is_a_set_or_refused(
         for place, data in files.items():
             (root / place).parent.mkdir(exist_ok=True)
             (root / place).write_bytes(data)
-        read(read_sets, root, None)
+        read(root, None)
 
     anything = st.sampled_from(contents) | st.binary(max_size=40)
     effort(holds, st.dictionaries(st.sampled_from(places), anything, max_size=6))
