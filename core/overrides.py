@@ -26,6 +26,8 @@ def read(override: str, configuration: type[BaseModel]) -> tuple[list[str], Any]
     if not equals or len(path) < 2:
         raise ValueError(f"{override!r}: an override is written section.key=value")
     kinds = _kinds(path, configuration)
+    if not _is_unicode(typed):
+        raise ValueError(f"{override!r}: not text in UTF-8")
     try:
         return path, _text(typed, kinds) if _is_text(kinds) else parse_yaml(typed) if typed else ""
     except ValueError as error:
@@ -76,6 +78,11 @@ def _kinds(path: list[str], configuration: type[BaseModel]) -> set[Any]:
             return {str}
         kind = kind.model_fields[key].annotation
     return set(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else {kind}
+
+
+def _is_unicode(typed: str) -> bool:
+    """False for bytes of a command line that are no UTF-8, which Python keeps as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in typed)
 
 
 def _is_text(kinds: set[Any]) -> bool:

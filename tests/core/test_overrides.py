@@ -102,6 +102,13 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.parametrize("key", ["train.output", "train.name", "train.epochs", "train.deepspeed_extra.x"])
+def test_bytes_that_are_no_text_are_a_mistake(key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed(Config(), [f"{key}=a\udcff"], "here")
+    assert f"'{key}=a\\udcff': not text in UTF-8" in str(error.value)
+
+
 @settings(deadline=None)
 @given(TEXT)
 def test_any_text_survives_being_written(text: str) -> None:
