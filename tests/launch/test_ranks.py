@@ -204,7 +204,7 @@ class TestCluster:
         result = subprocess.run(line("--dry-run"), capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr
         assert "2 rank(s) with 1 GPU each" in result.stdout
-        assert "images, 6 steps per epoch" in result.stdout
+        assert "images: 6 steps of 4 images per epoch" in result.stdout
         assert not (tmp_path / "run").exists()
         subprocess.run(line("--ranks", "1", "train.max_steps=2"), capture_output=True, timeout=120, check=True)
         line_ = command(1, "--resume", str(tmp_path / "run"), "train.max_steps=3", "--ray", address, "--ranks", "2")

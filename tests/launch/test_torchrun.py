@@ -89,7 +89,7 @@ def test_a_rank_that_failed_is_named_and_its_message_kept(last: str, status: int
 def test_over_ssh_the_ranks_of_a_single_host_are_told_too(number: signal.Signals, tmp_path: Path) -> None:
     """DeepSpeed starts those without ssh, by which it only looks whether they can be reached, and would leave them."""
     (tmp_path / "sitecustomize.py").write_text(RANK)
-    (tmp_path / "ssh").write_text("#!/bin/sh\n")
+    (tmp_path / "ssh").write_text("#!/bin/sh\necho 127.0.0.1\n")  # `hostname -I` is asked for
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hostfile").write_text("localhost slots=1\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
