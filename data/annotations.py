@@ -14,7 +14,9 @@ from .values import MOST_ID, as_flag, as_number, as_whole, described, is_number
 
 MOST_COORDINATE = 1e9  # pixels
 # Whatever says of an annotation that it is not one object to be found: all make it a crowd (docs/data.md).
-CROWD_FLAGS = ("iscrowd", "ignore", "difficult", "is_group_of", "IsGroupOf", "isgroup", "group_of")
+CROWD_FLAGS = (
+    "iscrowd", "is_crowd", "isCrowd", "ignore", "difficult", "is_group_of", "IsGroupOf", "isgroup", "group_of",
+)  # fmt: skip
 
 BoxKind = Literal["degenerate box", "impossible box", "outside box", "overhanging box"]
 
@@ -59,7 +61,8 @@ def annotate(
         if source.places:
             where = source.places[number - 1]
         if annotation_id is None:
-            found.append(Finding("bad entry", where, f"id is no whole number >= 0: {described(entry)}"))
+            kind = "missing id" if isinstance(entry, dict) else "bad entry"
+            found.append(Finding(kind, where, f"id is no whole number >= 0: {described(entry)}"))
             continue
         if annotation_id in seen:
             found.append(Finding("duplicate id", where, "the id belongs to an earlier annotation too"))
@@ -81,10 +84,12 @@ def annotate(
             continue
         if not image.height:  # which size its boxes refer to is a finding already
             continue
-        bbox = _bbox(entry, where, found)
+        bbox = stated = _bbox(entry, where, found)
         if source.relative and isinstance(bbox, list):
-            bbox = [share * side for share, side in zip(bbox, (image.width, image.height) * 2, strict=True)]
-        conventions.see(image_id, bbox, image.height, image.width)
+            sides = (image.width, image.height) * 2
+            x, y, w, h = bbox = [share * side for share, side in zip(bbox, sides, strict=True)]
+            stated = [x + w / 2, y + h / 2, w, h]
+        conventions.see(image_id, bbox, stated, image.height, image.width)
         if fault := box_fault(bbox, image.height, image.width):
             kind, what = fault
             found.append(Finding(kind, where, what, "warning" if kind == "overhanging box" else "error"))
@@ -107,7 +112,7 @@ def annotate(
 def _bbox(entry: Any, where: str, findings: list[Finding]) -> Any:
     """Four numbers, or what stands in their place. An annotation without a box may have an outline."""
     bbox = member_of(entry, "bbox")
-    if bbox in (None, []):
+    if bbox in (None, [], [0, 0, 0, 0]):
         outline = member_of(entry, "segmentation")
         corners = outline_corners(outline) if isinstance(outline, list) else None
         if corners:
@@ -136,11 +141,12 @@ def outline_corners(polygons: list[Any]) -> tuple[float, float, float, float] | 
 def _is_crowd(entry: Any) -> tuple[bool, str]:
     """(whether any of CROWD_FLAGS is set, what is wrong with one)."""
     crowd = False
-    for name in CROWD_FLAGS:
-        value = as_flag(member_of(entry, name))
-        if value is None:
-            return False, f"{name} {described(member_of(entry, name))} is neither 0 nor 1"
-        crowd |= value
+    for holder in (entry, member_of(entry, "attributes")):
+        for name in CROWD_FLAGS:
+            value = as_flag(member_of(holder, name))
+            if value is None:
+                return False, f"{name} {described(member_of(holder, name))} is neither 0 nor 1"
+            crowd |= value
     return crowd, ""
 
 

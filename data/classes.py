@@ -6,16 +6,19 @@ from typing import Any
 
 from .categories import Categories
 from .documents import decoded, parse_json, parse_yaml
+from .files import files_in
 from .images import read_file
 from .index import ShardIndex
 from .values import MOST_ID, as_whole, described
 
 MOST_NAMES_BYTES = 4 << 20  # of a file of names
 YAML_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-TEXT_FILES = ("classes.txt", "obj.names")
+TEXT_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 NAME_FILES = (*YAML_FILES, *TEXT_FILES)
 LABEL_MAPS = ("labelmap.txt", "pascal_label_map.pbtxt")  # of CVAT and of VoTT, beside VOC files
-_ITEM = re.compile(r"item\s*\{\s*id\s*:\s*([0-9]+)\s*name\s*:\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")\s*\}")
+_ITEM = re.compile(r"item\s*\{([^}]*)\}")
+_ITEM_ID = re.compile(r"\bid\s*:\s*([0-9]+)")
+_ITEM_NAME = re.compile(r"\bname\s*:\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")")
 
 
 def read_classes(path: Path, first: int) -> dict[int, str]:
@@ -55,7 +58,7 @@ def yaml_classes(values: Any, first: int) -> dict[int, str]:
     found: dict[int, str] = {}
     for key, name in enumerate(names, first) if isinstance(names, list) else names.items():
         number = as_whole(key, -MOST_ID)
-        if number is None or not isinstance(name, str):
+        if number is None or not isinstance(name, str) or name in ("", "~"):
             raise ValueError(f"`names` holds {described(name)} as {described(key)}: each needs a number and a text")
         found[number] = name
     if "nc" in values and as_whole(values["nc"]) != len(found):
@@ -81,8 +84,14 @@ def named_classes(folder: Path) -> tuple[Path, dict[int, str], list[Path]] | Non
     Raises ValueError as `read_classes`.
     """
     places = (folder, *list(folder.resolve().parents)[:2])
-    files = [place / name for names in (YAML_FILES, TEXT_FILES) for place in places for name in names]
-    files = [file for file in files if file.is_file()]
+    called = {place: {file.name.lower(): file for file in files_in(place)} for place in places if place.is_dir()}
+    files = [
+        called[place][name]
+        for names in (YAML_FILES, TEXT_FILES)
+        for place in called
+        for name in names
+        if name in called[place]
+    ]
     if not files:
         return None
     names = read_classes(files[0], first=0)
@@ -97,6 +106,8 @@ def _tells(file: Path, names: dict[int, str]) -> bool:
 
 
 def _lines(text: str) -> list[str]:
+    if not text.strip():
+        raise ValueError("no names of classes in it")
     lines = [line.strip() for line in text.rstrip().split("\n")]
     if "" in lines:
         raise ValueError(f"line {lines.index('') + 1} is empty, and would shift the classes after it: take it out")
@@ -106,7 +117,10 @@ def _lines(text: str) -> list[str]:
 def _label_map(text: str) -> dict[int, str]:
     """The background is no class; with or without it the others are numbered from 1, as VOC has it."""
     if items := _ITEM.findall(text):
-        return {int(number): single or double for number, single, double in items}
+        pairs = [(_ITEM_ID.search(item), _ITEM_NAME.search(item)) for item in items]
+        if not all(number and name for number, name in pairs):
+            raise ValueError("an item without an id or a name in it")
+        return {int(number[1]): name[1] or name[2] for number, name in pairs if number and name}
     lines = [line.strip() for line in text.splitlines()]
     names = [line.partition(":")[0] for line in lines if line and not line.startswith("#")]
     if not names:

@@ -5,6 +5,8 @@ can be read. `ddetr data pack` refuses what has errors, `ddetr data check` lists
 """
 
 import os
+import posixpath
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -46,7 +48,9 @@ def coco_set(
         if count > 1
     ]
     images, refused = _images(source.images, findings)
-    images = {image_id: replace(image, file_name=_file_name(image, folder)) for image_id, image in images.items()}
+    images = {
+        image_id: replace(image, file_name=_file_name(image, folder, findings)) for image_id, image in images.items()
+    }
     headers = read_headers(
         folder,
         [image.file_name for image in images.values()],
@@ -75,6 +79,10 @@ def _images(entries: Iterable[Any], findings: list[Finding]) -> tuple[dict[int, 
             fault = f"id is no whole number >= 0: {described(entry)}"
         elif not (isinstance(name, str) and name):
             fault = f"file_name {described(name)} is no text: {described(entry)}"
+        elif any("\ud800" <= character <= "\udfff" for character in name):
+            fault = f"file_name {described(name)} is not text in UTF-8: rename the file"
+        else:
+            name = posixpath.normpath(name) if "./" in name and ".." not in name else name
         if image_id is None or fault:
             findings.append(Finding("bad entry", where, fault))
             refused.add(described(member_of(entry, "id")))
@@ -89,10 +97,21 @@ def _images(entries: Iterable[Any], findings: list[Finding]) -> tuple[dict[int, 
     return images, refused
 
 
-def _file_name(image: CocoImage, folder: Path) -> str:
-    """With slashes where a program on Windows wrote backslashes."""
+def _file_name(image: CocoImage, folder: Path, findings: list[Finding]) -> str:
+    """As the file is called: with slashes where a program on Windows wrote backslashes, in the other normal form of
+    Unicode, or by the last part of a path that leads elsewhere."""
     name = image.file_name
-    return name.replace("\\", "/") if "\\" in name and not os.path.lexists(folder / name) else name
+    if os.path.lexists(folder / name):
+        return name
+    slashed = name.replace("\\", "/")
+    for form in (slashed, unicodedata.normalize("NFC", slashed), unicodedata.normalize("NFD", slashed)):
+        if form != name and os.path.lexists(folder / form):
+            return form
+    last = slashed.rpartition("/")[2]
+    if (slashed.startswith("/") or ".." in slashed.split("/")) and last and os.path.lexists(folder / last):
+        findings.append(Finding("other file name", image.where, f"{name} is not there; taken: {last}", "warning"))
+        return last
+    return slashed if "\\" in name else name
 
 
 def _stated_size(entry: Any) -> tuple[tuple[int, int], str]:
@@ -143,6 +162,11 @@ def _sized(
         is_shown = (convention == "shown") if convention else source.shown
         if stated != (0, 0) and header.shown_size != stored:
             is_shown = stated == header.shown_size
+        elif header.was_turned and not source.shown and convention != "shown":
+            what = (
+                "an EXIF orientation in a TIFF, which is read as it is shown: boxes of the stored pixels are beside it"
+            )
+            findings.append(Finding("unknown orientation", image.where, what, "warning"))
         elif header.orientation != 1 and convention is None:
             taken = "picture as shown" if is_shown else "stored pixels"
             what = f"EXIF orientation {header.orientation}: nothing tells what the boxes refer to; taken: the {taken}"

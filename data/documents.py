@@ -24,12 +24,23 @@ def decoded(data: bytes) -> str:
         ) from None
 
 
-def parse_json(text: str | bytes | bytearray) -> Any:
-    """Raises ValueError for what is no JSON, and for brackets within brackets without end."""
+def parse_json(text: str | bytes | bytearray, *, each_key_once: bool = False) -> Any:
+    """Raises ValueError for what is no JSON, and for brackets within brackets without end.
+
+    each_key_once: also for a key that stands twice in one object, of which only the last would count.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once if each_key_once else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position]))
+        raise ValueError(f"the key {visible(repr(twice))} stands twice in one object")
+    return values
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:

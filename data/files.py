@@ -1,6 +1,7 @@
 """The files of a set by their names: which image belongs to which annotations, whatever the case of suffixes."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -24,9 +25,15 @@ def label_stem(stem: str) -> str:
     """Where YOLO's labels of the image at a path without suffix are: .../labels/... for .../images/..."""
     parts = list(PurePosixPath(stem).parts)
     for position in reversed(range(len(parts) - 1)):
-        if parts[position] == "images":
-            return str(PurePosixPath(*parts[:position], "labels", *parts[position + 1 :]))
+        if parts[position].lower() == "images":
+            name = "labels" if parts[position] == "images" else "Labels"
+            return str(PurePosixPath(*parts[:position], name, *parts[position + 1 :]))
     return stem
+
+
+def plain(name: str) -> str:
+    """One of the ways in which Unicode writes a name: macOS unpacks archives into another one."""
+    return unicodedata.normalize("NFC", name)
 
 
 class ImageFiles:
@@ -38,25 +45,25 @@ class ImageFiles:
         if names is None:
             names = (path.relative_to(folder).as_posix() for path in files_below(folder, IMAGE_SUFFIXES))
         self.names = sorted(names)
-        self._known = {name.lower(): name for name in self.names}
+        self._known = {plain(name).lower(): name for name in self.names}
         self._by_path: dict[str, list[str]] = {}
         self._by_stem: dict[str, list[str]] = {}
         for name in self.names:
-            self._by_path.setdefault(stem_of(name), []).append(name)
-            self._by_stem.setdefault(stem_of(PurePosixPath(name).name), []).append(name)
+            self._by_path.setdefault(plain(stem_of(name)), []).append(name)
+            self._by_stem.setdefault(plain(stem_of(PurePosixPath(name).name)), []).append(name)
 
     def exactly(self, name: str, beside: str = "") -> str | None:
         """The image of this name, or of its last part in the folder `beside`, or in this one; suffixes in any case."""
         last = PurePosixPath(name).name
         for place in (name, str(PurePosixPath(beside, last)), last):
-            found = self._known.get(place.lower())
-            if found and stem_of(found) == stem_of(place):
+            found = self._known.get(plain(place).lower())
+            if found and plain(stem_of(found)) == plain(stem_of(place)):
                 return found
         return None
 
     def called(self, path: str) -> list[str]:
         """The images at this path without suffix; else those with its last part as their name, in any folder."""
-        return self._by_path.get(path) or self._by_stem.get(PurePosixPath(path).name, [])
+        return self._by_path.get(plain(path)) or self._by_stem.get(plain(PurePosixPath(path).name), [])
 
 
 def is_inside(root: Path, place: Path) -> bool:
@@ -78,7 +85,7 @@ def files_in(root: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Without hidden ones, and without what macOS puts beside each file of an archive."""
+    """Without those of hidden folders, and without what macOS puts beside each file of an archive."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
+        yield from (Path(place, name) for name in names if not name.startswith("._"))

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress
 
@@ -12,6 +11,7 @@ from .coco import coco_set
 from .documents import parse_json
 from .files import IMAGE_SUFFIXES, ImageFiles, files_below, label_stem, stem_of
 from .findings import Finding
+from .foreign import foreign
 from .index import file_sha256
 from .parts import find_parts
 from .sets import CocoSet, Part, Reading, Source
@@ -19,15 +19,6 @@ from .voc import VocFiles, alphabetical, read_voc, voc_source
 from .yolo import yolo_source
 
 EVERYTHING = Reading()
-# The keys of other programs' json, or of the first entry of its list.
-FOREIGN_KEYS = (
-    ({"score", "bbox", "image_id"}, "a list of detections in COCO's result format"),
-    ({"shapes", "imagePath"}, "one image of labelme"),
-    ({"data", "annotations"}, "Label Studio's own format"),
-    ({"_via_img_metadata"}, "a project of the VGG Image Annotator"),
-    ({"assets", "tags"}, "a project of VoTT"),
-    ({"image", "annotations"}, "Create ML's format"),
-)
 
 
 def read_sets(
@@ -53,7 +44,7 @@ def read_sets(
     # The classes of all splits count, so that one that a split lacks shifts nothing there.
     voc = {part.name: _voc_files(part) for part in parts if part.kind == "voc"}
     ids = _voc_ids(parts, list(voc.values()), reading) if voc else {}
-    from_zero = any(files.from_zero for files in voc.values())
+    from_zero = [where for files in voc.values() for where in files.from_zero]
     sets = {}
     for part in chosen:
         if part.kind == "voc":
@@ -61,7 +52,12 @@ def read_sets(
         else:
             source = (_coco_source if part.kind == "coco" else _yolo_source)(part, reading)
         source.findings[:0] = [Finding("absent split", part.name, what, "warning") for what in part.absent]
-        sets[part.name] = coco_set(part.annotations, source, part.images, reading, progress=progress)
+        try:
+            sets[part.name] = coco_set(part.annotations, source, part.images, reading, progress=progress)
+        except ValueError as error:
+            others = ", ".join(other for other in names if other != part.name)
+            hint = f"; --split reads one of the others alone: {others}" if len(chosen) > 1 else ""
+            raise ValueError(f"{error}{hint}") from error
     _compare(sets)
     return sets
 
@@ -82,7 +78,7 @@ def digest(path: Path) -> str:
         return file_sha256(path)
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES]
     lines = [f"{file.relative_to(path)} {file_sha256(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _compare(sets: dict[str, CocoSet]) -> None:
@@ -105,7 +101,7 @@ def _coco_source(part: Part, reading: Reading) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a COCO json")
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(path.read_bytes(), each_key_once=True)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); expected a COCO json") from error
     lists = {
@@ -113,19 +109,9 @@ def _coco_source(part: Part, reading: Reading) -> Source:
     }
     if missing := [name for name, value in lists.items() if not isinstance(value, list)]:
         raise ValueError(
-            f"{path}: not a COCO json: no list {' and no list '.join(map(repr, missing))}{_foreign(values)}"
+            f"{path}: not a COCO json: no list {' and no list '.join(map(repr, missing))}{foreign(values)}"
         )
     return Source(lists["categories"], lists["images"] or [], lists["annotations"] or [])
-
-
-def _foreign(values: Any) -> str:
-    """What a json is instead of COCO's, where it is known by its keys."""
-    first = values[0] if isinstance(values, list) and values else values
-    keys = set(first) if isinstance(first, dict) else set()
-    for known, name in FOREIGN_KEYS:
-        if known <= keys:
-            return f"; this is {name}: export it as COCO"
-    return ""
 
 
 def _voc_files(part: Part) -> VocFiles:
@@ -182,6 +168,14 @@ def _yolo_source(part: Part, reading: Reading) -> Source:
         files = [file for file in files if stem_of(file.relative_to(part.annotations).as_posix()) in stems]
     if not files:
         raise FileNotFoundError(f"{part.annotations}: no .txt file of labels for the images in {part.images}")
-    source = yolo_source(part.annotations, files, images, names, keypoint_numbers(taken))
+    source = yolo_source(part.annotations, files, images, names, _keypoints(part))
     source.findings[:0] = findings
     return source
+
+
+def _keypoints(part: Part) -> int:
+    """By the data.yaml of the set, whatever file the names of its classes were taken from."""
+    if part.classes:
+        return keypoint_numbers(part.classes)
+    found = named_classes(part.annotations)
+    return keypoint_numbers(found[0]) if found else 0

@@ -54,11 +54,13 @@ class Header:
     """What an image file states. height, width: of the stored pixels. orientation: 1 to 8, as EXIF has it.
 
     A viewer shows the pixels turned and mirrored by the orientation; 1 means as they are stored, 5 to 8 a quarter turn.
+    was_turned: what is read is turned already (TIFF), so that the stored pixels are not to be had.
     """
 
     height: int
     width: int
     orientation: int = 1
+    was_turned: bool = False
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -139,7 +141,8 @@ def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:
 
     def header(image: Image.Image) -> Header:
         _check_depth(image)
-        return Header(image.height, image.width, _orientation(image))
+        was_turned = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_ORIENTATION, 1) in range(2, 9)
+        return Header(image.height, image.width, _orientation(image), was_turned)
 
     with open_file(path) as file:
         return _opened(file, most_pixels, header)

@@ -4,15 +4,20 @@ Known are the layouts of Roboflow, ultralytics, CVAT, Label Studio, VoTT, labelI
 the libraries that convert between them (tests/data/exports lists what was tried).
 """
 
+import contextlib
 from pathlib import Path
 
-from .files import files_in, folders_in, is_inside
+from .documents import parse_json
+from .files import IMAGE_SUFFIXES, files_in, folders_in, is_inside
+from .foreign import foreign
+from .images import read_file
 from .parts_coco import coco_parts, lone_coco
 from .parts_voc import voc_parts
 from .parts_yolo import darknet_parts, yaml_parts, yaml_root, yolo_parts
 from .sets import Part
 
-_OF_SETS = {".json", ".xml", ".yaml", ".yml", ".data"}
+_OF_SETS = {".json", ".xml", ".yaml", ".yml", ".data", ".txt", ".names", *IMAGE_SUFFIXES}
+MOST_LOOKED_AT_BYTES = 16 << 20  # of a json that is none of COCO's
 
 
 def find_parts(path: Path, images: Path | None = None) -> list[Part]:
@@ -31,21 +36,37 @@ def find_parts(path: Path, images: Path | None = None) -> list[Part]:
         parts = yaml_root(root) or darknet_parts(root) or coco_parts(root, None) or voc_parts(root, None)
         parts = parts or yolo_parts(root, None)
         for place in (place for part in parts for place in (part.images, part.annotations)):
+            if not place.exists():
+                raise FileNotFoundError(f"{place}: no such folder; name the folder of the images after {path}, IMAGES")
             if not is_inside(path, place):
                 raise ValueError(f"{place} leads out of {path}: name the annotations and IMAGES one by one")
     if not parts:
         raise FileNotFoundError(
-            f"{path}: neither a COCO json nor VOC .xml nor YOLO .txt files in it; name a COCO json or a folder of "
-            "these, and the folder of the images (a folder of shards holds its images: leave out IMAGES)"
+            f"{path}: neither a COCO json nor VOC .xml nor YOLO .txt files in it{_instead(path)}; name a COCO json or "
+            "a folder of these, and the folder of the images (a folder of shards holds its images: leave out IMAGES)"
         )
+    if len({part.name for part in parts}) < len(parts):
+        names = ", ".join(part.name for part in parts)
+        raise ValueError(f"{path}: two splits of one name in it ({names}): name the annotations and IMAGES one by one")
     return parts
+
+
+def _instead(root: Path) -> str:
+    """What a json in the folder is, where that is known."""
+    for file in files_in(root):
+        if file.suffix.lower() == ".json" and file.stat().st_size < MOST_LOOKED_AT_BYTES:
+            with contextlib.suppress(ValueError, OSError):
+                if what := foreign(parse_json(read_file(file))):
+                    return f" ({file.name}{what})"
+    return ""
 
 
 def _innermost(root: Path) -> Path:
     """A folder that holds nothing of a set but one more folder is that one, as archives are unpacked."""
     while True:
         folders = folders_in(root)
-        if len(folders) != 1 or any(file.suffix.lower() in _OF_SETS for file in files_in(root)):
+        texts = (file for file in files_in(root) if not file.name.lower().startswith(("readme", "license")))
+        if len(folders) != 1 or any(file.suffix.lower() in _OF_SETS for file in texts):
             return root
         if folders[0].name in ("images", "labels", "Annotations", "annotations"):
             return root

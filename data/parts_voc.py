@@ -1,6 +1,8 @@
 """The parts of a set in Pascal VOC's format: its xml files, its images, and the lists of ImageSets/Main."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from .classes import LABEL_MAPS
@@ -9,44 +11,66 @@ from .files import IMAGE_SUFFIXES, SPLITS, files_below, files_in, folders_in
 from .images import read_file
 from .sets import Part
 
-_ANNOTATIONS = ("Annotations", "annotations", "labels", "xml", "xmls")
-_IMAGES = ("JPEGImages", "images", "Images", "data", "imgs", "img")
-_LINE = re.compile(r"(.+?)(?:\s+-?[01])?")  # of a list: an image, in that of a class whether it shows one
+_ANNOTATIONS = ("annotations", "labels", "xml", "xmls")
+_IMAGES = ("jpegimages", "images", "data", "imgs", "img")
+_OF_CLASS = re.compile(r"(.+)_(train|val|trainval|test)", re.IGNORECASE)  # the name of a list of one class
+_FLAGGED = re.compile(r"(.+?)(?:\s+-?[01])?")  # its lines: an image, and whether it shows one
 
 
 def voc_parts(root: Path, images: Path | None) -> list[Part]:
-    if annotations := next((place for name in _ANNOTATIONS if _holds_xml(place := root / name)), None):
-        images = images or next((root / name for name in _IMAGES if (root / name).is_dir()), root)
-        splits = [place for place in folders_in(annotations) if place.name.lower() in SPLITS and _holds_xml(place)]
-        if splits and all((images / place.name).is_dir() for place in splits):
-            return [Part(place.name, "voc", place, images / place.name, None, _label_map(root)) for place in splits]
-        parts = [
-            Part(name, "voc", annotations, images, stems, _label_map(root)) for name, stems in _lists(root).items()
-        ]
-        return parts or [Part("", "voc", annotations, images, classes=_label_map(root))]
+    if annotations := _called(root, _ANNOTATIONS, _holds_xml):
+        images = images or _called(root, _IMAGES, Path.is_dir) or root
+        classes = _label_map(root)
+        splits = [place for place in folders_in(annotations) if _holds_xml(place)]
+        if any(_is_split(place.name) for place in splits):
+            return [
+                Part(place.name, "voc", place, own if (own := images / place.name).is_dir() else images, None, classes)
+                for place in splits
+            ]
+        parts = [Part(name, "voc", annotations, images, stems, classes) for name, stems in _lists(root).items()]
+        return parts or [Part("", "voc", annotations, images, None, classes)]
     if any(file.suffix.lower() == ".xml" for file in files_in(root)) or (images and _holds_xml(root)):
-        return [Part("", "voc", root, images or root, classes=_label_map(root) or _label_map(root.parent))]
-    splits = [place for place in folders_in(root) if _holds_xml(place)]
-    if not splits or all(place.name.lower() in SPLITS for place in splits):
-        return [Part(place.name, "voc", place, place, classes=_label_map(root)) for place in splits]
-    if len(splits) > 1:
-        raise ValueError(f"{root}: several sets in it: name one of {', '.join(place.name for place in splits)} in it")
-    return voc_parts(splits[0], None) if splits[0] != root else []
+        return [Part("", "voc", root, images or root, None, _label_map(root) or _label_map(root.parent))]
+    places = [place for place in folders_in(root) if _holds_xml(place)]
+    if any(_is_split(place.name) for place in places):
+        return [Part(place.name, "voc", place, place, None, _label_map(root)) for place in places]
+    homes = [place for place in places if _called(place, _ANNOTATIONS, _holds_xml)]
+    if homes:  # VOC2007, VOC2012
+        found = [(home, part) for home in homes for part in voc_parts(home, None)]
+        return [replace(part, name="_".join(filter(None, (home.name, part.name)))) for home, part in found]
+    return [Part("", "voc", root, root, None, _label_map(root))] if places else []
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in SPLITS
+
+
+def _called(root: Path, names: tuple[str, ...], is_right: Callable[[Path], bool]) -> Path | None:
+    """The folder with the first of these names, in any case, that is right."""
+    folders = {place.name.lower(): place for place in reversed(folders_in(root))}
+    return next((folders[name] for name in names if name in folders and is_right(folders[name])), None)
 
 
 def _lists(root: Path) -> dict[str, tuple[str, ...]]:
     """Split -> names without suffix, of the lists in ImageSets/Main; of each class's where there are no others."""
     files = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    plain = [file for file in files if not _OF_CLASS.fullmatch(file.stem)]
     lists: dict[str, set[str]] = {}
-    for file in [file for file in files if file.stem in SPLITS] or files:
-        split = file.stem.rpartition("_")[2]
-        for line in decoded(read_file(file)).split("\n") if split in SPLITS else ():
-            if match := _LINE.fullmatch(line.strip()):
-                name = Path(match[1])
+    for file in plain or files:
+        match = _OF_CLASS.fullmatch(file.stem)
+        split = match[2] if match else file.stem
+        for line in decoded(read_file(file)).split("\n"):
+            text = line.strip().replace("\\", "/")
+            if match and (flagged := _FLAGGED.fullmatch(text)):
+                text = flagged[1]
+            if text and not text.startswith("#"):
+                name = Path(text.rpartition("JPEGImages/")[2])
                 stem = name.with_suffix("") if name.suffix.lower() in IMAGE_SUFFIXES else name
                 lists.setdefault(split, set()).add(stem.as_posix())
-    if len(lists) > 1:
-        lists.pop("trainval", None)  # the others once more
+    for split, stems in list(lists.items()):  # trainval is mostly the others once more
+        others = set().union(*(lists[other] for other in lists if other != split))
+        if split.lower() == "trainval" and stems <= others:
+            del lists[split]
     return {split: tuple(sorted(stems)) for split, stems in lists.items()}
 
 

@@ -1,7 +1,7 @@
 """The parts of a set in YOLO's format: by a data.yaml, by an obj.data, or by the names of folders alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -64,7 +64,15 @@ def _place(root: Path, path: Any, entry: str) -> Path | None:
     inner = PurePosixPath(entry)
     below = PurePosixPath(*[part for part in inner.parts if part not in ("..", "/", ".")])
     base = PurePosixPath(path.strip().replace("\\", "/")) if isinstance(path, str) else PurePosixPath()
-    places = (root / base / inner, root / inner, root / below, root / base.name / below)
+    # Of a path on another machine its last two parts or more, as of one on this machine.
+    shorter = [PurePosixPath(*below.parts[count:]) for count in range(1, len(below.parts) - 1)]
+    places = (
+        root / base / inner,
+        root / inner,
+        root / below,
+        root / base.name / below,
+        *(root / path for path in shorter),
+    )
     return next((place for place in places if is_inside(root, place)), None)
 
 
@@ -86,7 +94,7 @@ def _listed_images(place: Path) -> Iterator[Path]:
         return
     root = place.parent
     for line in decoded(read_file(place)).split("\n"):
-        if line := line.strip().replace("\\", "/"):
+        if (line := line.strip().replace("\\", "/")) and not line.startswith("#"):
             inner = PurePosixPath(line)
             shorter = (PurePosixPath(*inner.parts[count:]) for count in range(len(inner.parts)))
             found = next((root / path for path in (inner, *shorter) if is_inside(root, root / path)), None)
@@ -96,10 +104,11 @@ def _listed_images(place: Path) -> Iterator[Path]:
 def _labels_of(images: Path) -> Path:
     """.../labels/... for .../images/..., where there is one; else beside the images."""
     parts = list(images.parts)
-    for position in reversed([number for number, part in enumerate(parts) if part == "images"]):
-        labels = Path(*parts[:position], "labels", *parts[position + 1 :])
-        if labels.is_dir():
-            return labels
+    for position in reversed([number for number, part in enumerate(parts) if part.lower() == "images"]):
+        for name in ("labels", "Labels"):
+            labels = Path(*parts[:position], name, *parts[position + 1 :])
+            if labels.is_dir():
+                return labels
     return images
 
 
@@ -116,22 +125,38 @@ def darknet_parts(root: Path) -> list[Part]:
     named = {
         key: _place(root, None, value) or _place(root, None, PurePosixPath(value).name) for key, value in values.items()
     }
-    classes = named.get("names")
-    listings = {key: place for key in ("train", "valid", "val", "test") if (place := named.get(key))}
-    return [_yolo_part(key, [listing], classes) for key, listing in listings.items() if listing.is_file()]
+    keys = [key for key in ("train", "valid", "val", "test") if values.get(key)]
+    parts = [_yolo_part(key, [place], named.get("names")) for key in keys if (place := named[key]) and place.is_file()]
+    absent = tuple(f"{key}: {described(values[key])}" for key in keys if key not in {part.name for part in parts})
+    return [replace(part, absent=() if number else absent) for number, part in enumerate(parts)]
 
 
 def yolo_parts(root: Path, images: Path | None) -> list[Part]:
     """By folders alone: images/train and labels/train; train/images and train/labels; images and labels; one folder."""
+    labels = _called(root, ("labels",))
     if images is not None:
-        labels = root / "labels" if (root / "labels").is_dir() else root
+        labels = labels or root
         return [Part("", "yolo", labels, images)] if files_below(labels, (".txt",)) else []
-    if (root / "labels").is_dir() and (root / "images").is_dir():
-        splits = [place.name for place in folders_in(root / "images") if (root / "labels" / place.name).is_dir()]
-        if splits and all(split.lower().startswith(SPLITS) for split in splits):
-            return [Part(split, "yolo", root / "labels" / split, root / "images" / split) for split in splits]
-        return [Part("", "yolo", root / "labels", root / "images")]
-    splits = [place for place in folders_in(root) if (place / "labels").is_dir() and (place / "images").is_dir()]
-    if splits:
-        return [Part(place.name, "yolo", place / "labels", place / "images") for place in splits]
-    return [Part("", "yolo", root, root)] if files_below(root, (".txt",)) else []
+    own = _called(root, ("images", "jpegimages"))
+    if labels and own:
+        return _splits((place.name, labels / place.name, place) for place in folders_in(own)) or [
+            Part("", "yolo", labels, own)
+        ]
+    places = [(place, _called(place, ("labels",)), _called(place, ("images",))) for place in folders_in(root)]
+    apart = [Part(place.name, "yolo", labels, images) for place, labels, images in places if labels and images]
+    if apart:
+        return apart
+    together = _splits((place.name, place, place) for place in folders_in(root) if files_below(place, IMAGE_SUFFIXES))
+    return together or ([Part("", "yolo", root, root)] if files_below(root, (".txt",)) else [])
+
+
+def _splits(places: Iterable[tuple[str, Path, Path]]) -> list[Part]:
+    """(name, labels, images) as parts, where any of the names is that of a split."""
+    parts = [Part(name, "yolo", labels, images) for name, labels, images in places if labels.is_dir()]
+    parts = [part for part in parts if files_below(part.annotations, (".txt",))]
+    return parts if any(part.name.lower().startswith(SPLITS) for part in parts) else []
+
+
+def _called(root: Path, names: tuple[str, ...]) -> Path | None:
+    """The folder with one of these names, in any case."""
+    return next((place for place in folders_in(root) if place.name.lower() in names), None)

@@ -13,10 +13,12 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+from .annotations import CROWD_FLAGS
 from .files import ImageFiles, stem_of
 from .findings import Finding
 from .images import read_file
 from .sets import Source
+from .text import visible
 from .values import as_number, described
 
 MOST_XML_BYTES = 64 << 20
@@ -25,10 +27,10 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class VocFiles:
-    """What the files of one part of a set say. objects: (image id, class, corners, difficult, where) each."""
+    """What the files of one part of a set say. objects: (image id, class, corners, flags, where) each."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
-    objects: list[tuple[int, str, list[float], str, str]] = field(default_factory=list)
+    objects: list[tuple[int, str, list[float], dict[str, str], str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -36,8 +38,9 @@ class VocFiles:
         return {name for _, name, *_ in self.objects}
 
     @property
-    def from_zero(self) -> bool:
-        return any(min(corners[:2]) < 1 for _, _, corners, *_ in self.objects)
+    def from_zero(self) -> list[str]:
+        """Where a corner is that cannot be if the first pixel is 1; one further out is a mistake of another kind."""
+        return [where for _, _, (left, top, *_), _, where in self.objects if 0 <= left < 1 or 0 <= top < 1]
 
 
 def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed: bool = False) -> VocFiles:
@@ -54,6 +57,12 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
         except (ElementTree.ParseError, expat.ExpatError, LookupError, OSError, ValueError) as error:
             found.findings.append(Finding("bad entry", str(where), str(error)))
             continue
+        if root.tag.lower() != "annotation":
+            is_one = any(element.tag.lower() in ("object", "bndbox", "box") for element in root.iter())
+            what = f"its root is <{visible(root.tag)}>, not <annotation>"
+            kind = "bad entry" if is_one else "foreign file"
+            found.findings.append(Finding(kind, str(where), what, "error" if is_one else "warning"))
+            continue
         name = _image_name(root.findtext("filename"), where, images, found.findings)
         if name is None:
             continue
@@ -61,6 +70,10 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
         size = root.find("size")
         sides = {side: _text(size, side) or None for side in ("height", "width")}
         found.images.append({"id": number, "file_name": name, **sides})
+        for element in root:
+            if element.tag not in ("object", "part") and element.find("bndbox") is not None:
+                what = f"<{visible(element.tag)}> with a <bndbox>: needs to be an <object>"
+                found.findings.append(Finding("bad entry", str(where), what))
         for row, entry in enumerate(root.iter("object"), 1):
             label, box = _text(entry, "name"), entry.find("bndbox")
             corners = {corner: as_number(_text(box, corner)) for corner in CORNERS}
@@ -71,7 +84,8 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
                 found.findings.append(Finding("bad entry", f"{where}, object {row}", shown))
                 continue
             numbers = [value for value in corners.values() if value is not None]
-            found.objects.append((number, label, numbers, _text(entry, "difficult"), f"{where}, object {row}"))
+            flags = {flag: _text(entry, flag) for flag in CROWD_FLAGS if entry.find(flag) is not None}
+            found.objects.append((number, label, numbers, flags, f"{where}, object {row}"))
     unnamed = sorted(set(images.names) - named)
     if unnamed and found.images:
         what = f"{len(unnamed)} of {len(images.names)} images have no xml: {', '.join(unnamed[:3])}"
@@ -82,20 +96,18 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
     return found
 
 
-def voc_source(files: VocFiles, ids: Mapping[str, int], from_zero: bool) -> Source:
-    """As entries of a COCO json. ids: name -> category id. from_zero: corners lie on the edges of pixels."""
+def voc_source(files: VocFiles, ids: Mapping[str, int], from_zero: Sequence[str]) -> Source:
+    """As entries of a COCO json. ids: name -> category id. from_zero: the corners that tell that all are edges."""
     findings = list(files.findings)
     if from_zero and files.objects:
-        what = "a corner is 0: read as edges of pixels, from 0 to the width, in all files"
+        what = f"a corner of {from_zero[0]} is 0 ({len(from_zero)} objects): all are read as edges of pixels, from 0"
         findings.append(Finding("pixels counted from 0", f"{len(files.objects)} boxes", what, "warning"))
     first, last = (0, 0) if from_zero else (1, 1)  # what is taken from the first corner, and the last pixel's own width
     annotations = []
-    for number, (image_id, name, (left, top, right, bottom), difficult, _) in enumerate(files.objects, 1):
+    for number, (image_id, name, (left, top, right, bottom), flags, _) in enumerate(files.objects, 1):
         bbox = [left - first, top - first, right - left + last, bottom - top + last]
         category = ids.get(name, name)
-        annotations.append(
-            {"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, "difficult": difficult}
-        )
+        annotations.append({"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, **flags})
     places = [where for *_, where in files.objects]
     return Source(categories_of(ids), files.images, annotations, findings, places, shown=True)
 
@@ -145,7 +157,10 @@ def _parse_xml(data: bytes) -> ElementTree.Element:
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.Parse(data, True)
-    return ElementTree.fromstring(data)
+    root = ElementTree.fromstring(data)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]  # a namespace changes nothing
+    return root
 
 
 def _text(element: ElementTree.Element | None, tag: str) -> str:

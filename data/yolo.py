@@ -14,7 +14,7 @@ from typing import Any
 
 from .annotations import outline_corners
 from .documents import decoded
-from .files import ImageFiles, label_stem, stem_of
+from .files import ImageFiles, label_stem, plain, stem_of
 from .findings import Finding
 from .images import read_file
 from .sets import Source
@@ -27,6 +27,7 @@ NO_LABELS = re.compile(
     r"validation|test|default)(\.[^.]+)*\.txt",
     re.IGNORECASE,
 )
+_OVERDRAWN = 0.05  # by which an outline may leave the picture; visibilities of keypoints are 2
 _MOST_SHARE = 2.0  # beyond it, a number is no share of a picture that a box could overhang
 
 
@@ -48,14 +49,14 @@ def yolo_source(
     rows = _Rows(keypoints=keypoints)
     labels: dict[str, list[Path]] = {}
     for file in files:
-        labels.setdefault(stem_of(file.relative_to(folder).as_posix()), []).append(file)
+        labels.setdefault(plain(stem_of(file.relative_to(folder).as_posix())), []).append(file)
     of_stem: dict[str, list[str]] = {}
     for name in images.names:
-        of_stem.setdefault(stem_of(name), []).append(name)
+        of_stem.setdefault(plain(stem_of(name)), []).append(name)
     entries = []
     unlabelled = []
     for number, name in enumerate(images.names, 1):
-        stem = stem_of(name)
+        stem = plain(stem_of(name))
         own = labels.get(stem) or labels.get(label_stem(stem), [])
         if own and len(of_stem[stem]) > 1:
             what = f"its labels may be of {' or '.join(of_stem[stem])}"
@@ -74,6 +75,8 @@ def yolo_source(
         for file in alike if stem not in taken else ():
             finding = _of_no_image(file, str(file.relative_to(folder)), images.folder)
             rows.findings += [finding] if finding else []
+    if len(unlabelled) == len(images.names):
+        raise ValueError(f"{folder}: no .txt file of labels in it is called like one of the images in {images.folder}")
     if unlabelled:
         shown = ", ".join(unlabelled[:3])
         what = f"{len(unlabelled)} of {len(images.names)} images have no file of labels in {folder}: {shown}"
@@ -98,7 +101,7 @@ def _read_rows(file: Path, where: str, image_id: int, rows: _Rows) -> None:
         category_id = as_whole(label)
         bbox = None if category_id is None or len(numbers) < len(texts) else _bbox(numbers, place, rows)
         if bbox is None:
-            what = f"needs a class and four numbers from 0 to 1, or an outline: {line[:80]!r}"
+            what = f"needs a class and four numbers from 0 to 1, or an outline; keypoints need kpt_shape: {line[:80]!r}"
             rows.findings.append(Finding("bad entry", place, what))
             continue
         annotation_id = len(rows.annotations) + 1
@@ -115,7 +118,7 @@ def _bbox(numbers: list[float], where: str, rows: _Rows) -> list[float] | None:
         rows.findings.append(Finding("confidence in a label", where, what, "warning"))
     elif len(numbers) >= 6 and len(numbers) != 4 + rows.keypoints:
         corners = outline_corners([numbers])
-        if corners is None or any(abs(corner) > _MOST_SHARE for corner in corners):
+        if corners is None or not all(-_OVERDRAWN <= corner <= 1 + _OVERDRAWN for corner in corners):
             return None
         left, top, right, bottom = corners
         what = f"{len(numbers) // 2} points: taken for an outline, as the smallest box around it"

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def laid_out(case: Case, folder: Path) -> None:
 
 def read(case: Case, folder: Path) -> CocoSet:
     images = None if case.images is None else folder / case.images
-    (coco,) = read_sets(folder / case.path, images, case.reading).values()
+    reading = replace(case.reading, classes=folder / case.classes) if case.classes else case.reading
+    (coco,) = read_sets(folder / case.path, images, reading).values()
     return coco
 
 

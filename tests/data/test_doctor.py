@@ -51,7 +51,7 @@ BROKEN = [
     ("wrong size", lambda c: first(c, "images").update(width=65)),
     ("bad entry", lambda c: first(c, "images").update(height="tall")),
     ("bad entry", lambda c: first(c, "images").update(id="one")),
-    ("bad entry", lambda c: first(c).pop("id")),
+    ("missing id", lambda c: first(c).pop("id")),
 ]
 
 

@@ -22,6 +22,26 @@ from tests.data.annotation_table.case import (
 )
 
 BOXES = [
+    Case(
+        "an empty box beside an outline",
+        coco([changed(bbox=[0, 0, 0, 0], segmentation=[[10, 20, 40, 20, 40, 60]])]),
+        ONE,
+        {"outline as box": 1},
+    ),
+    Case(
+        "shares, of which one overhangs",
+        coco(
+            [changed(id=n, bbox=[0.1 * (n % 5), 0.25, 0.3, 0.5 + n / 100], area=None) for n in range(29)]
+            + [changed(id=30, bbox=[0.5, 0.5, 0.6, 1.01], area=None)]
+        ),
+        {},
+        {"shares as box": 1},
+    ),
+    Case(
+        "a crowd among the attributes",
+        coco([BOX, changed(id=2, bbox=[1, 1, 5, 5], area=25, attributes={"is_crowd": True})]),
+        {"a.png": [CAT, ("cat*", 1, 1, 5, 5)]},
+    ),
     Case("a box without width", coco([BOX, changed(id=2, bbox=[10, 20, 0, 40])]), ONE, {"degenerate box": 1}),
     Case(
         "a box without width, left out",
@@ -120,6 +140,12 @@ BOXES = [
 
 TILTED = {number: picture(100, 80, "JPEG", number) for number in range(1, 9)}
 ORIENTATIONS = [
+    Case(
+        "a TIFF upside down",
+        coco([changed()], [{**IMAGE_A, "file_name": "t.tif"}], files={"t.tif": picture(100, 80, "TIFF", 3)}),
+        {"t.tif": [CAT]},
+        {"unknown orientation": 1},
+    ),
     Case(
         "a quarter turn, stored size stated",
         coco([changed()], [{**IMAGE_A, "file_name": "t.jpg"}], files={"t.jpg": TILTED[6]}),

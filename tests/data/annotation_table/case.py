@@ -16,7 +16,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """files: path -> text or bytes. path, images: what the user names of them; "" is the folder of them all.
+    """files: path -> text or bytes. path, images, classes: what the user names of them; "" is the folder of them all.
 
     boxes: image -> (class, x, y, width, height) each in pixels of the picture, crowds after a "*". findings: kind ->
     how many; with an error among them nothing is packed. message: what refuses it as a whole instead, a regex.
@@ -31,6 +31,7 @@ class Case:
     images: str | None = None
     reading: Reading = field(default_factory=lambda: Reading(workers=1))
     drop_degenerate: bool = False
+    classes: str | None = None
 
 
 def picture(width: int, height: int, format: str = "PNG", orientation: int = 1) -> bytes:

@@ -9,6 +9,7 @@ from tests.data.annotation_table.case import (
     IMAGE_B,
     NAN,
     ONE,
+    A,
     Case,
     changed,
     coco,
@@ -79,15 +80,15 @@ TYPES = [
     ),
     Case("ids with leading zeros", coco([changed(image_id="000001")], [{**IMAGE_A, "id": "000001"}]), ONE),
     Case("sizes are texts", coco(images=[{**IMAGE_A, "width": "100", "height": "80.0"}]), ONE),
-    Case("an id that is a name", coco([BOX, changed(id="one")]), ONE, {"bad entry": 1}),
+    Case("an id that is a name", coco([BOX, changed(id="one")]), ONE, {"missing id": 1}),
     Case(
         "an image's id that is a name",
         coco([BOX, changed(id=2, image_id="b")], [IMAGE_A, {**IMAGE_B, "id": "b"}]),
         ONE,
         {"bad entry": 1},
     ),
-    Case("an id of half", coco([BOX, changed(id=1.5)]), ONE, {"bad entry": 1}),
-    Case("an id beyond 64 bits", coco([BOX, changed(id=2**63)]), ONE, {"bad entry": 1}),
+    Case("an id of half", coco([BOX, changed(id=1.5)]), ONE, {"missing id": 1}),
+    Case("an id beyond 64 bits", coco([BOX, changed(id=2**63)]), ONE, {"missing id": 1}),
     Case("an image's id beyond 64 bits", coco(images=[IMAGE_A, {**IMAGE_B, "id": 2**63}]), ONE, {"bad entry": 1}),
     Case("a category's id is null", coco([BOX, changed(id=2, category_id=None)]), ONE, {"unknown category": 1}),
     Case("a category without a name", coco(categories=[{"id": 1, "name": "cat"}, {"id": 2}]), ONE),
@@ -112,6 +113,37 @@ TYPES = [
 ]
 
 IDS = [
+    Case("no annotation ids", coco([without(BOX, "id")]), {}, {"missing id": 1, "no boxes": 1}),
+    Case(
+        "a key twice",
+        {**coco(), "instances.json": '{"images": [], "annotations": [1], "annotations": []}'},
+        message="'annotations' stands twice",
+        path="instances.json",
+        images=".",
+    ),
+    Case(
+        "an image under two spellings of its name",
+        coco(images=[IMAGE_A, {**IMAGE_A, "id": 2, "file_name": "./a.png"}]),
+        {},
+        {"duplicate file name": 1, "duplicate content": 1},
+    ),
+    Case(
+        "a name in the other form of Unicode",
+        coco(images=[{**IMAGE_A, "file_name": "K\u00e4se.png"}], files={"Ka\u0308se.png": A}),
+        {"Ka\u0308se.png": [CAT]},
+    ),
+    Case(
+        "a path of the server that exported",
+        coco(images=[{**IMAGE_A, "file_name": "../../server/upload/a.png"}]),
+        ONE,
+        {"other file name": 1},
+    ),
+    Case(
+        "a name that is not UTF-8",
+        coco(images=[IMAGE_A, {**IMAGE_B, "file_name": "\udce4.png"}]),
+        ONE,
+        {"bad entry": 1},
+    ),
     Case("annotation id 0", coco([changed(id=0)]), ONE),
     Case(
         "image id 0, category id 0",

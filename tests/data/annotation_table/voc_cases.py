@@ -11,7 +11,44 @@ from tests.data.annotation_table.case import (
     xml,
 )
 
+GOOD = {"a.png": A, "a.xml": xml(entry())}
 VOC = [
+    Case(
+        "a namespace",
+        {"a.png": A, "a.xml": xml(entry()).replace("<annotation>", '<annotation xmlns="http://x.example">')},
+        ONE,
+    ),
+    Case(
+        "an object in capitals",
+        {**GOOD, "b.png": B, "b.xml": xml(entry(), filename="b.png", size="").replace("object>", "Object>")},
+        ONE,
+        {"bad entry": 1},
+    ),
+    Case(
+        "CVAT's own xml", {**GOOD, "b.xml": "<annotations><image><box/></image></annotations>"}, ONE, {"bad entry": 1}
+    ),
+    Case(
+        "an xml beside an image that is none of VOC's",
+        {**GOOD, "a.png.aux.xml": "<PAMDataset></PAMDataset>"},
+        ONE,
+        {"foreign file": 1},
+    ),
+    Case(
+        "crowds in VOC",
+        {"a.png": A, "a.xml": xml(entry(), entry("dog", (2, 2, 6, 6), "<iscrowd>1</iscrowd>"))},
+        {"a.png": [CAT, ("dog*", 1, 1, 5, 5)]},
+    ),
+    Case(
+        "one corner far outside",
+        {"a.png": A, "a.xml": xml(entry(), entry("dog", (-3, 21, 40, 60)))},
+        {"a.png": [CAT, ("dog", -4, 20, 44, 40)]},
+        {"overhanging box": 1},
+    ),
+    Case(
+        "a name in the other form of Unicode in VOC",
+        {"Ka\u0308se.png": A, "Ka\u0308se.xml": xml(entry(), filename="K\u00e4se.png")},
+        {"Ka\u0308se.png": [CAT]},
+    ),
     Case("VOC from 1", {"a.png": A, "a.xml": xml(entry())}, ONE),
     Case(
         "VOC from 0",

@@ -22,6 +22,83 @@ TWO_FOLDERS = {
 }
 YOLO = [
     Case(
+        "one folder of images and labels, the other of both",
+        {
+            "data.yaml": "train: [old/images, new]\nnames: [cat, dog]\n",
+            "old/images/a.png": A,
+            "old/labels/a.txt": ROW,
+            "new/b.png": B,
+            "new/b.txt": "",
+        },
+        {"old/images/a.png": [CAT], "new/b.png": []},
+    ),
+    Case(
+        "the folder above images and labels",
+        {"data.yaml": "train: train\nnames: [cat, dog]\n", "train/images/a.png": A, "train/labels/a.txt": ROW},
+        {"images/a.png": [CAT]},
+    ),
+    Case(
+        "a path of another machine",
+        {
+            "data.yaml": "train: /data/set/train/images\nnames: [cat, dog]\n",
+            "train/images/a.png": A,
+            "train/labels/a.txt": ROW,
+        },
+        ONE,
+    ),
+    Case(
+        "keypoints without kpt_shape",
+        yolo(ROW + "0 0.25 0.5 0.3 0.5 0.2 0.2 2 0.4 0.4 2 0.3 0.3 1\n"),
+        ONE,
+        {"bad entry": 1},
+        path="labels",
+        images="images",
+    ),
+    Case(
+        "keypoints, and names from elsewhere",
+        yolo(
+            "0 0.25 0.5 0.3 0.5 0.2 0.2 2 0.4 0.4 1\n",
+            "kpt_shape: [2, 3]\nnames: [x, y]\n",
+            {"names.txt": "cat\ndog\n"},
+        ),
+        ONE,
+        path="labels",
+        images="images",
+        classes="names.txt",
+    ),
+    Case(
+        "no label is of any image",
+        {"data.yaml": YAML, "labels/000.txt": ROW, "images/a.png": A},
+        message="no .txt file of labels in it is called like one of the images",
+        path="labels",
+        images="images",
+    ),
+    Case("folders in capitals", {"Images/a.png": A, "Labels/a.txt": ROW, "Classes.txt": "cat\ndog\n"}, ONE),
+    Case(
+        "Roboflow's darknet",
+        {"train/a.png": A, "train/a.txt": ROW, "train/_darknet.labels": "cat\ndog\n", "README.roboflow.txt": "x"},
+        ONE,
+    ),
+    Case(
+        "a folder beside the set",
+        {"classes.txt": "cat\ndog\n", "a.png": A, "a.txt": ROW, "extra/b.png": B, "extra/b.txt": ""},
+        {"a.png": [CAT], "extra/b.png": []},
+    ),
+    Case(
+        "an empty name",
+        yolo(names="names: [cat, '']\n"),
+        message="each needs a number and a text",
+        path="labels",
+        images="images",
+    ),
+    Case(
+        "a name in the other form of Unicode in YOLO",
+        {"data.yaml": YAML, "labels/Ka\u0308se.txt": ROW, "images/K\u00e4se.png": A},
+        {"K\u00e4se.png": [CAT]},
+        path="labels",
+        images="images",
+    ),
+    Case(
         "two folders to train on",
         {"data.yaml": "train: [first/images, second/images]\nnames: [cat, dog]\n", **TWO_FOLDERS},
         {"first/images/a.png": [CAT], "second/images/b.png": [("cat", 6, 22.5, 18, 45)]},

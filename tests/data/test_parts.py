@@ -1,0 +1,196 @@
+"""Which splits are found in a folder that somebody exported, and which images belong to each."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from ddetr.data.formats import read_sets
+from ddetr.data.sets import Reading
+
+from tests.data.annotation_table.case import ROW, A, coco, entry, xml
+
+VOC = xml(entry(), filename=None, size="")
+
+
+def document(*names: str) -> str:
+    """A COCO json of images of these names, each with a box."""
+    images = [{"id": number, "file_name": name, "width": 100, "height": 80} for number, name in enumerate(names)]
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 30, 40], "area": 9} for n in range(len(names))]
+    return json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]})
+
+
+def images(*names: str) -> dict[str, str | bytes]:
+    return dict.fromkeys(names, A)
+
+
+def voc(*names: str) -> dict[str, str | bytes]:
+    files: dict[str, str | bytes] = {f"JPEGImages/{name}.png": A for name in names}
+    return files | {f"Annotations/{name}.xml": VOC for name in names}
+
+
+def yolo(folder: str, name: str) -> dict[str, str | bytes]:
+    return {f"{folder}/{name}.png": A, f"{folder}/{name}.txt": ROW}
+
+
+LISTS = "ImageSets/Main"
+NAMES = {"classes.txt": "cat\ndog\n"}
+ROOTS = [
+    (
+        "trainval and test",
+        voc("1", "2", "3") | {f"{LISTS}/trainval.txt": "1\n2\n", f"{LISTS}/test.txt": "3\n"},
+        {"trainval": {"1.png", "2.png"}, "test": {"3.png"}},
+    ),
+    (
+        "trainval as the union of the others",
+        voc("1", "2") | {f"{LISTS}/trainval.txt": "1\n2\n", f"{LISTS}/train.txt": "1\n", f"{LISTS}/val.txt": "2\n"},
+        {"train": {"1.png"}, "val": {"2.png"}},
+    ),
+    (
+        "lists in capitals, of other names, beside those of classes",
+        voc("1", "2", "3")
+        | {f"{LISTS}/Train.txt": "1\n", f"{LISTS}/fold2.txt": "2\r\n3\r\n", f"{LISTS}/cat_train.txt": "1 1\n2 -1\n"},
+        {"Train": {"1.png"}, "fold2": {"2.png", "3.png"}},
+    ),
+    (
+        "lists of classes alone",
+        voc("a b", "2") | {f"{LISTS}/cat_train.txt": "a b.png 1\n", f"{LISTS}/cat_val.txt": "2.png -1\n"},
+        {"train": {"a b.png"}, "val": {"2.png"}},
+    ),
+    (
+        "names that end like flags",
+        voc("img", "img 0", "img 1") | {f"{LISTS}/train.txt": "img 1\nimg 0\n", f"{LISTS}/val.txt": "img\n"},
+        {"train": {"img 0.png", "img 1.png"}, "val": {"img.png"}},
+    ),
+    (
+        "paths in lists",
+        voc("1", "2") | {f"{LISTS}/train.txt": "data/JPEGImages/1.png\n", f"{LISTS}/val.txt": "2\n"},
+        {"train": {"1.png"}, "val": {"2.png"}},
+    ),
+    (
+        "xml files in folders of splits, images in one",
+        images("images/1.png", "images/2.png") | {"Annotations/train/1.xml": VOC, "Annotations/val/2.xml": VOC},
+        {"train": {"1.png"}, "val": {"2.png"}},
+    ),
+    (
+        "a split of another name",
+        {"train/1.xml": VOC, "val/2.xml": VOC, "extra/3.xml": VOC, **images("train/1.png", "val/2.png", "extra/3.png")},
+        {"train": {"1.png"}, "val": {"2.png"}, "extra": {"3.png"}},
+    ),
+    (
+        "two years of VOC",
+        {f"{year}/{name}": content for year in ("VOC2007", "VOC2012") for name, content in voc("1").items()},
+        {"VOC2007": {"1.png"}, "VOC2012": {"1.png"}},
+    ),
+    (
+        "folders that are no splits",
+        {"x/1.xml": VOC, "y/2.xml": VOC, **images("x/1.png", "y/2.png")},
+        {"": {"x/1.png", "y/2.png"}},
+    ),
+    (
+        "two files of one split",
+        images("1.png", "2.png")
+        | {
+            "annotations/annotations_train.json": document("1.png"),
+            "annotations/instances_train.json": document("2.png"),
+        },
+        {"annotations_annotations_train": {"1.png"}, "annotations_instances_train": {"2.png"}},
+    ),
+    (
+        "names that only begin like what stands beside boxes",
+        images("1.png", "2.png") | {"stuffed_toys_train.json": document("1.png"), "labels_val.json": document("2.png")},
+        {"stuffed_toys_train": {"1.png"}, "val": {"2.png"}},
+    ),
+    (
+        "what stands beside boxes",
+        images("1.png")
+        | {f"annotations/{n}_val2017.json": document("1.png") for n in ("instances", "captions", "stuff")},
+        {"val2017": {"1.png"}},
+    ),
+    (
+        "a json in the root and one below",
+        images("1.png", "val/2.png") | {"train.json": document("1.png"), "val/val.json": document("2.png")},
+        {"train": {"1.png"}, "val_val": {"2.png"}},
+    ),
+    (
+        "images in a folder of any name",
+        images("pics/1.png") | {"annotations/instances_default.json": document("1.png")},
+        {"default": {"1.png"}},
+    ),
+    (
+        "a list after a megabyte of other words",
+        images("1.png") | {"a.json": '{"info": "' + "x" * (2 << 20) + '",' + document("1.png")[1:]},
+        {"": {"1.png"}},
+    ),
+    (
+        "labels beside the images of each split",
+        NAMES | yolo("train", "1") | yolo("val", "2"),
+        {"train": {"1.png"}, "val": {"2.png"}},
+    ),
+    (
+        "a third split of another name",
+        NAMES
+        | images("images/train/1.png", "images/val/2.png", "images/holdout/3.png")
+        | dict.fromkeys(("labels/train/1.txt", "labels/val/2.txt", "labels/holdout/3.txt"), ROW),
+        {"train": {"1.png"}, "val": {"2.png"}, "holdout": {"3.png"}},
+    ),
+    (
+        "an archive in a folder of its name",
+        {f"set/{name}": content for name, content in coco().items()},
+        {"": {"a.png"}},
+    ),
+]
+
+
+def laid_out(files: Mapping[str, str | bytes], root: Path) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+@pytest.mark.parametrize(("files", "splits"), [row[1:] for row in ROOTS], ids=[row[0] for row in ROOTS])
+def test_the_splits_of_a_root_are_found(files: dict, splits: dict, tmp_path: Path) -> None:
+    sets = read_sets(laid_out(files, tmp_path / "root"), reading=Reading(workers=1))
+    assert {name: {image.file_name for image in found.images} for name, found in sets.items()} == splits
+    assert not [finding for found in sets.values() for finding in found.findings if finding.severity == "error"]
+
+
+@pytest.mark.parametrize("broken", ["", "// mine\n{}", "{"])
+def test_a_broken_json_of_a_split_is_an_error(broken: str, tmp_path: Path) -> None:
+    files = {"instances_train.json": document("1.png"), "instances_val.json": broken, "package.json": "{}"}
+    root = laid_out(files | images("1.png"), tmp_path)
+    with pytest.raises(ValueError, match=r"instances_val.json: no COCO json, though it is called like that of a split"):
+        read_sets(root)
+    (root / "instances_val.json").unlink()
+    assert list(read_sets(root)) == ["train"]
+
+
+def test_no_split_is_called_like_the_folder_above(tmp_path: Path) -> None:
+    files = {"instances_...json": document("1.png"), "train.json": document("1.png")}
+    assert ".." not in read_sets(laid_out(files | images("1.png"), tmp_path), reading=Reading(workers=1))
+
+
+def test_a_split_that_is_named_but_not_there_is_said(tmp_path: Path) -> None:
+    files = {
+        "obj.data": "train = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n",
+        "obj.names": "cat\n",
+    }
+    files |= {"train.txt": "data/obj_train_data/1.png\n", **yolo("obj_train_data", "1")}
+    (found,) = read_sets(laid_out(files, tmp_path), reading=Reading(workers=1)).values()
+    assert [(finding.kind, finding.what) for finding in found.findings] == [("absent split", "valid: 'data/valid.txt'")]
+
+
+def test_one_bad_split_does_not_keep_from_reading_another(tmp_path: Path) -> None:
+    files = {"train.json": document("1.png"), "test.json": document()}
+    root = laid_out(files | images("1.png"), tmp_path)
+    with pytest.raises(ValueError, match=r"no images in it; --split reads one of the others alone: train"):
+        read_sets(root)
+    assert list(read_sets(root, split="train")) == ["train"]
+
+
+def test_nothing_is_read_outside_of_a_root(tmp_path: Path) -> None:
+    laid_out(yolo("elsewhere", "1"), tmp_path)
+    root = laid_out({"data.yaml": "train: ../elsewhere\nnames: [cat]\n"}, tmp_path / "root")
+    with pytest.raises(ValueError, match=r"data.yaml: leads to no folder beside it: train: '../elsewhere'"):
+        read_sets(root)
