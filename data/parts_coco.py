@@ -72,23 +72,31 @@ def _name(root: Path, file: Path, one_of_several: bool) -> str:
 
 
 def _images(root: Path, file: Path) -> Path:
-    """The folder in which the first image of a json is: one near by its name, or any below the root.
+    """The folder in which the first image of a json is: one called like its split, its own, or any below the root.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, or where several hold an image of that name.
     """
     image = _first_file_name(file)
-    split = _PREFIX.sub("", file.stem).strip("._- ")
-    near = [root / "images" / split, root / split, file.parent, root / "images", root]
+    split = _PREFIX.sub("", file.stem).strip("._- ").lower()
+    usual = [root / "images" / split, root / split, file.parent, root / "images", root]
     if image is None:
-        return next(place for place in near if place.is_dir())
-    last = image.rpartition("/")[2]
-    forms = (unicodedata.normalize("NFC", image), unicodedata.normalize("NFD", image))
-    for name in dict.fromkeys((image, *forms, last)):
-        places = (Path(place) for top in (root, file.parent) for place, _, _ in os.walk(top))
-        for place in (*near, *places):
-            if _is_file(place / name):
-                return place
+        return next(place for place in usual if place.is_dir())
+    forms = (unicodedata.normalize("NFC", image), unicodedata.normalize("NFD", image), image.rpartition("/")[2])
+    for name in dict.fromkeys((image, *forms)):
+        below = (Path(place) for top in (root, file.parent) for place, _, _ in os.walk(top))
+        found = [place for place in dict.fromkeys((*usual, *below)) if _is_file(place / name)]
+        called = [place for place in found if split and _is_called(place.name.lower(), split)]
+        chosen = called or [place for place in usual if place in found][:1] or found
+        if len(chosen) > 1 and chosen[0] not in usual:
+            places = ", ".join(str(place.relative_to(root)) for place in chosen[:3])
+            raise ValueError(f"{file}: {visible(name)} is in {places}: name the folder of its images after it, IMAGES")
+        if chosen:
+            return chosen[0]
     raise ValueError(f"{file}: {visible(image)} is not near it: name the folder of its images after it, IMAGES")
+
+
+def _is_called(folder: str, split: str) -> bool:
+    return folder.startswith(split) or (len(folder) > 2 and split.startswith(folder))
 
 
 def _is_file(path: Path) -> bool:

@@ -156,6 +156,19 @@ def test_the_splits_of_a_root_are_found(files: dict, splits: dict, tmp_path: Pat
     assert not [finding for found in sets.values() for finding in found.findings if finding.severity == "error"]
 
 
+@pytest.mark.parametrize("folders", [("train", "val"), ("images/train2017", "images/val2017"), ("x/Train", "x/Val_1")])
+def test_images_of_one_name_are_those_of_the_split(folders: tuple[str, str], tmp_path: Path) -> None:
+    files = {f"annotations/instances_{split}.json": document("1.png") for split in ("train", "val")}
+    sets = read_sets(laid_out(files | images(*(f"{folder}/1.png" for folder in folders)), tmp_path))
+    assert [found.folder.relative_to(tmp_path).as_posix() for found in sets.values()] == list(folders)
+
+
+def test_images_of_one_name_in_folders_that_say_nothing_are_asked_for(tmp_path: Path) -> None:
+    files = {"annotations/instances_val.json": document("1.png"), **images("x/1.png", "y/1.png")}
+    with pytest.raises(ValueError, match=r"1.png is in x, y: name the folder of its images after it, IMAGES"):
+        read_sets(laid_out(files, tmp_path))
+
+
 @pytest.mark.parametrize("broken", ["", "// mine\n{}", "{"])
 def test_a_broken_json_of_a_split_is_an_error(broken: str, tmp_path: Path) -> None:
     files = {"instances_train.json": document("1.png"), "instances_val.json": broken, "package.json": "{}"}
