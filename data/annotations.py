@@ -89,7 +89,8 @@ def annotate(
             sides = (image.width, image.height) * 2
             x, y, w, h = bbox = [share * side for share, side in zip(bbox, sides, strict=True)]
             stated = [x + w / 2, y + h / 2, w, h]
-        conventions.see(image_id, bbox, stated, image.height, image.width)
+        if not source.from_corners:
+            conventions.see(image_id, bbox, stated, image.height, image.width)
         if fault := box_fault(bbox, image.height, image.width):
             kind, what = fault
             found.append(Finding(kind, where, what, "warning" if kind == "overhanging box" else "error"))
@@ -144,6 +145,8 @@ def _is_crowd(entry: Any) -> tuple[bool, str]:
     for holder in (entry, member_of(entry, "attributes")):
         for name in CROWD_FLAGS:
             value = as_flag(member_of(holder, name))
+            if value is None and holder is not entry:
+                continue  # attributes are free text in many programs
             if value is None:
                 return False, f"{name} {described(member_of(holder, name))} is neither 0 nor 1"
             crowd |= value

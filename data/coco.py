@@ -6,6 +6,7 @@ can be read. `ddetr data pack` refuses what has errors, `ddetr data check` lists
 
 import os
 import posixpath
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -108,7 +109,8 @@ def _file_name(image: CocoImage, folder: Path, findings: list[Finding]) -> str:
         if form != name and os.path.lexists(folder / form):
             return form
     last = slashed.rpartition("/")[2]
-    if (slashed.startswith("/") or ".." in slashed.split("/")) and last and os.path.lexists(folder / last):
+    leads_away = slashed.startswith("/") or ".." in slashed.split("/") or re.match(r"[A-Za-z]:/", slashed)
+    if leads_away and last and os.path.lexists(folder / last):
         findings.append(Finding("other file name", image.where, f"{name} is not there; taken: {last}", "warning"))
         return last
     return slashed if "\\" in name else name

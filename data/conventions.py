@@ -6,6 +6,7 @@ from .findings import Finding
 from .values import is_number
 
 _NEARLY_ALL = 0.9
+_FAR = 1.1  # of an image's side: further out than anybody draws by hand
 
 
 class Conventions:
@@ -30,7 +31,7 @@ class Conventions:
         self._images.add(image_id)
         self._fit_as_corners += 0 <= left < right <= width + 1 and 0 <= top < bottom <= height + 1
         self._fit_as_shares += all(-0.5 <= value <= 1.5 for value in stated) and min(height, width) > 2
-        if min(x, y) < -1 or x + third > width + 1 or y + fourth > height + 1:
+        if x + third > _FAR * width or y + fourth > _FAR * height:
             self._overhung_images.add(image_id)
 
     def findings(self) -> list[Finding]:

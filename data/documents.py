@@ -38,8 +38,9 @@ def parse_json(text: str | bytes | bytearray, *, each_key_once: bool = False) ->
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        twice = next(key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position]))
-        raise ValueError(f"the key {visible(repr(twice))} stands twice in one object")
+        for key, value in pairs:
+            if values[key] != value:
+                raise ValueError(f"the key {visible(repr(key))} stands twice in one object, with two values")
     return values
 
 

@@ -1,12 +1,15 @@
 """The files of a set by their names: which image belongs to which annotations, whatever the case of suffixes."""
 
+import functools
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 # What programs call the parts of a set.
 SPLITS = ("train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing", "default")
+_SPLIT = re.compile(rf"({'|'.join(SPLITS)})([0-9_. -].*)?", re.IGNORECASE)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif", ".tga"}
 
 
@@ -14,6 +17,11 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     """Files, links and pipes of a folder and those below, by name; suffixes in lower case, of names in any case."""
     wanted = set(suffixes)
     return sorted(path for path in _below(folder) if path.suffix.lower() in wanted)
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder or list is called like a split: `train`, `Val2017`, `test_small`."""
+    return _SPLIT.fullmatch(name) is not None
 
 
 def stem_of(name: str) -> str:
@@ -62,16 +70,25 @@ class ImageFiles:
         return None
 
     def called(self, path: str) -> list[str]:
-        """The images at this path without suffix; else those with its last part as their name, in any folder."""
-        return self._by_path.get(plain(path)) or self._by_stem.get(plain(PurePosixPath(path).name), [])
+        """The images at this path without suffix; else those of its last part as their name, if one of both is flat."""
+        if found := self._by_path.get(plain(path)):
+            return found
+        alike = self._by_stem.get(plain(PurePosixPath(path).name), [])
+        # Of two folders called differently neither stands for the other; one of them may be flat.
+        return [name for name in alike if "/" not in path or "/" not in name]
 
 
 def is_inside(root: Path, place: Path) -> bool:
     """Whether there is something at a path that a file told, and within the folder that the user named."""
     try:
-        return place.exists() and place.resolve().is_relative_to(root.resolve())
+        return place.exists() and place.resolve().is_relative_to(_resolved(root))
     except (OSError, ValueError):  # a name that no file can have
         return False
+
+
+@functools.lru_cache(maxsize=16)
+def _resolved(root: Path) -> Path:
+    return root.resolve()
 
 
 def folders_in(root: Path) -> list[Path]:

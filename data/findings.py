@@ -35,7 +35,7 @@ FIXES = {
     "outside image": "move the image into the folder and correct file_name; --allow-outside reads it where it is",
     "not a file": "put an ordinary file in its place: pipes and devices are not read",
     "too large image": "scale the image down, or allow more pixels: --most-pixels here, data.most_pixels for training",
-    "missing image": "put the file into the images folder, or take the image out of the annotations",
+    "missing image": "put the file into the images folder, or name the right folder as IMAGES",
     "ambiguous image": "keep the one image that the annotations belong to, or name it in them in full",
     "other file name": "nothing to do if this is the image; else correct the name in the annotations",
     "undecodable image": "replace the file, or take the image out of the annotations",
@@ -48,6 +48,7 @@ FIXES = {
     "foreign file": "nothing to do if it holds no labels",
     "other names": "keep one list of the classes",
     "absent split": "nothing to do if there is no such split; else correct its path in the data.yaml",
+    "shared image": "take it out of one of the splits: what was trained on is no test",
     "differing categories": "give a class the same id and name in all splits, or training refuses to evaluate on them",
     # shards
     "missing shard": "run `ddetr data pack` again: it makes only what is missing",

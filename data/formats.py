@@ -1,6 +1,7 @@
 """Annotations of every origin as sets: a COCO json, Pascal VOC's xml, YOLO's txt, or the root of an export."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def read_sets(
     (`parts.py`). images: the folder of the images, where it is not known by the layout. split: the one to read.
     Raises FileNotFoundError when there is none of them, ValueError when nothing in one can be used.
     """
-    parts = find_parts(path, images)
+    parts = find_parts(path, images, split)
     names = [part.name for part in parts]
     if split is not None and split not in names:
         known = ", ".join(filter(None, names)) or "none that has a name"
@@ -59,6 +60,7 @@ def read_sets(
             hint = f"; --split reads one of the others alone: {others}" if len(chosen) > 1 else ""
             raise ValueError(f"{error}{hint}") from error
     _compare(sets)
+    _shared(sets)
     return sets
 
 
@@ -92,6 +94,17 @@ def _compare(sets: dict[str, CocoSet]) -> None:
                     f"{category!r} has id {id_}, which is {repr(known[id_]) if id_ in known else 'nothing'} in {first}"
                 )
                 of_other.findings.append(Finding("differing categories", name, what, "warning"))
+
+
+def _shared(sets: dict[str, CocoSet]) -> None:
+    """Say of each split which images it shares with an earlier one."""
+    split_of: dict[str, str] = {}
+    for name, found in sets.items():
+        for image in found.images:
+            file = os.path.join(found.folder, image.file_name)
+            if (first := split_of.setdefault(file, name)) != name:
+                what = f"is in {first or 'another split'}, too"
+                found.findings.append(Finding("shared image", image.where, what, "warning"))
 
 
 def _coco_source(part: Part, reading: Reading) -> Source:

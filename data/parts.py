@@ -11,18 +11,18 @@ from .documents import parse_json
 from .files import IMAGE_SUFFIXES, files_in, folders_in, is_inside
 from .foreign import foreign
 from .images import read_file
-from .parts_coco import coco_parts, lone_coco
+from .parts_coco import MOST_LOOKED_AT_BYTES, coco_parts, lone_coco
 from .parts_voc import voc_parts
 from .parts_yolo import darknet_parts, yaml_parts, yaml_root, yolo_parts
 from .sets import Part
 
 _OF_SETS = {".json", ".xml", ".yaml", ".yml", ".data", ".txt", ".names", *IMAGE_SUFFIXES}
-MOST_LOOKED_AT_BYTES = 16 << 20  # of a json that is none of COCO's
 
 
-def find_parts(path: Path, images: Path | None = None) -> list[Part]:
+def find_parts(path: Path, images: Path | None = None, split: str | None = None) -> list[Part]:
     """The parts of a set; `path`: a json, a folder of xml or txt files with their images elsewhere, an export's root.
 
+    split: the only one that is going to be read; the others' images need not be there.
     Raises FileNotFoundError where there is nothing that can be read, ValueError for a data.yaml that leads nowhere.
     """
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
@@ -30,10 +30,10 @@ def find_parts(path: Path, images: Path | None = None) -> list[Part]:
     if not path.is_dir():
         return [Part("", "coco", path, images)] if images else [lone_coco(path)]
     if images is not None and images.resolve() != path.resolve():
-        parts = coco_parts(path, images) or voc_parts(path, images) or yolo_parts(path, images)
+        parts = coco_parts(path, images, split) or voc_parts(path, images) or yolo_parts(path, images)
     else:
         root = _innermost(path)
-        parts = yaml_root(root) or darknet_parts(root) or coco_parts(root, None) or voc_parts(root, None)
+        parts = yaml_root(root) or darknet_parts(root) or coco_parts(root, None, split) or voc_parts(root, None)
         parts = parts or yolo_parts(root, None)
         for place in (place for part in parts for place in (part.images, part.annotations)):
             if not place.exists():

@@ -1,102 +1,150 @@
 """The parts of a set in COCO's format: its json files, and the folder of images that each is of."""
 
 import codecs
+import contextlib
 import mmap
-import os
 import re
 import unicodedata
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 from .documents import parse_json
-from .files import SPLITS, files_below
+from .files import files_below, folders_in, is_split
+from .images import read_file
 from .sets import Part
 from .text import visible
 
+_HEAD_BYTES = 4096  # blanks before a json
 _DEEPEST = 3  # folders below the root in which its json files may be
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.){1,4000}")')
-_COCO_LIST = re.compile(rb'"(images|annotations)"\s*:\s*\[')
+_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
+_FIRST_IMAGES = 8  # that are looked for; some may be missing
+MOST_LOOKED_AT_BYTES = 16 << 20  # of a json that is none of COCO's
 _PREFIX = re.compile(r"^_?(instances|annotations|labels|result|coco|dataset|data)(?=[._-]|$)[._-]?(coco(?=[._-]|$))?")
 # What COCO's format holds beside boxes, of the same images: skipped beside a file of the same name with the boxes.
 _BESIDE = re.compile(r"(captions|person_keypoints|stuff|panoptic|image_info|labels)_(.*)")
 
 
-def coco_parts(root: Path, images: Path | None) -> list[Part]:
-    """Raises ValueError for a json that is called like a split, but is none of COCO's."""
+def coco_parts(root: Path, images: Path | None, split: str | None = None) -> list[Part]:
+    """split: the only one whose images are looked for. Raises ValueError for a broken json that is called like one."""
     files = [file for file in files_below(root, (".json",)) if len(file.relative_to(root).parts) <= _DEEPEST + 1]
+    files = [file for file in files if len(file.relative_to(root).parts) <= 2 or _is_of_split(file)]
     documents = [file for file in files if _is_coco(file)]
     if not documents:
         return []
-    beside = {document.parent for document in documents}
+    known = set(documents)
     for file in files:
-        if file not in documents and file.parent in beside and _is_called_like_a_split(file):
+        if file not in known and _is_of_split(file) and not (_is_plain(file) and _is_other_json(file)):
             raise ValueError(
                 f"{file}: no COCO json, though it is called like that of a split; mend it, or move it away"
             )
-    documents = [file for file in documents if not _is_beside(file, documents)]
+    of_boxes = {file.parent for file in documents if file.name.startswith("instances")}
+    documents = [file for file in documents if file.parent not in of_boxes or not _BESIDE.fullmatch(file.stem)]
     names = [_name(root, file, len(documents) > 1) for file in documents]
     twice = {name for name, count in Counter(names).items() if count > 1}
     if twice:
         full = ("_".join(file.relative_to(root).with_suffix("").parts) for file in documents)
         names = [path if name in twice else name for name, path in zip(names, full, strict=True)]
+    folders = [] if images else _folders_below(root)
     return [
-        Part(name, "coco", file, images or _images(root, file)) for name, file in zip(names, documents, strict=True)
+        Part(name, "coco", file, images or (root if split not in (None, name) else _images(root, file, folders)))
+        for name, file in zip(names, documents, strict=True)
     ]
 
 
 def lone_coco(file: Path) -> Part:
-    """A json whose images are near it."""
+    """A json whose images are near it. Raises ValueError where none of its first ones is."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a COCO json, or a folder")
-    return Part(
-        "", "coco", file, _images(file.parent.parent if file.parent.name == "annotations" else file.parent, file)
-    )
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    return Part("", "coco", file, _images(root, file, _folders_below(root), required=True))
 
 
-def _is_called_like_a_split(file: Path) -> bool:
-    return file.name.startswith("instances") or _PREFIX.sub("", file.stem).lower().startswith(SPLITS)
+def _is_of_split(file: Path) -> bool:
+    return file.name.startswith(("instances", "_annotations")) or _is_plain(file)
 
 
-def _is_beside(file: Path, documents: list[Path]) -> bool:
-    match = _BESIDE.fullmatch(file.stem)
-    return match is not None and file.with_name(f"instances_{match[2]}.json") in documents
+def _is_plain(file: Path) -> bool:
+    return is_split(_PREFIX.sub("", file.stem))
+
+
+def _is_other_json(file: Path) -> bool:
+    """Whether it is whole, so that it is of another kind, rather than a broken one of COCO's."""
+    try:
+        return bool(parse_json(read_file(file, MOST_LOOKED_AT_BYTES)))
+    except ValueError:
+        return False
 
 
 def _name(root: Path, file: Path, one_of_several: bool) -> str:
     """The split that a json is of: its own name, or that of its folder."""
     name = _PREFIX.sub("", file.stem).strip("._- ")
     folders = [part for part in file.relative_to(root).parent.parts if part != "annotations"]
-    if not folders and not one_of_several and not name.lower().startswith(SPLITS):
+    if not folders and not one_of_several and not is_split(name):
         return ""
+    if folders and name.lower() == folders[-1].lower():
+        name = ""
     return "_".join([*folders, name] if name else folders) or (file.stem.strip("._- ") if one_of_several else "")
 
 
-def _images(root: Path, file: Path) -> Path:
-    """The folder in which the first image of a json is: one called like its split, its own, or any below the root.
+def _images(root: Path, file: Path, folders: list[Path], *, required: bool = False) -> Path:
+    """The folder, of those below the root, in which the first images of a json are.
 
-    Raises ValueError where there is none, or where several hold an image of that name.
+    Several may hold images of these names. Right is one in the branch of the json itself, then one called like its
+    split; one called like another split is wrong. Raises ValueError where several remain, or that alone; and where
+    there is none, if `required`, else the images are said to be missing one by one.
     """
-    image = _first_file_name(file)
     split = _PREFIX.sub("", file.stem).strip("._- ").lower()
-    usual = [root / "images" / split, root / split, file.parent, root / "images", root]
-    if image is None:
-        return next(place for place in usual if place.is_dir())
-    forms = (unicodedata.normalize("NFC", image), unicodedata.normalize("NFD", image), image.rpartition("/")[2])
-    for name in dict.fromkeys((image, *forms)):
-        below = (Path(place) for top in (root, file.parent) for place, _, _ in os.walk(top))
-        found = [place for place in dict.fromkeys((*usual, *below)) if _is_file(place / name)]
-        called = [place for place in found if split and _is_called(place.name.lower(), split)]
-        chosen = called or [place for place in usual if place in found][:1] or found
-        if len(chosen) > 1 and chosen[0] not in usual:
-            places = ", ".join(str(place.relative_to(root)) for place in chosen[:3])
-            raise ValueError(f"{file}: {visible(name)} is in {places}: name the folder of its images after it, IMAGES")
-        if chosen:
-            return chosen[0]
-    raise ValueError(f"{file}: {visible(image)} is not near it: name the folder of its images after it, IMAGES")
+    own = _family(file.stem) or _family(file.parent.relative_to(root).as_posix())
+    for image in _first_file_names(file):
+        last = image.rpartition("/")[2]
+        forms = [image, unicodedata.normalize("NFC", image), unicodedata.normalize("NFD", image)]
+        elsewhere = image.startswith("/") or ":" in image or ".." in image.split("/")
+        for name in [last] if elsewhere else dict.fromkeys(forms):
+            found = [place for place in folders if name and _is_file(place / name)]
+            for branch in [branch for branch in file.parents if branch != root and branch.is_relative_to(root)]:
+                if inside := [place for place in found if place.is_relative_to(branch)]:
+                    found = inside
+                    break
+            if own and found:
+                families = {place: _family(place.relative_to(root).as_posix()) for place in found}
+                right = [place for place in found if families[place] == own]
+                right = right or [place for place in found if families[place] is None]
+                if not right:
+                    raise ValueError(
+                        f"{file}: {visible(name)} is in {found[0]} alone, which is called like another split: name the "
+                        "folder of its images after it, IMAGES"
+                    )
+                found = right
+            found = [place for place in found if split and place.name.lower() == split] or found
+            found = [place for place in (file.parent, root / "images", root) if place in found][:1] or found
+            if len(found) > 1:
+                places = ", ".join(str(place.relative_to(root)) for place in found[:3])
+                raise ValueError(
+                    f"{file}: {visible(name)} is in {places}: name the folder of its images after it, IMAGES"
+                )
+            if found:
+                return found[0]
+    if required:
+        raise ValueError(f"{file}: none of its first images is near it: name the folder of its images after it, IMAGES")
+    return next(place for place in (root / "images", root) if place.is_dir())
 
 
-def _is_called(folder: str, split: str) -> bool:
-    return folder.startswith(split) or (len(folder) > 2 and split.startswith(folder))
+def _family(text: str) -> str | None:
+    """train, val or test, whichever a path is called like."""
+    found = re.findall(r"(?<![a-z])(trainval|train|val|dev|test)", text.lower())
+    return {"trainval": None, "dev": "val"}.get(found[-1], found[-1]) if found else None
+
+
+def _folders_below(root: Path) -> list[Path]:
+    """With the root, by name, as far as an export is deep; hidden ones hold copies."""
+    folders = [root]
+    level = [root]
+    for _ in range(_DEEPEST + 1):
+        level = [folder for place in level for folder in folders_in(place)]
+        folders += level
+    return folders
 
 
 def _is_file(path: Path) -> bool:
@@ -112,18 +160,20 @@ def _is_coco(file: Path) -> bool:
         return False
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return _COCO_LIST.search(data[:].replace(b"\0", b"")) is not None
-        return data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and _COCO_LIST.search(data) is not None
+            text = data[:].replace(b"\0", b"")
+            return all(name.search(text) for name in _LISTS)
+        head = data[:_HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        return head == b"{" and all(name.search(data) for name in _LISTS)
 
 
-def _first_file_name(file: Path) -> str | None:
-    """Of the first image entry, wherever in a file of gigabytes it is."""
+def _first_file_names(file: Path) -> list[str]:
+    """Of the first image entries, wherever in a file of gigabytes they are."""
     if not file.stat().st_size:
-        return None
+        return []
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        match = _FILE_NAME.search(data)
-        text = bytes(match[1]) if match else None
-    try:
-        return str(parse_json(text)).replace("\\", "/") if text else None
-    except ValueError:
-        return None
+        texts = [match[1] for match in islice(_FILE_NAME.finditer(data), _FIRST_IMAGES)]
+    names = []
+    for text in texts:
+        with contextlib.suppress(ValueError):  # the json is broken, and refused when it is read
+            names.append(str(parse_json(text)).replace("\\", "/"))
+    return names

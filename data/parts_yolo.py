@@ -8,7 +8,7 @@ from typing import Any
 
 from .classes import MOST_NAMES_BYTES, YAML_FILES
 from .documents import decoded, parse_yaml
-from .files import IMAGE_SUFFIXES, SPLITS, files_below, files_in, folders_in, is_inside
+from .files import IMAGE_SUFFIXES, files_below, files_in, folders_in, is_inside, is_split
 from .images import read_file
 from .sets import Part
 from .values import described
@@ -154,7 +154,7 @@ def _splits(places: Iterable[tuple[str, Path, Path]]) -> list[Part]:
     """(name, labels, images) as parts, where any of the names is that of a split."""
     parts = [Part(name, "yolo", labels, images) for name, labels, images in places if labels.is_dir()]
     parts = [part for part in parts if files_below(part.annotations, (".txt",))]
-    return parts if any(part.name.lower().startswith(SPLITS) for part in parts) else []
+    return parts if any(is_split(part.name) for part in parts) else []
 
 
 def _called(root: Path, names: tuple[str, ...]) -> Path | None:

@@ -32,8 +32,9 @@ class Reading:
 class Source:
     """What annotations say, as entries of a COCO json, before any of it is believed.
 
-    places: where each annotation stands, if not by its id. relative: each bbox is in shares of the picture as shown.
-    shown: where nothing tells, boxes refer to the picture as shown (`Reading.orientation`).
+    places: where each annotation stands, if not by its id. from_corners: each bbox was corners, as VOC has it.
+    relative: each bbox is in shares of the picture as shown. shown: where nothing tells, boxes refer to the picture as
+    shown (`Reading.orientation`).
     """
 
     categories: Any
@@ -41,6 +42,7 @@ class Source:
     annotations: list[Any]
     findings: list[Finding] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    from_corners: bool = False
     relative: bool = False
     shown: bool = False
 

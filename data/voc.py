@@ -6,7 +6,7 @@ Image ids count from 1 in the order of the files' names, category ids those of t
 unless the set or the user tells their order. Difficult objects become crowds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,7 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
         size = root.find("size")
         sides = {side: _text(size, side) or None for side in ("height", "width")}
         found.images.append({"id": number, "file_name": name, **sides})
-        for element in root:
-            if element.tag not in ("object", "part") and element.find("bndbox") is not None:
-                what = f"<{visible(element.tag)}> with a <bndbox>: needs to be an <object>"
-                found.findings.append(Finding("bad entry", str(where), what))
+        found.findings.extend(Finding("bad entry", str(where), what) for what in _unread(root))
         for row, entry in enumerate(root.iter("object"), 1):
             label, box = _text(entry, "name"), entry.find("bndbox")
             corners = {corner: as_number(_text(box, corner)) for corner in CORNERS}
@@ -109,7 +106,7 @@ def voc_source(files: VocFiles, ids: Mapping[str, int], from_zero: Sequence[str]
         category = ids.get(name, name)
         annotations.append({"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, **flags})
     places = [where for *_, where in files.objects]
-    return Source(categories_of(ids), files.images, annotations, findings, places, shown=True)
+    return Source(categories_of(ids), files.images, annotations, findings, places, from_corners=True, shown=True)
 
 
 def alphabetical(names: Iterable[str]) -> dict[str, int]:
@@ -145,6 +142,19 @@ def _image_name(stated: str | None, where: Path, images: ImageFiles, findings: l
         what = f"<filename> {stated} is not there; taken: {candidates[0]}"
         findings.append(Finding("other file name", str(where), what, "warning"))
     return candidates[0]
+
+
+def _unread(root: ElementTree.Element) -> Iterator[str]:
+    """What of a file is a box, but stands where none is read."""
+    above = {child: element for element in root.iter() for child in element}
+    for element in root.iter():
+        if element.tag.lower() == "xmin" and element in above:
+            box = above[element]
+            holder = above.get(box, box)
+            if holder.tag not in ("object", "part"):
+                yield f"<{visible(holder.tag)}><{visible(box.tag)}> with a box: needs to be <object><bndbox>"
+            elif len(holder.findall("bndbox")) > 1 and box is not holder.find("bndbox"):
+                yield f"<{visible(holder.tag)}> with two <bndbox>: which is meant?"
 
 
 def _parse_xml(data: bytes) -> ElementTree.Element:

@@ -78,6 +78,11 @@ ROOTS = [
         {"train": {"1.png"}, "val": {"2.png"}, "extra": {"3.png"}},
     ),
     (
+        "lists of folds",
+        voc("1", "2") | {f"{LISTS}/fold1_train.txt": "1\n", f"{LISTS}/fold1_val.txt": "2\n"},
+        {"fold1_train": {"1.png"}, "fold1_val": {"2.png"}},
+    ),
+    (
         "two years of VOC",
         {f"{year}/{name}": content for year in ("VOC2007", "VOC2012") for name, content in voc("1").items()},
         {"VOC2007": {"1.png"}, "VOC2012": {"1.png"}},
@@ -110,7 +115,7 @@ ROOTS = [
     (
         "a json in the root and one below",
         images("1.png", "val/2.png") | {"train.json": document("1.png"), "val/val.json": document("2.png")},
-        {"train": {"1.png"}, "val_val": {"2.png"}},
+        {"train": {"1.png"}, "val": {"2.png"}},
     ),
     (
         "images in a folder of any name",
@@ -156,17 +161,65 @@ def test_the_splits_of_a_root_are_found(files: dict, splits: dict, tmp_path: Pat
     assert not [finding for found in sets.values() for finding in found.findings if finding.severity == "error"]
 
 
-@pytest.mark.parametrize("folders", [("train", "val"), ("images/train2017", "images/val2017"), ("x/Train", "x/Val_1")])
-def test_images_of_one_name_are_those_of_the_split(folders: tuple[str, str], tmp_path: Path) -> None:
-    files = {f"annotations/instances_{split}.json": document("1.png") for split in ("train", "val")}
-    sets = read_sets(laid_out(files | images(*(f"{folder}/1.png" for folder in folders)), tmp_path))
-    assert [found.folder.relative_to(tmp_path).as_posix() for found in sets.values()] == list(folders)
+@pytest.mark.parametrize(
+    ("document_of", "image_of", "absent"),
+    [
+        ("annotations/instances_{}.json", "{}", ""),
+        ("annotations/instances_{}2017.json", "images/{}2017", ""),
+        ("{}/labels.json", "{}/data", ""),
+        ("{}/annotations/instances.json", "{}/images", ""),
+        ("{}_annotations.json", "{}", ""),
+        ("{}.json", "data/{}/images", ""),
+        ("{}.json", "{}_images", ""),
+        ("labels/det_{}.json", "images/100k/{}", ""),
+        ("annotations/person_keypoints_{}2017.json", "{}2017", ""),
+        ("annotations/instances_{}.json", "images/{}", "train"),
+        ("annotations/instances_{}.json", "images/{}", "val"),
+    ],
+)
+def test_images_of_one_name_are_those_of_the_split(
+    document_of: str, image_of: str, absent: str, tmp_path: Path
+) -> None:
+    """Both splits have an image 1.png. Without the images of one split, those of the other do not stand for them."""
+    files: dict[str, str | bytes] = {}
+    for split in ("train", "val"):
+        files[document_of.format(split)] = document("1.png")
+        files |= images() if split == absent else images(f"{image_of.format(split)}/1.png")
+    laid_out(files | images(".thumbs/1.png"), tmp_path)
+    if absent:
+        with pytest.raises(ValueError, match=rf"instances_{absent}.json: 1.png is in .* called like another split"):
+            read_sets(tmp_path)
+        (there,) = {"train", "val"} - {absent}
+        assert list(read_sets(tmp_path, split=there)) == [there]
+        return
+    folders = [found.folder.relative_to(tmp_path).as_posix() for found in read_sets(tmp_path).values()]
+    assert folders == [image_of.format("train"), image_of.format("val")]
 
 
 def test_images_of_one_name_in_folders_that_say_nothing_are_asked_for(tmp_path: Path) -> None:
     files = {"annotations/instances_val.json": document("1.png"), **images("x/1.png", "y/1.png")}
     with pytest.raises(ValueError, match=r"1.png is in x, y: name the folder of its images after it, IMAGES"):
         read_sets(laid_out(files, tmp_path))
+
+
+def test_an_image_in_two_splits_is_said(tmp_path: Path) -> None:
+    files = {f"Annotations/{split}/1.xml": VOC for split in ("train", "val")} | images("images/1.png")
+    train, val = read_sets(laid_out(files, tmp_path)).values()
+    assert "shared image" not in {finding.kind for finding in train.findings}
+    assert "shared image" in {finding.kind for finding in val.findings}
+
+
+def test_an_xml_is_of_no_image_in_another_folder(tmp_path: Path) -> None:
+    files = {"cam2/1.xml": VOC, "cam2/2.xml": VOC, **images("cam1/1.png", "cam2/2.png")}
+    (found,) = read_sets(laid_out(files, tmp_path)).values()
+    assert [image.file_name for image in found.images] == ["cam2/2.png"]
+    assert "missing image" in {finding.kind for finding in found.findings}
+
+
+@pytest.mark.parametrize("other", ["device.json", "training_log.json", "val_predictions.json", "notes/train.json"])
+def test_a_json_of_another_kind_is_none_of_a_split(other: str, tmp_path: Path) -> None:
+    files = {"instances_train.json": document("1.png"), other: '[{"image_id": 1}]', **images("1.png")}
+    assert list(read_sets(laid_out(files, tmp_path))) == ["train"]
 
 
 @pytest.mark.parametrize("broken", ["", "// mine\n{}", "{"])
@@ -177,6 +230,12 @@ def test_a_broken_json_of_a_split_is_an_error(broken: str, tmp_path: Path) -> No
         read_sets(root)
     (root / "instances_val.json").unlink()
     assert list(read_sets(root)) == ["train"]
+
+
+def test_a_broken_json_of_a_split_beside_its_images_is_an_error(tmp_path: Path) -> None:
+    files = {"train/_annotations.coco.json": document("1.png"), "valid/_annotations.coco.json": ""}
+    with pytest.raises(ValueError, match=r"valid/_annotations.coco.json: no COCO json"):
+        read_sets(laid_out(files | images("train/1.png", "valid/2.png"), tmp_path))
 
 
 def test_no_split_is_called_like_the_folder_above(tmp_path: Path) -> None:
