@@ -47,7 +47,7 @@ FIXES = {
     "image left out": "nothing to do if they are not meant to belong to the set: it has no annotations of them",
     "foreign file": "nothing to do if it holds no labels",
     "other names": "keep one list of the classes",
-    "absent split": "nothing to do if there is no such split; else correct its path in the data.yaml",
+    "absent split": "nothing to do if it is not meant to be there; else correct its path, or add its labels",
     "shared image": "take it out of one of the splits: what was trained on is no test",
     "differing categories": "give a class the same id and name in all splits, or training refuses to evaluate on them",
     # shards

@@ -48,17 +48,17 @@ def read_sets(
     from_zero = [where for files in voc.values() for where in files.from_zero]
     sets = {}
     for part in chosen:
-        if part.kind == "voc":
-            source = voc_source(voc[part.name], ids, from_zero)
-        else:
-            source = (_coco_source if part.kind == "coco" else _yolo_source)(part, reading)
-        source.findings[:0] = [Finding("absent split", part.name, what, "warning") for what in part.absent]
         try:
+            if part.kind == "voc":
+                source = voc_source(voc[part.name], ids, from_zero)
+            else:
+                source = (_coco_source if part.kind == "coco" else _yolo_source)(part, reading)
+            source.findings[:0] = [Finding("absent split", part.name, what, "warning") for what in part.absent]
             sets[part.name] = coco_set(part.annotations, source, part.images, reading, progress=progress)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             others = ", ".join(other for other in names if other != part.name)
             hint = f"; --split reads one of the others alone: {others}" if len(chosen) > 1 else ""
-            raise ValueError(f"{error}{hint}") from error
+            raise type(error)(f"{error}{hint}") from error
     _compare(sets)
     _shared(sets)
     return sets
@@ -159,21 +159,20 @@ def _voc_ids(parts: Sequence[Part], files: Sequence[VocFiles], reading: Reading)
 
 def _yolo_source(part: Part, reading: Reading) -> Source:
     findings: list[Finding] = []
-    if told := reading.classes or part.classes:
-        names, taken = read_classes(told, first=0), told
-    else:
-        found = named_classes(part.annotations)
-        if found is None:
-            raise FileNotFoundError(
-                f"{part.annotations}: the names of the classes are missing: put one of {', '.join(NAME_FILES)} "
-                "into it, or name a file of them with --classes"
-            )
-        taken, names, others = found
+    own = (part.classes, read_classes(part.classes, first=0), []) if part.classes else named_classes(part.annotations)
+    if own is None and reading.classes is None:
+        raise FileNotFoundError(
+            f"{part.annotations}: the names of the classes are missing: put one of {', '.join(NAME_FILES)} "
+            "into it, or name a file of them with --classes"
+        )
+    taken, names, others = own or (reading.classes, {}, [])
+    if reading.classes is None:
         findings = [
             Finding("other names", str(file), f"it tells other classes than {taken}, which is taken", "warning")
             for file in others
         ]
-    files = [file for file in files_below(part.annotations, (".txt",)) if file.resolve() != taken.resolve()]
+    apart = {file.resolve() for file in (taken, reading.classes) if file is not None}
+    files = [file for file in files_below(part.annotations, (".txt",)) if file.resolve() not in apart]
     images = ImageFiles(part.images, part.listed)
     if part.listed is not None:  # the folder holds those of other splits, too
         stems = {stem_of(name) for name in part.listed}
@@ -181,14 +180,13 @@ def _yolo_source(part: Part, reading: Reading) -> Source:
         files = [file for file in files if stem_of(file.relative_to(part.annotations).as_posix()) in stems]
     if not files:
         raise FileNotFoundError(f"{part.annotations}: no .txt file of labels for the images in {part.images}")
-    source = yolo_source(part.annotations, files, images, names, _keypoints(part))
+    told = read_classes(reading.classes, first=0) if reading.classes else names
+    keypoints = keypoint_numbers(own[0]) if own else 0
+    source = yolo_source(part.annotations, files, images, told, keypoints)
+    if told != names and names:  # the numbers in the files are those of the set's own names
+        ids = {name: number for number, name in told.items()}
+        for annotation in source.annotations:
+            name = names.get(annotation["category_id"], annotation["category_id"])
+            annotation["category_id"] = ids.get(name, name)
     source.findings[:0] = findings
     return source
-
-
-def _keypoints(part: Part) -> int:
-    """By the data.yaml of the set, whatever file the names of its classes were taken from."""
-    if part.classes:
-        return keypoint_numbers(part.classes)
-    found = named_classes(part.annotations)
-    return keypoint_numbers(found[0]) if found else 0

@@ -1,7 +1,7 @@
 """The parts of a set in YOLO's format: by a data.yaml, by an obj.data, or by the names of folders alone."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -139,22 +139,27 @@ def yolo_parts(root: Path, images: Path | None) -> list[Part]:
         return [Part("", "yolo", labels, images)] if files_below(labels, (".txt",)) else []
     own = _called(root, ("images", "jpegimages"))
     if labels and own:
-        return _splits((place.name, labels / place.name, place) for place in folders_in(own)) or [
-            Part("", "yolo", labels, own)
-        ]
-    places = [(place, _called(place, ("labels",)), _called(place, ("images",))) for place in folders_in(root)]
-    apart = [Part(place.name, "yolo", labels, images) for place, labels, images in places if labels and images]
-    if apart:
-        return apart
-    together = _splits((place.name, place, place) for place in folders_in(root) if files_below(place, IMAGE_SUFFIXES))
-    return together or ([Part("", "yolo", root, root)] if files_below(root, (".txt",)) else [])
+        splits = _splits([(place.name, labels / place.name, place) for place in folders_in(own)])
+        return splits or [Part("", "yolo", labels, own)]
+    places = [(place.name, _called(place, ("labels",)), _called(place, ("images",))) for place in folders_in(root)]
+    if any(labels and images for _, labels, images in places):
+        return _splits([(name, labels, images or root / name) for name, labels, images in places], of_any_name=True)
+    together = [(place.name, place, place) for place in folders_in(root) if files_below(place, IMAGE_SUFFIXES)]
+    return _splits(together) or ([Part("", "yolo", root, root)] if files_below(root, (".txt",)) else [])
 
 
-def _splits(places: Iterable[tuple[str, Path, Path]]) -> list[Part]:
-    """(name, labels, images) as parts, where any of the names is that of a split."""
-    parts = [Part(name, "yolo", labels, images) for name, labels, images in places if labels.is_dir()]
-    parts = [part for part in parts if files_below(part.annotations, (".txt",))]
-    return parts if any(is_split(part.name) for part in parts) else []
+def _splits(places: list[tuple[str, Path | None, Path]], *, of_any_name: bool = False) -> list[Part]:
+    """(name, labels, images) as parts, where any is called like a split; folders of images without labels are noted."""
+    parts = []
+    absent = []
+    for name, labels, images in places:
+        if labels is not None and labels.is_dir() and files_below(labels, (".txt",)):
+            parts.append(Part(name, "yolo", labels, images))
+        elif files_below(images, IMAGE_SUFFIXES):
+            absent.append(f"{name}: images without labels, left out")
+    if not parts or not (of_any_name or any(is_split(part.name) for part in parts)):
+        return []
+    return [replace(parts[0], absent=tuple(absent)), *parts[1:]]
 
 
 def _called(root: Path, names: tuple[str, ...]) -> Path | None:

@@ -253,6 +253,19 @@ def test_a_split_that_is_named_but_not_there_is_said(tmp_path: Path) -> None:
     assert [(finding.kind, finding.what) for finding in found.findings] == [("absent split", "valid: 'data/valid.txt'")]
 
 
+@pytest.mark.parametrize("kept", ["images/test/3.png", "test/3.png"])
+def test_images_of_a_split_without_labels_are_said(kept: str, tmp_path: Path) -> None:
+    files = {kept: A, **NAMES}
+    if kept.startswith("images"):
+        files |= {**images("images/train/1.png"), "labels/train/1.txt": ROW}
+    else:
+        files |= {**images("train/images/1.png"), "train/labels/1.txt": ROW}
+    (found,) = read_sets(laid_out(files, tmp_path)).values()
+    assert [(finding.kind, finding.what) for finding in found.findings] == [
+        ("absent split", "test: images without labels, left out")
+    ]
+
+
 def test_one_bad_split_does_not_keep_from_reading_another(tmp_path: Path) -> None:
     files = {"train.json": document("1.png"), "test.json": document()}
     root = laid_out(files | images("1.png"), tmp_path)

@@ -22,6 +22,35 @@ TWO_FOLDERS = {
 }
 YOLO = [
     Case(
+        "classes in another order",
+        yolo(files={"names.txt": "dog\ncat\n"}),
+        ONE,
+        path="labels",
+        images="images",
+        classes="names.txt",
+    ),
+    Case(
+        "a class that --classes lacks",
+        yolo(ROW + "1 0.5 0.5 0.2 0.2\n", files={"names.txt": "owl\ncat\n"}),
+        ONE,
+        {"unknown category": 1},
+        path="labels",
+        images="images",
+        classes="names.txt",
+    ),
+    Case(
+        "keypoints of classes in another order",
+        yolo(
+            "1 0.25 0.5 0.3 0.5 0.2 0.2 2 0.4 0.4 1\n",
+            "kpt_shape: [2, 3]\nnames: [dog, cat]\n",
+            {"names.txt": "cat\ndog\n"},
+        ),
+        ONE,
+        path="labels",
+        images="images",
+        classes="names.txt",
+    ),
+    Case(
         "one folder of images and labels, the other of both",
         {
             "data.yaml": "train: [old/images, new]\nnames: [cat, dog]\n",
@@ -53,18 +82,6 @@ YOLO = [
         {"bad entry": 1},
         path="labels",
         images="images",
-    ),
-    Case(
-        "keypoints, and names from elsewhere",
-        yolo(
-            "0 0.25 0.5 0.3 0.5 0.2 0.2 2 0.4 0.4 1\n",
-            "kpt_shape: [2, 3]\nnames: [x, y]\n",
-            {"names.txt": "cat\ndog\n"},
-        ),
-        ONE,
-        path="labels",
-        images="images",
-        classes="names.txt",
     ),
     Case(
         "no label is of any image",
