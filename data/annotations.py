@@ -143,12 +143,14 @@ def _is_crowd(entry: Any) -> tuple[bool, str]:
     """(whether any of CROWD_FLAGS is set, what is wrong with one)."""
     crowd = False
     for holder in (entry, member_of(entry, "attributes")):
-        for name in CROWD_FLAGS:
-            value = as_flag(member_of(holder, name))
+        for name in CROWD_FLAGS if isinstance(holder, dict) else ():
+            if name not in holder:
+                continue
+            value = as_flag(holder[name])
             if value is None and holder is not entry:
                 continue  # attributes are free text in many programs
             if value is None:
-                return False, f"{name} {described(member_of(holder, name))} is neither 0 nor 1"
+                return False, f"{name} {described(holder[name])} is neither 0 nor 1"
             crowd |= value
     return crowd, ""
 

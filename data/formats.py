@@ -46,6 +46,8 @@ def read_sets(
     voc = {part.name: _voc_files(part) for part in parts if part.kind == "voc"}
     ids = _voc_ids(parts, list(voc.values()), reading) if voc else {}
     from_zero = [where for files in voc.values() for where in files.from_zero]
+    if unlisted := _unlisted(parts):
+        voc[parts[0].name].findings.append(unlisted)
     sets = {}
     for part in chosen:
         try:
@@ -145,6 +147,18 @@ def _voc_files(part: Part) -> VocFiles:
     return found
 
 
+def _unlisted(parts: Sequence[Part]) -> Finding | None:
+    """What to say of xml files that are in none of the lists of a set."""
+    if not all(part.kind == "voc" and part.listed for part in parts):
+        return None
+    listed = {name for part in parts for name in part.listed or ()}
+    listed |= {name.rpartition("/")[2] for name in listed}
+    left = [file.name for folder in {part.annotations for part in parts} for file in files_below(folder, (".xml",))]
+    left = sorted(name for name in left if stem_of(name) not in listed)
+    what = f"{len(left)} xml files are in no list of ImageSets/Main: {', '.join(left[:3])}"
+    return Finding("image left out", str(parts[0].annotations), what, "warning") if left else None
+
+
 def _voc_ids(parts: Sequence[Part], files: Sequence[VocFiles], reading: Reading) -> dict[str, int]:
     told = reading.classes or next((part.classes for part in parts if part.classes), None)
     if told is None:
@@ -186,7 +200,7 @@ def _yolo_source(part: Part, reading: Reading) -> Source:
     if told != names and names:  # the numbers in the files are those of the set's own names
         ids = {name: number for number, name in told.items()}
         for annotation in source.annotations:
-            name = names.get(annotation["category_id"], annotation["category_id"])
+            name = names.get(annotation["category_id"], f"{annotation['category_id']}, which has no name in {taken}")
             annotation["category_id"] = ids.get(name, name)
     source.findings[:0] = findings
     return source

@@ -1,7 +1,7 @@
 """The parts of a set in YOLO's format: by a data.yaml, by an obj.data, or by the names of folders alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,12 +92,15 @@ def _listed_images(place: Path) -> Iterator[Path]:
     if place.is_dir():
         yield from files_below(place, IMAGE_SUFFIXES)
         return
-    root = place.parent
+    root, shortened = place.parent, 0  # all paths of a list mostly begin alike
     for line in decoded(read_file(place)).split("\n"):
         if (line := line.strip().replace("\\", "/")) and not line.startswith("#"):
             inner = PurePosixPath(line)
-            shorter = (PurePosixPath(*inner.parts[count:]) for count in range(len(inner.parts)))
-            found = next((root / path for path in (inner, *shorter) if is_inside(root, root / path)), None)
+            counts = (shortened, *range(len(inner.parts)))
+            paths = (
+                (count, root / PurePosixPath(*inner.parts[count:])) for count in counts if count < len(inner.parts)
+            )
+            shortened, found = next((pair for pair in paths if is_inside(root, pair[1])), (0, None))
             yield found or root / PurePosixPath(*[part for part in inner.parts if part not in ("..", "/")])
 
 
@@ -148,7 +151,7 @@ def yolo_parts(root: Path, images: Path | None) -> list[Part]:
     return _splits(together) or ([Part("", "yolo", root, root)] if files_below(root, (".txt",)) else [])
 
 
-def _splits(places: list[tuple[str, Path | None, Path]], *, of_any_name: bool = False) -> list[Part]:
+def _splits(places: Sequence[tuple[str, Path | None, Path]], *, of_any_name: bool = False) -> list[Part]:
     """(name, labels, images) as parts, where any is called like a split; folders of images without labels are noted."""
     parts = []
     absent = []

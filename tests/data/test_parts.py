@@ -266,6 +266,13 @@ def test_images_of_a_split_without_labels_are_said(kept: str, tmp_path: Path) ->
     ]
 
 
+def test_xml_files_in_no_list_are_said(tmp_path: Path) -> None:
+    files = voc("1", "2") | {f"{LISTS}/train.txt": "1\n"}
+    (found,) = read_sets(laid_out(files, tmp_path)).values()
+    assert [image.file_name for image in found.images] == ["1.png"]
+    assert [finding.what for finding in found.findings] == ["1 xml files are in no list of ImageSets/Main: 2.xml"]
+
+
 def test_one_bad_split_does_not_keep_from_reading_another(tmp_path: Path) -> None:
     files = {"train.json": document("1.png"), "test.json": document()}
     root = laid_out(files | images("1.png"), tmp_path)
