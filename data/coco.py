@@ -80,8 +80,6 @@ def _images(entries: Iterable[Any], findings: list[Finding]) -> tuple[dict[int, 
             fault = f"id is no whole number >= 0: {described(entry)}"
         elif not (isinstance(name, str) and name):
             fault = f"file_name {described(name)} is no text: {described(entry)}"
-        elif any("\ud800" <= character <= "\udfff" for character in name):
-            fault = f"file_name {described(name)} is not text in UTF-8: rename the file"
         else:
             name = posixpath.normpath(name) if "./" in name and ".." not in name else name
         if image_id is None or fault:

@@ -133,7 +133,8 @@ def load_image(
 
 def load_upright(data: bytes, *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """The picture as a viewer shows it: `load_image` turned by the orientation in the file."""
-    return load_image(data, most_pixels=most_pixels, orientation=_opened(io.BytesIO(data), most_pixels, _orientation))
+    pixels = load_image(data, most_pixels=most_pixels)
+    return turned(pixels, _opened(io.BytesIO(data), most_pixels, _orientation))
 
 
 def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:

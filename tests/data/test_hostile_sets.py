@@ -81,7 +81,7 @@ def test_what_is_no_file_is_a_finding_and_hangs_nothing(coco_folder, tmp_path, k
     assert "pipes and devices are not read" in refusal(annotations, image.parent, tmp_path / "out", allow_outside=True)
 
 
-@pytest.mark.parametrize("name", ["a\0b.jpg", "x" * 5000 + ".jpg", "a\x1b[31m.jpg", "images\n.jpg"])
+@pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg", "x" * 5000 + ".jpg", "a\x1b[31m.jpg", "images\n.jpg"])
 def test_names_that_no_file_has_are_missing_images(coco_folder, edit: Edit, tmp_path, name):
     annotations = edit(lambda coco: first_image(coco, name))
     assert [finding.kind for finding in check(annotations, coco_folder / "images")] == ["missing image"]

@@ -58,10 +58,11 @@ def test_a_degenerate_box_stops_packing_with_one_message_and_its_fix(coco, tmp_p
     assert "1 boxes without area were left out" in dropped.stdout
 
 
-def test_a_json_without_its_images_folder_is_explained(coco):
-    result = ddetr("check", coco / "annotations.json")
+def test_a_json_without_its_images_folder_is_explained(coco, tmp_path):
+    (tmp_path / "annotations.json").write_bytes((coco / "annotations.json").read_bytes())
+    result = ddetr("check", tmp_path / "annotations.json")
     assert result.returncode == 2
-    assert "name the folder of its images too" in result.stderr
+    assert "name the folder of its images after it, IMAGES" in result.stderr
 
 
 def test_what_a_stranger_put_into_a_set_is_told_with_the_option_that_takes_it(coco, tmp_path):

@@ -223,7 +223,7 @@ def test_other_categories_are_named(run_directory: Path, tmp_path: Path) -> None
     values = json.loads((other / "index.json").read_text())
     values["categories"][1] = {"id": 77, "name": "zebra"}
     (other / "index.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"'zebra' \(id 77\) is not in it"):
+    with pytest.raises(ValueError, match=r"'zebra' \(id 77\) is not in the checkpoint"):
         evaluate(run_directory, [], data=other, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -142,7 +142,7 @@ IDS = [
         "a name that is not UTF-8",
         coco(images=[IMAGE_A, {**IMAGE_B, "file_name": "\udce4.png"}]),
         ONE,
-        {"bad entry": 1},
+        {"missing image": 1},
     ),
     Case("annotation id 0", coco([changed(id=0)]), ONE),
     Case(
