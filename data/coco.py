@@ -111,7 +111,7 @@ def _file_name(image: CocoImage, folder: Path, findings: list[Finding]) -> str:
     if leads_away and last and os.path.lexists(folder / last):
         findings.append(Finding("other file name", image.where, f"{name} is not there; taken: {last}", "warning"))
         return last
-    return slashed if "\\" in name else name
+    return name
 
 
 def _stated_size(entry: Any) -> tuple[tuple[int, int], str]:
