@@ -162,6 +162,9 @@ def _sized(
         is_shown = (convention == "shown") if convention else source.shown
         if stated != (0, 0) and header.shown_size != stored:
             is_shown = stated == header.shown_size
+        elif header.exif_fault:
+            what = f"its EXIF cannot be read ({header.exif_fault}); taken: the stored pixels"
+            findings.append(Finding("unknown orientation", image.where, what, "warning"))
         elif header.was_turned and not source.shown and convention != "shown":
             what = (
                 "an EXIF orientation in a TIFF, which is read as it is shown: boxes of the stored pixels are beside it"

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,13 +55,15 @@ class Header:
     """What an image file states. height, width: of the stored pixels. orientation: 1 to 8, as EXIF has it.
 
     A viewer shows the pixels turned and mirrored by the orientation; 1 means as they are stored, 5 to 8 a quarter turn.
-    was_turned: what is read is turned already (TIFF), so that the stored pixels are not to be had.
+    was_turned: what is read is turned already (TIFF), so that the stored pixels are not to be had. exif_fault: why EXIF
+    cannot be read, and so does not tell the orientation.
     """
 
     height: int
     width: int
     orientation: int = 1
     was_turned: bool = False
+    exif_fault: str = ""
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -134,7 +137,8 @@ def load_image(
 def load_upright(data: bytes, *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """The picture as a viewer shows it: `load_image` turned by the orientation in the file."""
     pixels = load_image(data, most_pixels=most_pixels)
-    return turned(pixels, _opened(io.BytesIO(data), most_pixels, _orientation))
+    orientation, _ = _opened(io.BytesIO(data), most_pixels, _orientation)  # a viewer, too, shows it as stored if broken
+    return turned(pixels, orientation)
 
 
 def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:
@@ -143,7 +147,8 @@ def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:
     def header(image: Image.Image) -> Header:
         _check_depth(image)
         was_turned = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_ORIENTATION, 1) in range(2, 9)
-        return Header(image.height, image.width, _orientation(image), was_turned)
+        orientation, exif_fault = _orientation(image)
+        return Header(image.height, image.width, orientation, was_turned, exif_fault)
 
     with open_file(path) as file:
         return _opened(file, most_pixels, header)
@@ -262,15 +267,17 @@ def _layouts(image: Image.Image) -> list[str]:
     return [first for first in firsts if isinstance(first, str)]
 
 
-def _orientation(image: Image.Image) -> int:
-    """Of the stored pixels, as PIL gives them: those of a TIFF it turns itself."""
+def _orientation(image: Image.Image) -> tuple[int, str]:
+    """(orientation of the stored pixels as PIL gives them, why EXIF does not tell it). It turns a TIFF itself."""
     if image.format == "TIFF":
-        return 1
+        return 1, ""
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # what PIL's parser stumbles over in broken EXIF, with which every viewer shows the stored pixels
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+        if orientation is None and isinstance(exif := image.info.get("exif"), bytes):
+            Image.Exif().load(exif)  # on opening some formats, PIL takes what it cannot read for nothing
+    except (SyntaxError, struct.error, ValueError, LookupError, OSError) as error:  # of PIL's parser, for broken EXIF
+        return 1, visible(str(error))
+    return (orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1), ""
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -139,7 +139,15 @@ BOXES = [
 ]
 
 TILTED = {number: picture(100, 80, "JPEG", number) for number in range(1, 9)}
+BROKEN_EXIF = TILTED[6].replace(b"MM\0*", b"MM\x0f*")
+assert TILTED[6] != BROKEN_EXIF
 ORIENTATIONS = [
+    Case(
+        "EXIF that cannot be read",
+        coco([changed()], [{**IMAGE_A, "file_name": "t.jpg"}], files={"t.jpg": BROKEN_EXIF}),
+        {"t.jpg": [CAT]},
+        {"unknown orientation": 1},
+    ),
     Case(
         "a TIFF upside down",
         coco([changed()], [{**IMAGE_A, "file_name": "t.tif"}], files={"t.tif": picture(100, 80, "TIFF", 3)}),
