@@ -21,6 +21,7 @@ from .categories import Categories
 from .findings import Finding
 from .headers import read_headers
 from .images import Header
+from .index import lack_of_objects
 from .sets import CocoImage, CocoSet, Reading, Source
 from .text import visible
 from .values import MOST_SIDE, as_whole, described
@@ -194,8 +195,7 @@ def _set_findings(path: Path, images: list[CocoImage]) -> list[Finding]:
             seen.add(box)
             crowds += annotation["iscrowd"]
         boxes += len(image.annotations)
-    if images and boxes == crowds:
-        what = f"all {boxes} boxes are crowds" if boxes else f"none of {len(images)} images has a box"
+    if images and (what := lack_of_objects(boxes, crowds)):
         findings.append(Finding("no boxes", str(path), what, "warning"))
     return findings
 

@@ -63,10 +63,7 @@ def check_shards(
     """
     index = ShardIndex.read(folder)
     findings = [Finding("extra shard", name, "not in the index") for name in index.extra_shards()]
-    boxes = int(index.samples["num_boxes"].sum())
-    if boxes == index.source.get("crowds", 0):
-        what = f"all {boxes} boxes are crowds" if boxes else f"none of {index.num_samples} images has a box"
-        findings.append(Finding("no boxes", str(folder), what, "warning"))
+    findings += [Finding("no boxes", str(folder), index.lack, "warning")] if index.lack else []
     numbers = []
     for number, shard in enumerate(index.shards):
         if shard.path.is_file():

@@ -93,12 +93,16 @@ def _resolved(root: Path) -> Path:
 
 def folders_in(root: Path) -> list[Path]:
     """The folders of a folder itself, by name, as `files_below` sees them."""
-    return sorted(place for place in root.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))
+    with os.scandir(root) as entries:  # which knows a folder without asking about each of many images
+        names = [entry.name for entry in entries if not entry.name.startswith((".", "__")) and entry.is_dir()]
+    return [root / name for name in sorted(names)]
 
 
 def files_in(root: Path) -> list[Path]:
     """The files of a folder itself, by name."""
-    return sorted(place for place in root.iterdir() if place.is_file() and not place.name.startswith("."))
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    return [root / name for name in sorted(names)]
 
 
 def _below(folder: Path) -> Iterator[Path]:
