@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 export PYTHON OFFLINE
 
-SOURCES := $(wildcard core/*.py ops/*.py ops/csrc/* data/*.py launch/* launch/*/* monitoring/*.py monitoring/*/*)
+SOURCES := $(wildcard core/*.py core/*/* ops/*.py ops/csrc/* data/*.py launch/* launch/*/* monitoring/*.py monitoring/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

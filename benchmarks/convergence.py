@@ -36,7 +36,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from ddetr.core.config import load
-from ddetr.core.cost import Cost, costs
+from ddetr.core.model.cost import Cost, costs
 from ddetr.data.shards import pack
 from ddetr.data.synthetic import draw_set
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

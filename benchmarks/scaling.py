@@ -133,10 +133,10 @@ def worker(arguments: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from ddetr.core.config import load
-    from ddetr.core.detector import build
-    from ddetr.core.engine import Engine
-    from ddetr.core.trainer import train_step
-    from ddetr.core.world import join
+    from ddetr.core.model.detector import build
+    from ddetr.core.training.engine import Engine
+    from ddetr.core.training.trainer import train_step
+    from ddetr.core.training.world import join
     from ddetr.data.batch import Sample, collate
 
     settings = [f"train.zero_stage={arguments.stage}", f"train.precision={arguments.precision}"]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ddetr.core.attention import MultiScaleDeformableAttention
 from ddetr.core.config import ModelConfig, load
-from ddetr.core.criterion import criterion
-from ddetr.core.detector import build
-from ddetr.core.optimizer import adamw
-from ddetr.core.transformer import TransformerLayer
+from ddetr.core.model.attention import MultiScaleDeformableAttention
+from ddetr.core.model.criterion import criterion
+from ddetr.core.model.detector import build
+from ddetr.core.model.transformer import TransformerLayer
+from ddetr.core.training.optimizer import adamw
 from ddetr.data.batch import Batch, Sample, collate, normalised
 from ddetr.ops import reference
 from torch import Tensor, nn

@@ -1,1 +1,1 @@
-"""The model, its losses and the training engine."""
+"""A run: its configuration, what it computes (model), keeps (checkpoint), scores (evaluation), and how (training)."""

@@ -21,7 +21,7 @@ from .ownership import ORDERS, check_own, is_shortened
 
 LONGEST_MISTAKE = 1200  # characters
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
-PRESETS = Path(__file__).resolve().parent.parent / "launch" / "presets"
+PRESETS = Path(__file__).resolve().parent / "presets"
 
 
 class ConfigError(ValueError):

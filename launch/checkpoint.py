@@ -17,7 +17,6 @@ from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import (
     Contents,
     TrainedDetector,
@@ -27,10 +26,11 @@ from ..core.checkpoint import (
     read_newest,
     save_weights,
 )
+from ..core.checkpoint.manifest import verify
 from ..core.config import dump
-from ..core.cost import OTHERS, PARTS, part_of
-from ..core.detector import Detector
-from ..core.manifest import verify
+from ..core.model.attention import MultiScaleDeformableAttention
+from ..core.model.cost import OTHERS, PARTS, part_of
+from ..core.model.detector import Detector
 from ..data.batch import normalised
 from ..data.categories import Categories
 from ..data.documents import parse_json

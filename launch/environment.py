@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from ..core.config import Config
-from ..core.engine import BUCKET_ELEMENTS
-from ..core.world import World
+from ..core.training.engine import BUCKET_ELEMENTS
+from ..core.training.world import World
 from ..data.folders import obstacle
 from ..data.index import ShardIndex
 from ..data.shared_memory import FOLDER, REMEDY, free_bytes, mebibytes, place
@@ -103,7 +103,7 @@ def check_compiler_cache() -> None:
 
 
 def local_size() -> int:
-    """Ranks of this machine, as core/world.py counts them."""
+    """Ranks of this machine, as core/training/world.py counts them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 

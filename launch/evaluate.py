@@ -14,10 +14,10 @@ from rich.text import Text
 
 from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector
 from ..core.config import Config, ConfigError
-from ..core.evaluator import ShardResult, check_categories, evaluate_shard, evaluation, without_ap
+from ..core.evaluation.evaluator import ShardResult, check_categories, evaluate_shard, evaluation, without_ap
 from ..core.ownership import ForeignSettingError, check_links, check_own
-from ..core.reports import without_score
-from ..core.world import device_for
+from ..core.training.reports import without_score
+from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.documents import as_json
 from ..data.index import ShardIndex, write_whole

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.attention import MultiScaleDeformableAttention
 from ..core.checkpoint import TrainedDetector, load_detector
-from ..core.detector import DeformableDetr
-from ..core.world import device_for
+from ..core.model.attention import MultiScaleDeformableAttention
+from ..core.model.detector import DeformableDetr
+from ..core.training.world import device_for
 from ..data.batch import collate, normalised
 from ..data.boxes import cxcywh_to_xyxy
 from ..data.images import load_upright, read_file

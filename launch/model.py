@@ -6,7 +6,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..core.config import Config
-from ..core.cost import IMAGE_SIZE, Cost, costs
+from ..core.model.cost import IMAGE_SIZE, Cost, costs
 from .console import Terminal
 
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from ..core.checkpoint import TrainedDetector, load_detector
-from ..core.evaluator import category_id
-from ..core.postprocess import Detections, detections
-from ..core.published import published_categories
-from ..core.world import device_for
+from ..core.checkpoint.published import published_categories
+from ..core.evaluation.evaluator import category_id
+from ..core.model.postprocess import Detections, detections
+from ..core.training.world import device_for
 from ..data.batch import collate, normalised
 from ..data.documents import as_json
 from ..data.images import load_upright, read_file

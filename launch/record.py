@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..core.config import Config, dump
-from ..core.reports import CheckpointReport, EvaluationReport, FaultReport, Report, SavingReport, StepReport, as_json
+from ..core.training.reports import (
+    CheckpointReport,
+    EvaluationReport,
+    FaultReport,
+    Report,
+    SavingReport,
+    StepReport,
+    as_json,
+)
 from ..data import documents
 from ..data.index import write_whole
 from ..monitoring.exporter import write_targets

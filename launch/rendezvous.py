@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from ..core.network import hosted_store, own_address
+from ..core.training.network import hosted_store, own_address
 from ..data.text import visible
 
 NAME = "ddetr"  # among torchrun's --rdzv-backend

@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..core.config import Config, ConfigError, brief, came_with_weights, changed, complaint, load
-from ..core.evaluator import METRICS
+from ..core.evaluation.evaluator import METRICS
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
 from ..data.documents import parse_yaml

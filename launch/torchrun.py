@@ -15,7 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
-from ..core.network import LOOPBACK, address_towards, own_address
+from ..core.training.network import LOOPBACK, address_towards, own_address
 from ..data.shared_memory import FOLDER, REMEDY
 from . import rendezvous
 from .command_line import split_off
@@ -71,7 +71,7 @@ def failure(failed: ChildFailedError) -> tuple[str, int]:
 
     What a rank has to say of its failure it has said itself.
     """
-    from ..core.heartbeat import TRY_AGAIN  # with all that ranks import, which their launcher does not need
+    from ..core.training.heartbeat import TRY_AGAIN  # with all that ranks import, which their launcher does not need
 
     ranks: dict[int, list[str]] = {}
     for rank, one in sorted(failed.failures.items()):

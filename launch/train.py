@@ -13,24 +13,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core import pretrained
-from ..core.backbone import Backbone
-from ..core.changes import told_of_changes
 from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weights
+from ..core.checkpoint.labels import check_evaluable, check_same
+from ..core.checkpoint.manifest import Position, is_evaluated, resumable, verify
 from ..core.config import Config, dump
-from ..core.detector import Detector, build
-from ..core.engine import deepspeed_config
-from ..core.evaluator import without_ap
-from ..core.heartbeat import TRY_AGAIN
-from ..core.labels import check_evaluable, check_same
-from ..core.manifest import is_evaluated, resumable, verify
-from ..core.optimizer import check_trained, freeze_without_rate, rate_advice
+from ..core.evaluation.evaluator import without_ap
+from ..core.model import pretrained
+from ..core.model.backbone import Backbone
+from ..core.model.detector import Detector, build
 from ..core.ownership import check_links, remember
-from ..core.reports import CheckpointReport, EvaluationReport, Report, StepReport
-from ..core.timetable import Position, Timetable, nothing_left, planned
-from ..core.trainer import train, training_stream
-from ..core.trial import SIDE, Trial, try_step
-from ..core.world import World, join
+from ..core.training.changes import told_of_changes
+from ..core.training.engine import deepspeed_config
+from ..core.training.heartbeat import TRY_AGAIN
+from ..core.training.optimizer import check_trained, freeze_without_rate, rate_advice
+from ..core.training.reports import CheckpointReport, EvaluationReport, Report, StepReport
+from ..core.training.schedule import Timetable, nothing_left, planned
+from ..core.training.trainer import train, training_stream
+from ..core.training.trial import SIDE, Trial, try_step
+from ..core.training.world import World, join
 from ..data.cache import open_shards
 from ..data.categories import Categories
 from ..data.folders import obstacle

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.config import Config, changed
 from ..core.overrides import written
-from ..core.reports import EvaluationReport, without_score
+from ..core.training.reports import EvaluationReport, without_score
 from .cluster import cluster
 from .console import say
 from .placement import anywhere

@@ -13,8 +13,8 @@ import torch
 
 from ..core.checkpoint import TrainedDetector
 from ..core.config import Config
-from ..core.evaluator import ShardResult, evaluate_shard
-from ..core.world import device_for
+from ..core.evaluation.evaluator import ShardResult, evaluate_shard
+from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
 from .placement import anywhere, from_anywhere

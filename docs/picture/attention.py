@@ -1,7 +1,7 @@
 """Part 5: deformable attention opened up, and the points that two queries really read."""
 
 import torch
-from ddetr.core.attention import MultiScaleDeformableAttention
+from ddetr.core.model.attention import MultiScaleDeformableAttention
 from ddetr.ops import fused_deform_attn, reference
 
 from .canvas import Box, Canvas, Line, code, quiet, shape

@@ -1,9 +1,9 @@
 """Parts 7 and 8: the decoder, and heads that refine boxes from layer to layer."""
 
-from ddetr.core.detector import DeformableDetr, _shift, inverse_sigmoid
-from ddetr.core.heads import MLP, Predictions, class_head
-from ddetr.core.postprocess import detections
-from ddetr.core.transformer import DecoderLayer, decoder_reference_points
+from ddetr.core.model.detector import DeformableDetr, _shift, inverse_sigmoid
+from ddetr.core.model.heads import MLP, Predictions, class_head
+from ddetr.core.model.postprocess import detections
+from ddetr.core.model.transformer import DecoderLayer, decoder_reference_points
 
 from .attention import matched_query
 from .canvas import Box, Canvas, Line, code, shape

@@ -1,6 +1,6 @@
 """Part 4: the encoder, and what a decoder layer has in common with its layers."""
 
-from ddetr.core.transformer import Encoder, EncoderLayer, TransformerLayer, encoder_reference_points
+from ddetr.core.model.transformer import Encoder, EncoderLayer, TransformerLayer, encoder_reference_points
 
 from .canvas import Box, Canvas, code, shape
 from .record import Record
@@ -84,7 +84,7 @@ def _end_of_layer(canvas: Canvas, record: Record, f: float, norm: Box) -> Box:
 
 def feed_forward(canvas: Canvas, layer: TransformerLayer, x: float, y: float, norm: Box, last: str) -> Box:
     """From the norm before it to the norm after it, which is returned; x is the middle of the flow."""
-    box = canvas.box("compute", Box(x - 165, y, 356, 62), "", [], place(TransformerLayer.feed_forward))
+    box = canvas.box("compute", Box(x - 165, y, 356, 62), "", [], place(TransformerLayer))
     first = canvas.pill(x - 157, y + 8, "linear1", size_of(layer.linear1), 152)
     second = canvas.pill(x + 31, y + 8, "linear2", size_of(layer.linear2), 152)
     canvas.arrow(first.right(), second.left())

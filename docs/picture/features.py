@@ -1,9 +1,9 @@
 """Parts 1 to 3: a batch, the backbone, the tokens of all levels."""
 
-from ddetr.core.backbone import Backbone
-from ddetr.core.detector import DeformableDetr, Transformer
-from ddetr.core.frozen_norm import freeze_batch_norms
-from ddetr.core.position import sine_position
+from ddetr.core.model.backbone import Backbone
+from ddetr.core.model.detector import DeformableDetr, Transformer
+from ddetr.core.model.frozen_norm import freeze_batch_norms
+from ddetr.core.model.position import sine_position
 from ddetr.data.batch import Batch, collate, normalised
 from torch import nn
 

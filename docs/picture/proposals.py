@@ -2,8 +2,8 @@
 
 import torch
 from ddetr.core.config import load
-from ddetr.core.detector import DeformableDetr, _anchors, build
-from ddetr.core.position import proposal_position
+from ddetr.core.model.detector import DeformableDetr, _anchors, build
+from ddetr.core.model.position import proposal_position
 from torch import Tensor, nn
 
 from .canvas import Box, Canvas, Line, code, quiet, shape

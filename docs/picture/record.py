@@ -9,14 +9,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ddetr.core import criterion as criterion_module
-from ddetr.core import detector, matcher, transformer
-from ddetr.core.attention import MultiScaleDeformableAttention
 from ddetr.core.config import Config, load
-from ddetr.core.criterion import Losses, criterion
-from ddetr.core.detector import DeformableDetr
-from ddetr.core.heads import MLP, Predictions
-from ddetr.core.matcher import Matches
+from ddetr.core.model import criterion as criterion_module
+from ddetr.core.model import detector, matcher, transformer
+from ddetr.core.model.attention import MultiScaleDeformableAttention
+from ddetr.core.model.criterion import Losses, criterion
+from ddetr.core.model.detector import DeformableDetr
+from ddetr.core.model.heads import MLP, Predictions
+from ddetr.core.model.matcher import Matches
 from ddetr.data.batch import Batch, normalised
 from ddetr.ops import reference
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def place(*objects: Any) -> str:
-    """`core/detector.py: DeformableDetr._tokens` of functions or classes in one file."""
+    """`core/model/detector.py: DeformableDetr._tokens` of functions or classes in one file."""
     files = {Path(inspect.getsourcefile(inspect.unwrap(item)) or "").resolve() for item in objects}
     (file,) = files
     return f"{file.relative_to(REPOSITORY)}: {', '.join(item.__qualname__ for item in objects)}"

@@ -1,13 +1,12 @@
 """Parts 9 to 11: matching, losses, the optimizer step."""
 
-from ddetr.core.criterion import PARTS, Losses, _focal, criterion
-from ddetr.core.engine import Engine, deepspeed_config
-from ddetr.core.guard import finite_or_poison
-from ddetr.core.matcher import Matching, _assign, _cost
-from ddetr.core.optimizer import SLOW, parameter_groups
-from ddetr.core.timetable import Timetable
-from ddetr.core.trainer import train_step
-from ddetr.core.transfer import HostCopy
+from ddetr.core.model.criterion import PARTS, Losses, _focal, criterion
+from ddetr.core.model.finite import finite_or_poison
+from ddetr.core.model.matcher import Matching, _assign, _cost
+from ddetr.core.model.transfer import HostCopy
+from ddetr.core.training.engine import Engine, deepspeed_config
+from ddetr.core.training.optimizer import SLOW, parameter_groups
+from ddetr.core.training.trainer import train_step
 from ddetr.data.boxes import generalized_box_iou, paired_generalized_box_iou
 
 from .canvas import Box, Canvas, code, math, quiet, shape
@@ -189,7 +188,7 @@ def _step(canvas: Canvas, record: Record, top: float) -> Box:
         Box(1464, top + 234, 620, 120),
         "AdamW",
         [],
-        f"{place(parameter_groups)}; {place(Timetable.learning_rate)}",
+        place(parameter_groups),
         note=f"betas {config.optim.betas[0]:g}, {config.optim.betas[1]:g}; weight decay {config.optim.weight_decay:g}",
     )
     canvas.arrow(clipped.bottom(), adam.top())

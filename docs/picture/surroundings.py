@@ -2,10 +2,10 @@
 
 import torch
 from ddetr.core.config import load
-from ddetr.core.cost import costs
-from ddetr.core.criterion import _cross_entropy
-from ddetr.core.detector import build
-from ddetr.core.detr import Detr, DetrDecoderLayer, DetrEncoderLayer
+from ddetr.core.model.cost import costs
+from ddetr.core.model.criterion import _cross_entropy
+from ddetr.core.model.detector import build
+from ddetr.core.model.detr import Detr, DetrDecoderLayer, DetrEncoderLayer
 
 from .canvas import Box, Canvas
 from .maps import Maps

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from ddetr.core import trainer
+from ddetr.core.training import trainer
 from ddetr.launch.cli import main
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Shapes: 2 images, Q queries, S tokens, C = 32 channels, 4 heads.
 
 import pytest
 import torch
-from ddetr.core.attention import Attention
-from ddetr.core.dropout import Dropout
+from ddetr.core.model.attention import Attention
+from ddetr.core.model.dropout import Dropout
 from torch import Tensor, nn
 
 HIDDEN_DIM, HEADS = 32, 4

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ddetr.core.backbone import Backbone
 from ddetr.core.config import ModelConfig
-from ddetr.core.frozen_norm import FrozenNorm, freeze_batch_norms
+from ddetr.core.model.backbone import Backbone
+from ddetr.core.model.frozen_norm import FrozenNorm, freeze_batch_norms
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core import checkpoint
-from ddetr.core.checkpoint import (
+from ddetr.core.checkpoint import weights as checkpoint
+from ddetr.core.checkpoint.weights import (
     WEIGHTS,
     find_checkpoint,
     load_detector,
@@ -19,7 +19,7 @@ from ddetr.core.checkpoint import (
     step_directory,
 )
 from ddetr.core.config import Config, ModelConfig
-from ddetr.core.detector import Detector, build
+from ddetr.core.model.detector import Detector, build
 from ddetr.data.categories import Categories
 
 CATEGORIES = Categories(ids=(1, 23, 56), names=("disc", "triangle", "cross"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.config import ModelConfig, load
-from ddetr.core.cost import IMAGE_SIZE, Cost, costs
-from ddetr.core.detector import build
+from ddetr.core.model.cost import IMAGE_SIZE, Cost, costs
+from ddetr.core.model.detector import build
 from ddetr.data.config import DataConfig
 from ddetr.data.views import evaluation_view
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from ddetr.core.config import OptimConfig
-from ddetr.core.criterion import criterion
-from ddetr.core.heads import Predictions
-from ddetr.core.matcher import Matches, Matching, Stack
+from ddetr.core.model.criterion import criterion
+from ddetr.core.model.heads import Predictions
+from ddetr.core.model.matcher import Matches, Matching, Stack
 from ddetr.data.batch import Batch
 from ddetr.data.boxes import cxcywh_to_xyxy
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss

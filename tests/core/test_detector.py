@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ddetr.core.config import ModelConfig
-from ddetr.core.detector import DeformableDetr
+from ddetr.core.model.detector import DeformableDetr
 
 
 def small(**changes: object) -> DeformableDetr:

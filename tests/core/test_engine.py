@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core import config
-from ddetr.core.engine import LOSS_SCALE, deepspeed_config
-from ddetr.core.world import device_for
+from ddetr.core.training.engine import LOSS_SCALE, deepspeed_config
+from ddetr.core.training.world import device_for
 
 
 def test_deepspeed_json_follows_from_the_configuration() -> None:
@@ -79,7 +79,7 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_compiled_on_first_use(tmp_path: Path) -> None:
     script = """
 from ddetr.core.config import TrainConfig
-from ddetr.core.world import join
+from ddetr.core.training.world import join
 print("ranks:", join(TrainConfig(device="cpu")).size)
 """
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint import TrainedDetector
+from ddetr.core.checkpoint.weights import TrainedDetector
 from ddetr.core.config import load
-from ddetr.core.detector import DeformableDetr
-from ddetr.core.evaluator import (
+from ddetr.core.evaluation.evaluator import (
     METRICS,
     ShardResult,
     check_categories,
@@ -24,8 +23,9 @@ from ddetr.core.evaluator import (
     evaluation,
     merge,
 )
-from ddetr.core.heads import Predictions
-from ddetr.core.postprocess import detections
+from ddetr.core.model.detector import DeformableDetr
+from ddetr.core.model.heads import Predictions
+from ddetr.core.model.postprocess import detections
 from ddetr.data.batch import IMAGE_MEAN, IMAGE_STD
 from ddetr.data.categories import Categories
 from ddetr.data.index import ShardIndex, ShardReader

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ddetr.core.checkpoint import load_detector
-from ddetr.core.heartbeat import TRY_AGAIN
-from ddetr.core.manifest import is_evaluated
+from ddetr.core.checkpoint.manifest import is_evaluated
+from ddetr.core.checkpoint.weights import load_detector
+from ddetr.core.training.heartbeat import TRY_AGAIN
 
 from tests.core.runs import SMALL, collect, command, free_port, kill, succeeded, wait_for
 from tests.data import file_server

@@ -8,14 +8,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from ddetr.core import checkpoint
+from ddetr.core.checkpoint import weights as checkpoint
 from ddetr.core.config import ModelConfig, OptimConfig
-from ddetr.core.criterion import Losses, criterion
-from ddetr.core.detector import DeformableDetr
-from ddetr.core.heads import Predictions
-from ddetr.core.matcher import Matching, Stack
-from ddetr.core.optimizer import parameter_groups
-from ddetr.core.postprocess import detections
+from ddetr.core.model.criterion import Losses, criterion
+from ddetr.core.model.detector import DeformableDetr
+from ddetr.core.model.heads import Predictions
+from ddetr.core.model.matcher import Matching, Stack
+from ddetr.core.model.postprocess import detections
+from ddetr.core.training.optimizer import parameter_groups
 from ddetr.data.batch import Batch
 from torch import Tensor
 

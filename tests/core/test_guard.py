@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import WEIGHTS, load_detector, load_weights, save_weights
+from ddetr.core.checkpoint.weights import WEIGHTS, load_detector, load_weights, save_weights
 from ddetr.core.config import ModelConfig, load
-from ddetr.core.detector import build
-from ddetr.core.guard import finite_or_poison, first_not_finite
+from ddetr.core.model.detector import build
+from ddetr.core.model.finite import finite_or_poison, first_not_finite
 from ddetr.data.categories import Categories
 from safetensors.torch import load_file
 

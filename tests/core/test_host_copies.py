@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ddetr.core import matcher
 from ddetr.core.config import load
-from ddetr.core.criterion import criterion
-from ddetr.core.detector import build
-from ddetr.core.guard import finite_or_poison
-from ddetr.core.optimizer import adamw
+from ddetr.core.model import matcher
+from ddetr.core.model.criterion import criterion
+from ddetr.core.model.detector import build
+from ddetr.core.model.finite import finite_or_poison
+from ddetr.core.training.optimizer import adamw
 from ddetr.data.batch import Sample, collate, normalised
 from torch.profiler import ProfilerActivity, profile
 

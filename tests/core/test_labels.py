@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import WEIGHTS, export_published, load_weights, save_weights
+from ddetr.core.checkpoint.labels import check_same, label_map
+from ddetr.core.checkpoint.published import published_categories
+from ddetr.core.checkpoint.weights import WEIGHTS, export_published, load_weights, save_weights
 from ddetr.core.config import Config, ModelConfig
-from ddetr.core.detector import Detector, build
-from ddetr.core.labels import check_same, label_map
-from ddetr.core.published import published_categories
+from ddetr.core.model.detector import Detector, build
 from ddetr.data.categories import Categories
 
 OLD = Categories(ids=(1, 2, 3), names=("cat", "dog", "cow"))

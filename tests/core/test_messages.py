@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddetr.core.heartbeat import Beat, Identity
-from ddetr.core.messages import Failure, decoded, encoded
-from ddetr.core.training_state import Fragment
+from ddetr.core.training.heartbeat import Beat, Identity
+from ddetr.core.training.messages import Failure, decoded, encoded
+from ddetr.core.training.state import Fragment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +31,7 @@ def test_floats_arrive_bit_by_bit(values: list[float]) -> None:
         ([Identity("node0", 7, "machine")], list[Identity]),
         ([Fragment("class_embed.0.weight", 0, 1, 2, 3)], list[Fragment]),
         ({"AP": math.inf, "AP50": 0.1 + 0.2}, dict[str, float]),
-        (Beat(1, 2, "waiting", 0.5, [3], ["core/trainer.py:1 train"]), Beat),
+        (Beat(1, 2, "waiting", 0.5, [3], ["core/training/trainer.py:1 train"]), Beat),
     ],
 )
 def test_what_is_sent_arrives(value: Any, kind: Any) -> None:

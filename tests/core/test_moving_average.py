@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import load_detector
-from ddetr.core.detector import build
+from ddetr.core.checkpoint.weights import load_detector
+from ddetr.core.model.detector import build
 from safetensors.torch import load_file
 
 from tests.core.runs import Run, Train, collect, command, succeeded

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 from ddetr.core.config import Config, ConfigError, changed, load
-from ddetr.core.engine import deepspeed_config
 from ddetr.core.overrides import read, written
+from ddetr.core.training.engine import deepspeed_config
 from ddetr.launch.sweep import Sweep
 from ddetr.launch.trials import _shown
 from hypothesis import given, settings

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.config import OptimConfig
-from ddetr.core.criterion import criterion
-from ddetr.core.heads import Predictions
+from ddetr.core.model.criterion import criterion
+from ddetr.core.model.heads import Predictions
 from ddetr.data.batch import Batch, Sample, collate, nothing
 from ddetr.data.index import ShardIndex
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from ddetr.core.backbone import Backbone
 from ddetr.core.config import ModelConfig
-from ddetr.core.pretrained import source
+from ddetr.core.model.backbone import Backbone
+from ddetr.core.model.pretrained import source
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -79,7 +79,7 @@ def test_a_hub_that_says_nothing_is_not_waited_for(cache: Path, monkeypatch: pyt
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr("ddetr.core.pretrained.PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr("ddetr.core.model.pretrained.PATIENCE_SECONDS", 0.5)
         with pytest.raises(OSError, match="cannot be reached \\(ReadTimeout"):
             Backbone(ModelConfig(backbone=NAME))
         silent.set()

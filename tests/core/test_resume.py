@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import TRAINING, WEIGHTS, checkpoints, find_checkpoint, step_directory
-from ddetr.core.manifest import (
+from ddetr.core.checkpoint.manifest import (
     EVALUATION,
     LATEST,
     MANIFEST,
@@ -26,6 +25,7 @@ from ddetr.core.manifest import (
     verify,
     write_checkpoint,
 )
+from ddetr.core.checkpoint.weights import TRAINING, WEIGHTS, checkpoints, find_checkpoint, step_directory
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Run, Train, collect, command, start, strict_json, succeeded, wait_for
@@ -305,7 +305,7 @@ SAVE_WITHOUT_END = """
 import sys
 from pathlib import Path
 import numpy as np
-from ddetr.core.manifest import prune, write_checkpoint
+from ddetr.core.checkpoint.manifest import prune, write_checkpoint
 from safetensors.numpy import save_file
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])

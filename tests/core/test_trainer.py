@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import find_checkpoint, load_detector
-from ddetr.core.detector import DeformableDetr
+from ddetr.core.checkpoint.weights import find_checkpoint, load_detector
+from ddetr.core.model.detector import DeformableDetr
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Run, Train, collect, command, kill, start, succeeded, wait_for
@@ -157,7 +157,7 @@ def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, 
 
 
 def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, synthetic_shards: Path) -> None:
-    from ddetr.core.evaluator import coco_metrics, evaluate_shard, merge
+    from ddetr.core.evaluation.evaluator import coco_metrics, evaluate_shard, merge
     from ddetr.data.index import ShardIndex
 
     run = succeeded(train(2, f"data.validation={synthetic_shards}", "train.evaluate_every_epochs=1", steps=6))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import (
+from ddetr.core.checkpoint.weights import (
     TRAINING,
     WEIGHTS,
     export_published,
@@ -16,8 +16,8 @@ from ddetr.core.checkpoint import (
     step_directory,
 )
 from ddetr.core.config import load, preset_names
-from ddetr.core.detector import build
-from ddetr.core.optimizer import rate_advice
+from ddetr.core.model.detector import build
+from ddetr.core.training.optimizer import rate_advice
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Train, collect, command, succeeded

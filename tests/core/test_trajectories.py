@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint import find_checkpoint
+from ddetr.core.checkpoint.weights import find_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 

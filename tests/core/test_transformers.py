@@ -19,14 +19,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from ddetr.core.backbone import Backbone
+from ddetr.core.checkpoint.published import to_published
 from ddetr.core.config import ModelConfig, OptimConfig
-from ddetr.core.criterion import criterion
-from ddetr.core.detector import Detector, build
-from ddetr.core.heads import Predictions
-from ddetr.core.matcher import Matching, Stack
-from ddetr.core.postprocess import detections
-from ddetr.core.published import to_published
+from ddetr.core.model.backbone import Backbone
+from ddetr.core.model.criterion import criterion
+from ddetr.core.model.detector import Detector, build
+from ddetr.core.model.heads import Predictions
+from ddetr.core.model.matcher import Matching, Stack
+from ddetr.core.model.postprocess import detections
 from ddetr.data.batch import Batch
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor

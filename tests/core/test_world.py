@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddetr.core.network import hosted_store, own_address
+from ddetr.core.training.network import hosted_store, own_address
 
 from tests.core.runs import SMALL, command, free_port
 
@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
 from ddetr.core.config import TrainConfig
-from ddetr.core.world import World, join
+from ddetr.core.training.world import World, join
 
 def ours():
     return join(TrainConfig(device="cpu", threads=1))

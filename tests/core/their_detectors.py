@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from ddetr.core.config import ModelConfig
-from ddetr.core.heads import Predictions
+from ddetr.core.model.heads import Predictions
 from torch import Tensor, nn
 
 # A published name becomes theirs by these substitutions, one after another.

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import (
+from ddetr.core.checkpoint.manifest import EVALUATION, write_checkpoint
+from ddetr.core.checkpoint.weights import (
     TRAINING,
     WEIGHTS,
     save_weights,
 )
 from ddetr.core.config import Config, dump, load
-from ddetr.core.detector import build
-from ddetr.core.manifest import EVALUATION, write_checkpoint
+from ddetr.core.model.detector import build
 from safetensors.torch import save_file
 
 from tests.core.runs import SMALL

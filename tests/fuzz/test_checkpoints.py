@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ddetr.core.checkpoint import (
+from ddetr.core.checkpoint.published import read_published
+from ddetr.core.checkpoint.weights import (
     TRAINING,
     WEIGHTS,
     contents,
@@ -16,8 +17,7 @@ from ddetr.core.checkpoint import (
     load_weights,
 )
 from ddetr.core.config import Config
-from ddetr.core.detector import build
-from ddetr.core.published import read_published
+from ddetr.core.model.detector import build
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddetr.core.checkpoint import (
+from ddetr.core.checkpoint.manifest import EVALUATION, MANIFEST, prune, read_manifest, resumable, verify
+from ddetr.core.checkpoint.weights import (
     TRAINING,
     WEIGHTS,
     load_parameters,
 )
-from ddetr.core.manifest import EVALUATION, MANIFEST, prune, read_manifest, resumable, verify
 from ddetr.data.text import visible
 from ddetr.launch.checkpoint import inspect
 from hypothesis import strategies as st

@@ -32,9 +32,9 @@ def nodes() -> Iterator[dict[str, str]]:
 def make_run() -> Callable[..., Path]:
     """make_run(folder, shards, steps, *overrides): a run directory with one checkpoint of random weights per step."""
     import torch
-    from ddetr.core.checkpoint import WEIGHTS, save_weights, step_directory
+    from ddetr.core.checkpoint.weights import WEIGHTS, save_weights, step_directory
     from ddetr.core.config import load
-    from ddetr.core.detector import DeformableDetr
+    from ddetr.core.model.detector import DeformableDetr
     from ddetr.data.index import ShardIndex
 
     def make(folder: Path, shards: Path, steps: tuple[int, ...], *overrides: str) -> Path:
@@ -62,8 +62,8 @@ def make_run() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path]) -> Path:
     """Two checkpoints, steps 10 and 20. The objects in the shards are some of what step 20 detects, moved a little."""
-    from ddetr.core.checkpoint import load_detector
-    from ddetr.core.evaluator import evaluate_shard
+    from ddetr.core.checkpoint.weights import load_detector
+    from ddetr.core.evaluation.evaluator import evaluate_shard
     from ddetr.data.index import ShardIndex
     from ddetr.data.shards import pack
     from ddetr.launch.data import synth
@@ -101,7 +101,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
 @pytest.fixture
 def stranger(run_directory: Path, tmp_path: Path) -> Callable[..., Path]:
     """As `Stranger` of tests/launch/strangers.py says."""
-    from ddetr.core.checkpoint import load_detector
+    from ddetr.core.checkpoint.weights import load_detector
     from ddetr.core.config import changed, dump
 
     def make(*overrides: str) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ddetr.core.checkpoint import WEIGHTS
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.ownership import ForeignSettingError
 from ddetr.launch.cli import app
 from safetensors import safe_open

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint import TRAINING, WEIGHTS, load_detector, load_weights
-from ddetr.core.detector import DeformableDetr
-from ddetr.core.manifest import MANIFEST
+from ddetr.core.checkpoint.manifest import MANIFEST
+from ddetr.core.checkpoint.weights import TRAINING, WEIGHTS, load_detector, load_weights
+from ddetr.core.model.detector import DeformableDetr
 from ddetr.launch.checkpoint import FixedSizeDetector, export, inspect
 from ddetr.launch.cli import app
 from typer.testing import CliRunner

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import ray
-from ddetr.core.checkpoint import WEIGHTS, load_detector
+from ddetr.core.checkpoint.weights import WEIGHTS, load_detector
 from ddetr.core.config import ConfigError
-from ddetr.core.evaluator import METRICS, merge
+from ddetr.core.evaluation.evaluator import METRICS, merge
 from ddetr.data.index import ShardIndex
 from ddetr.launch.cluster import cluster
 from ddetr.launch.evaluate import CPU_THREADS, evaluate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ddetr.core.config import load
-from ddetr.core.cost import Cost, costs
+from ddetr.core.model.cost import Cost, costs
 from ddetr.launch.model import model
 
 DDETR = Path(sys.executable).with_name("ddetr")

@@ -53,6 +53,38 @@ def test_folders_import_only_what_they_may(folder: str) -> None:
                 assert sibling in FOLDERS[folder], f"{path}: {folder} must not import {sibling}"
 
 
+ROOMS = ("model", "checkpoint", "evaluation", "training")  # of core: each may import those before it
+CONFIGURATION = {"config", "overrides", "ownership"}
+
+
+def test_rooms_of_core_import_only_what_they_may() -> None:
+    for path in sorted((REPOSITORY / "core").rglob("*.py")):
+        parts = path.relative_to(REPOSITORY / "core").parts
+        if len(parts) == 1 and path.stem not in CONFIGURATION:
+            continue  # names for other programs
+        allowed = set(ROOMS[: ROOMS.index(parts[0])] if len(parts) > 1 else ()) | CONFIGURATION
+        for level, name in imports(path):
+            if level == len(parts):
+                assert name.split(".")[0] in allowed, f"{path} must not import {name}"
+
+
+def test_the_model_knows_no_process_group_and_no_deepspeed() -> None:
+    for path in (REPOSITORY / "core/model").rglob("*.py"):
+        for _, name in imports(path):
+            assert not f"{name}.".startswith(("torch.distributed.", "deepspeed.", "safetensors.")), f"{path}: {name}"
+
+
+def test_names_that_other_programs_import() -> None:
+    from ddetr.core.checkpoint import load_weights
+    from ddetr.core.config import load
+    from ddetr.core.detector import DeformableDetr
+    from ddetr.core.evaluator import coco_metrics
+    from ddetr.data.index import ShardIndex
+    from ddetr.ops import deform_attn
+
+    assert all(map(callable, (load_weights, load, DeformableDetr, coco_metrics, ShardIndex.load, deform_attn)))
+
+
 def test_core_needs_no_ray_web_server_or_metrics() -> None:
     for path in (REPOSITORY / "core").rglob("*.py"):
         for _, name in imports(path):
@@ -139,7 +171,7 @@ def test_the_wheel_holds_everything_and_works_on_its_own(wheel: Path, tmp_path: 
     files = [path for path in (unpacked / "ddetr").rglob("*") if path.is_file()]
     shipped = {str(path.relative_to(unpacked / "ddetr")) for path in files}
     expected = {str(path.relative_to(REPOSITORY)) for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")}
-    expected |= {"ops/_C.so", "launch/presets/tiny.yaml", "launch/local.sh", "launch/slurm.sbatch"}
+    expected |= {"ops/_C.so", "core/presets/tiny.yaml", "launch/local.sh", "launch/slurm.sbatch"}
     expected |= {"launch/kubernetes/train.yaml", "ops/csrc/library.cpp"}
     assert expected <= shipped, f"missing from the wheel: {sorted(expected - shipped)}"
     assert not any(name.startswith("tests/") for name in shipped)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ddetr.core.config import Config, load
-from ddetr.core.reports import EvaluationReport, FaultReport, SavingReport, StepReport
+from ddetr.core.training.reports import EvaluationReport, FaultReport, SavingReport, StepReport
 from ddetr.launch.record import Record
 from ddetr.launch.report import SCORES, read, report
 

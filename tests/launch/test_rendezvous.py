@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ddetr.core.network import hosted_store
+from ddetr.core.training.network import hosted_store
 from ddetr.launch import rendezvous
 from ddetr.launch.torchrun import settled
 from torch.distributed import TCPStore

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ddetr.core.config import load
-from ddetr.core.detector import build
+from ddetr.core.model.detector import build
 from ddetr.data.batch import Batch
 from ddetr.data.categories import Categories
 from ddetr.data.index import ShardIndex

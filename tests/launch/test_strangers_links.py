@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddetr.core.checkpoint import WEIGHTS
-from ddetr.core.manifest import record_evaluation, write_checkpoint
+from ddetr.core.checkpoint.manifest import record_evaluation, write_checkpoint
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.ownership import ForeignSettingError, check_links
 from ddetr.data.index import write_whole
 from ddetr.monitoring.exporter import write_targets

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ddetr.core.heartbeat import TRY_AGAIN
+from ddetr.core.training.heartbeat import TRY_AGAIN
 from ddetr.data.shared_memory import REMEDY
 
 from tests.core.runs import SMALL, kill, start, wait_for

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ddetr.core.checkpoint import find_checkpoint
+from ddetr.core.checkpoint.weights import find_checkpoint
 from ddetr.core.config import ConfigError, load
 from ddetr.launch.sweep import Sweep, read_sweep
 from ddetr.launch.tune import tune

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ddetr.core.config import Config, load
-from ddetr.core.evaluator import METRICS
+from ddetr.core.evaluation.evaluator import METRICS
 from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
 from ddetr.launch.data import synth

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.library import UNAVAILABLE
-from .config import TrainConfig
+from ...ops.library import UNAVAILABLE
+from ..config import TrainConfig
+from ..model.transfer import to_device
 from .messages import MOST_BYTES, Failure, decoded, encoded
 from .network import LOOPBACK, hosted_store, keep_to, own_address
-from .transfer import to_device
 
 COLLECTED_ELEMENTS = 25_000_000  # that rank 0 gets at once
 
@@ -170,7 +170,7 @@ def join(config: TrainConfig) -> World:
     if device.type == "cpu":
         # All that DeepSpeed would compile on a machine's first run, for minutes, is a sum of tensors for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Later than core/heartbeat.py, which also says who is missing.
+    # Later than core/training/heartbeat.py, which also says who is missing.
     patience = datetime.timedelta(seconds=config.collective_timeout_seconds + 2 * config.rank_timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

@@ -18,10 +18,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..data.categories import Categories
-from ..data.text import visible
-from .config import ModelConfig, brief
-from .detector import Detector
+from ...data.categories import Categories
+from ...data.text import visible
+from ..config import ModelConfig, brief
+from ..model.detector import Detector
 
 log = logging.getLogger("ddetr")
 _PUBLISHED = {"transformer.level_embed.weight": "transformer.level_embed"}

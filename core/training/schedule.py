@@ -6,23 +6,10 @@ find another number of steps in an epoch: another batch size, or shards that wer
 
 from dataclasses import dataclass
 
-from .config import Config, OptimConfig, TrainConfig
+from ..checkpoint.manifest import Position
+from ..config import Config, OptimConfig, TrainConfig
 
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run has come, as a checkpoint keeps it.
-
-    steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes when.
-    """
-
-    step: int
-    epoch: int
-    step_in_epoch: int
-    steps_per_epoch: int
-    order: str = ""
 
 
 @dataclass(frozen=True)

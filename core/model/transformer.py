@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import ModelConfig
 from .attention import Attention, MultiScaleDeformableAttention
-from .config import ModelConfig
 from .dropout import Dropout
 
 SpatialShapes = Sequence[tuple[int, int]]

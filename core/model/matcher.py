@@ -12,8 +12,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..data.boxes import cxcywh_to_xyxy, generalized_box_iou
-from .config import OptimConfig
+from ...data.boxes import cxcywh_to_xyxy, generalized_box_iou
+from ..config import OptimConfig
 from .transfer import HostCopy, to_device
 
 # With this many times more queries than boxes, only each box's best queries go to the host: the proposals' case.

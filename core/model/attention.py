@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import fused_deform_attn
+from ...ops import fused_deform_attn
 from .dropout import Dropout
 
 

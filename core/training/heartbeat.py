@@ -23,8 +23,8 @@ from typing import Annotated
 import torch.distributed as dist
 from pydantic import Field
 
-from ..data.text import visible
-from .config import TrainConfig
+from ...data.text import visible
+from ..config import TrainConfig
 from .messages import decoded, encoded
 from .world import World
 
@@ -36,7 +36,7 @@ _PUBLISH_SECONDS = 5.0
 _FRAMES = 24
 _FAILURE_GRACE_SECONDS = 5.0  # for the same error to end this rank in its own way
 _LAST_WORDS_SECONDS = 10.0  # to write them, perhaps to storage that hangs
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 _Place = tuple[int, int, str, float, Iterable[int]]  # moves, step, activity, since when, images
 

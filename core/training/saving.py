@@ -8,8 +8,8 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import checkpoints
-from .manifest import prune
+from ..checkpoint.manifest import prune
+from ..checkpoint.weights import checkpoints
 from .reports import CheckpointReport, Observe
 from .world import World
 

@@ -12,7 +12,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .config import ModelConfig
+from ..config import ModelConfig
 from .feature_maps import feature_maps
 from .frozen_norm import FrozenNorm, freeze_batch_norms
 from .pretrained import fetching

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..data.categories import Categories
-from ..data.text import visible
-from .config import ModelConfig
+from ...data.categories import Categories
+from ...data.text import visible
+from ..config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 PRIOR_PROBABILITY = 0.01  # of a class at initialisation (focal loss paper, section 3.3)
 

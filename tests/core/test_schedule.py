@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from ddetr.core.changes import told_of_changes
+from ddetr.core.checkpoint.manifest import Position
 from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
-from ddetr.core.timetable import Position, Timetable, nothing_left, other_plan
+from ddetr.core.training.changes import told_of_changes
+from ddetr.core.training.schedule import Timetable, nothing_left, other_plan
 
 
 def of(per_epoch: int, done: Position | None = None, **settings: object) -> Timetable:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.text import visible
-from .config import Config, without_logins
-from .overrides import in_one_line
-from .timetable import Position, Timetable
+from ...data.text import visible
+from ..checkpoint.manifest import Position
+from ..config import Config, without_logins
+from ..overrides import in_one_line
+from .schedule import Timetable
 
 # The weights are there already, and the run stays where it is.
 WITHOUT_EFFECT = (

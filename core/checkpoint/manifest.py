@@ -16,10 +16,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..data.documents import as_json, parse_json
-from ..data.text import LONGEST_FILE_NAME, visible
-from ..data.values import described, is_number, member, whole
-from .timetable import Position
+from ...data.documents import as_json, parse_json
+from ...data.text import LONGEST_FILE_NAME, visible
+from ...data.values import described, is_number, member, whole
 
 log = logging.getLogger("ddetr")
 
@@ -107,6 +106,20 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         if _digest(checkpoint / name) != entry:
             raise ValueError(damaged(checkpoint, f"the checksum of {name} is wrong"))
     return values
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come, as a checkpoint keeps it.
+
+    steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes when.
+    """
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    steps_per_epoch: int
+    order: str = ""
 
 
 @dataclass(frozen=True)

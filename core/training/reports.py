@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from ..data import documents
-from ..data.text import visible
-from .config import Config
-from .criterion import PARTS
-from .timetable import Timetable
+from ...data import documents
+from ...data.text import visible
+from ..config import Config
+from ..model.criterion import PARTS
+from .schedule import Timetable
 
 log = logging.getLogger("ddetr")
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from ..data.text import visible
+from ...data.text import visible
 
 MOST_BYTES = 1 << 30  # of one rank's message
 ERRORS: Mapping[str, type[Exception]] = {

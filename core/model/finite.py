@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..data.text import visible
+from ...data.text import visible
 
 
 @contextmanager

@@ -19,17 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.categories import Categories
-from ..data.documents import parse_json
-from ..data.text import visible
-from ..data.values import member, whole
-from .config import Config, ConfigError, EvalConfig, ModelConfig, brief, changed, dump, parse, without_logins
-from .detector import Detector, build
-from .guard import check_finite
+from ...data.categories import Categories
+from ...data.documents import parse_json
+from ...data.text import visible
+from ...data.values import member, whole
+from ..config import Config, ConfigError, EvalConfig, ModelConfig, brief, changed, dump, parse, without_logins
+from ..model.detector import Detector, build
+from ..model.finite import check_finite
+from ..overrides import written
+from ..ownership import check_own
 from .labels import check_shared, continued_heads, label_map
 from .manifest import damaged
-from .overrides import written
-from .ownership import check_own
 from .published import (
     Published,
     from_published,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.batch import Sample, collate
-from .config import Config
-from .detector import build
+from ...data.batch import Sample, collate
+from ..config import Config
+from ..model.detector import build
 from .engine import Engine
 from .optimizer import freeze_without_rate
 from .trainer import train_step

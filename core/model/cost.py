@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops.library import UNAVAILABLE
-from .config import ModelConfig
+from ...ops.library import UNAVAILABLE
+from ..config import ModelConfig
 from .detector import Detector, build
 
 # The paper averages over images of COCO at a short side of 800 pixels and names no size. This is their mean: resized

@@ -22,24 +22,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, normalised
-from ..data.categories import Categories
-from ..data.index import SampleError, ShardIndex
-from ..data.stream import STOP_SIGNALS, TrainStream
-from ..data.text import visible
-from .checkpoint import find_checkpoint, load_detector, load_parameters, load_weights
-from .config import Config
-from .criterion import criterion
-from .detector import build
+from ...data.batch import Batch, normalised
+from ...data.categories import Categories
+from ...data.index import SampleError, ShardIndex
+from ...data.stream import STOP_SIGNALS, TrainStream
+from ...data.text import visible
+from ..checkpoint.manifest import is_evaluated, record_evaluation
+from ..checkpoint.weights import find_checkpoint, load_detector, load_parameters, load_weights
+from ..config import Config
+from ..evaluation.evaluator import ShardResult, evaluate_shard, evaluation
+from ..model.criterion import criterion
+from ..model.detector import build
+from ..model.finite import finite_or_poison, first_not_finite
+from ..model.transfer import to_device
 from .engine import Engine
-from .evaluator import ShardResult, evaluate_shard, evaluation
-from .guard import finite_or_poison, first_not_finite
 from .heartbeat import Watch
-from .manifest import is_evaluated, record_evaluation
 from .reports import EvaluationReport, FaultReport, Observe, Pace, Progress, SavingReport, StepReport, named_losses
 from .saving import Saver
-from .timetable import Timetable, other_plan
-from .transfer import to_device
+from .schedule import Timetable, other_plan
 from .world import World
 
 log = logging.getLogger("ddetr")

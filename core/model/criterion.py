@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.batch import Batch
-from ..data.boxes import cxcywh_to_xyxy, paired_generalized_box_iou
-from .config import OptimConfig
+from ...data.batch import Batch
+from ...data.boxes import cxcywh_to_xyxy, paired_generalized_box_iou
+from ..config import OptimConfig
 from .heads import Predictions
 from .matcher import Matches, Matching, Stack
 from .transfer import to_device

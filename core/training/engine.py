@@ -12,16 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.categories import Categories
-from .checkpoint import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
-from .config import Config
-from .detector import Detector
-from .manifest import resumable, write_checkpoint
-from .moving_average import MovingAverage
+from ...data.categories import Categories
+from ..checkpoint.manifest import Position, resumable, write_checkpoint
+from ..checkpoint.weights import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
+from ..config import Config
+from ..model.detector import Detector
+from ..model.transformer import TransformerLayer
+from .average import MovingAverage
 from .optimizer import adamw, check_trained, freeze_without_rate
-from .timetable import Position
-from .training_state import AVERAGES, TrainingState
-from .transformer import TransformerLayer
+from .state import AVERAGES, TrainingState
 from .world import World
 
 log = logging.getLogger("ddetr")

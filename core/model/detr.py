@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from .attention import Attention
 from .backbone import Backbone
-from .config import ModelConfig
 from .dropout import Dropout
 from .heads import MLP, Predictions, class_head
 from .position import sine_position

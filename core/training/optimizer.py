@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import Config, OptimConfig
+from ..config import Config, OptimConfig
 
 SLOW = ("sampling_offsets", "reference_points")
 # Learning rate and images per step with which the published results of each architecture were made.

@@ -1,0 +1,1 @@
+"""From shards to detections, and from detections to scores."""
