@@ -1,9 +1,10 @@
-"""The training loss: class, L1 and GIoU over every decoder layer and the proposals (section 4 and appendix A.4).
+"""The training loss: class, L1 and GIoU of every output of the detector (section 4 and appendix A.4).
 
-Shapes: D decoder layers, N images, Q queries, K logits of a query, T boxes of all images, R matched pairs of a stack,
-layer after layer.
+Shapes: D outputs of a stack, N images, Q queries, K logits of a query, T boxes of all images, R matched pairs of a
+stack, output after output; P parts and L layers of the table of losses.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,26 +15,61 @@ from torch import Tensor
 from ...data.batch import Batch
 from ...data.boxes import cxcywh_to_xyxy, paired_generalized_box_iou
 from ..config import OptimConfig
-from .heads import Predictions
 from .matcher import Matches, Matching, Stack
+from .outputs import Output, Predictions
 from .transfer import to_device
 
-PARTS = ("class", "l1", "giou")
+
+@dataclass(frozen=True)
+class Matched:
+    """Predictions and the objects that they are matched to, pair by pair. Boxes are cxcywh."""
+
+    logits: Tensor  # (R, K)
+    boxes: Tensor  # (R, 4)
+    labels: Tensor  # (R,) of the objects
+    targets: Tensor  # (R, 4) the objects' boxes
+
+    def __getitem__(self, rows: slice) -> "Matched":
+        return Matched(self.logits[rows], self.boxes[rows], self.labels[rows], self.targets[rows])
+
+
+@dataclass(frozen=True)
+class BoxLoss:
+    """A part of the loss that matched queries alone have. of: (R,) from R pairs. weight: among the parts."""
+
+    of: Callable[[Matched], Tensor]
+    weight: Callable[[OptimConfig], float]
+
+
+def _l1(pairs: Matched) -> Tensor:
+    return F.l1_loss(pairs.boxes, pairs.targets, reduction="none").sum(-1)
+
+
+def _giou(pairs: Matched) -> Tensor:
+    return 1 - paired_generalized_box_iou(cxcywh_to_xyxy(pairs.boxes), cxcywh_to_xyxy(pairs.targets))
+
+
+# Parts beside "class", by name; whoever reports losses takes the names from the run.
+BOX_LOSSES: dict[str, BoxLoss] = {
+    "l1": BoxLoss(_l1, lambda config: config.l1_weight),
+    "giou": BoxLoss(_giou, lambda config: config.giou_weight),
+}
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Unweighted losses: a row per part (class, l1, giou), a column per layer; `layers` names the columns."""
+    """Unweighted losses: a row for each of `parts`, a column for each of `layers`, the outputs of the detector."""
 
-    values: Tensor  # (3, D) or, with proposals, (3, D + 1), float32
-    layers: tuple[str, ...]  # "0" .. "D-1", then "proposals"
-    class_error: Tensor  # () percent of the last layer's matched queries whose best class is wrong; not a loss
-    cardinality_error: Tensor  # (D,) or (D + 1,) how many objects an image's count is off by; not a loss
+    values: Tensor  # (P, L), float32
+    parts: tuple[str, ...]  # "class", then the names of BOX_LOSSES
+    layers: tuple[str, ...]  # "0" .. of the decoder, then what else the detector predicts, such as "proposals"
+    class_error: Tensor  # () percent of the last decoder layer's matched queries whose best class is wrong; not a loss
+    cardinality_error: Tensor  # (L,) how many objects an image's count is off by; not a loss
 
     def weighted(self, config: OptimConfig) -> Tensor:
         """The same table times each part's weight; its sum is what is minimised."""
-        parts = zip(self.values, (config.class_weight, config.l1_weight, config.giou_weight), strict=True)
-        return torch.stack([values * weight for values, weight in parts])
+        weights = {"class": config.class_weight} | {name: part.weight(config) for name, part in BOX_LOSSES.items()}
+        return torch.stack([values * weights[part] for part, values in zip(self.parts, self.values, strict=True)])
 
 
 def criterion(
@@ -45,74 +81,95 @@ def criterion(
     num_matched: Tensor | float | None = None,
     num_images: Tensor | float | None = None,
 ) -> Losses:
-    """Match each layer's predictions to the batch's objects and take the losses.
+    """Match each output of the detector to the batch's objects, where that is not known yet, and take the losses.
 
     num_objects is the number of objects in the whole step, num_parts the number of equal parts (ranks times
     micro-batches) that it is divided in, of which this batch is one: with them, the mean of the parts' gradients is
     the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
     objects than there are queries; num_images, how many images of the step are real. Both matter to softmax alone.
-    Proposals are matched without regard to classes: every object has label 0 there (section 4.2).
+    Outputs whose labels are "objects" have label 0 for every object: proposals are matched without regard to classes
+    (section 4.2).
 
     The host waits for the device once, for the matching costs. Until they are there the device has the part of the
     class loss that needs no matching.
     """
-    outputs = (*predictions.aux, (predictions.logits, predictions.boxes))
-    logits, boxes = (torch.stack(part) for part in zip(*outputs, strict=True))
-    stacks = [Stack(logits, boxes, batch.labels)]
-    layers = [str(layer) for layer in range(len(outputs))]
-    if predictions.proposals is not None:
-        logits, boxes = predictions.proposals
-        stacks.append(Stack(logits[None], boxes[None], torch.zeros_like(batch.labels)))
-        layers.append("proposals")
-    counts = batch.num_boxes.tolist()
-    matching = Matching(stacks, batch.boxes_cxcywh, counts, config, predictions.softmax)
+    stacks = [_Stacked(outputs, batch.labels) for outputs in _of_one_shape(predictions)]
+    unknown = [stacked.stack for stacked in stacks if stacked.matches is None]
+    matching = Matching(unknown, batch.boxes_cxcywh, batch.num_boxes.tolist(), config, predictions.softmax)
     class_loss = _cross_entropy if predictions.softmax else _focal
     real = batch.is_real.float()
-    unmatched = [class_loss(stack.logits, config).sum(2) @ real for stack in stacks]
-    cardinality = torch.cat([_cardinality_error(stack.logits, batch.num_boxes, real) for stack in stacks])
-    pairs = [_Pairs(stack, matches, batch.num_boxes) for stack, matches in zip(stacks, matching.solve(), strict=True)]
+    unmatched = [class_loss(stacked.stack.logits, config).sum(2) @ real for stacked in stacks]
+    cardinality = torch.cat([_cardinality_error(stacked.stack.logits, batch.num_boxes, real) for stacked in stacks])
+    solved = iter(matching.solve())
+    matches = [next(solved) if stacked.matches is None else stacked.matches for stacked in stacks]
 
-    columns = []
-    for stack, pair, of_none in zip(stacks, pairs, unmatched, strict=True):
-        boxes, truth = pair.of(stack.boxes), batch.boxes_cxcywh.index_select(0, pair.targets)
-        change = class_loss(pair.of(stack.logits), config, stack.labels.index_select(0, pair.targets))
-        l1 = F.l1_loss(boxes, truth, reduction="none").sum(-1)
-        giou = 1 - paired_generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-        of_class, l1, giou = torch.stack([change, l1, giou]).view(3, len(stack.logits), pair.per_layer).sum(-1)
-        columns.append(torch.stack([of_none + of_class, l1, giou]))
-    of_class, l1, giou = torch.cat(columns, dim=1)
     objects = torch.as_tensor(num_objects, dtype=torch.float32)
     normaliser = objects.clamp(min=1) / num_parts
-    class_normaliser = normaliser
-    if predictions.softmax:  # the sum of all queries' weights
-        images = real.sum() if num_images is None else num_images / num_parts
-        matched = (objects if num_matched is None else num_matched) / num_parts
-        queries = images * predictions.boxes.shape[1]
-        class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * matched
-    values = torch.stack([of_class / class_normaliser, l1 / normaliser, giou / normaliser])
-    return Losses(values, tuple(layers), _class_error(stacks[0], pairs[0]), cardinality)
+    columns, pairs = [], {}
+    for stacked, of_stack, of_none in zip(stacks, matches, unmatched, strict=True):
+        stack, names = stacked.stack, stacked.names
+        matched = _matched(stack, of_stack, batch)
+        of_class = class_loss(matched.logits, config, matched.labels)
+        parts = torch.stack([of_class, *(part.of(matched) for part in BOX_LOSSES.values())])
+        each = parts.shape[1] // len(names)
+        of_class, *of_boxes = parts.view(len(parts), len(names), each).sum(-1)
+        class_normaliser = normaliser
+        if predictions.softmax:  # the sum of all queries' weights
+            images = real.sum() if num_images is None else num_images / num_parts
+            with_object = (objects if num_matched is None else num_matched) / num_parts
+            queries = images * stack.boxes.shape[2]
+            class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * with_object
+        of_class = (of_none + of_class) / class_normaliser
+        columns.append(torch.stack([of_class, *(values / normaliser for values in of_boxes)]))
+        pairs |= {name: matched[layer * each : (layer + 1) * each] for layer, name in enumerate(names)}
+    return Losses(
+        torch.cat(columns, dim=1),
+        ("class", *BOX_LOSSES),
+        tuple(pairs),
+        _class_error(pairs[predictions.decoder[-1].name]),
+        cardinality,
+    )
 
 
-class _Pairs:
-    """Matched pairs on the device: rows of the predictions viewed as (D N Q, ...), and rows of the packed boxes."""
+def _of_one_shape(predictions: Predictions) -> list[list[Output]]:
+    """The outputs in their order, together those that one kernel can take together."""
+    together: dict[tuple, list[Output]] = {}
+    for output in predictions.outputs:
+        kind = (output.logits.shape, output.boxes.shape, output.labels, output.matches is None)
+        together.setdefault(kind, []).append(output)
+    return list(together.values())
 
-    def __init__(self, stack: Stack, matches: Matches, num_boxes: Tensor) -> None:
-        queries = stack.boxes.shape[2]
-        starts = (num_boxes.cumsum(0) - num_boxes).tolist()
-        images = len(starts)
-        rows = [
-            query + (layer * images + image) * queries
-            for layer, of_layer in enumerate(matches)
-            for image, (query, _) in enumerate(of_layer)
-        ]
-        targets = [box + starts[image] for of_layer in matches for image, (_, box) in enumerate(of_layer)]
-        both = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(targets)]))
-        self.rows, self.targets = to_device(both, stack.logits.device)
-        self.per_layer = both.shape[1] // len(matches)
 
-    def of(self, predicted: Tensor) -> Tensor:
-        """(R, ...) the matched ones of (D, N, Q, ...)."""
-        return predicted.flatten(0, 2).index_select(0, self.rows)
+class _Stacked:
+    """Outputs of one shape as one stack."""
+
+    def __init__(self, outputs: list[Output], labels: Tensor) -> None:
+        first = outputs[0]
+        self.names = [output.name for output in outputs]
+        self.matches: Matches | None = None
+        if first.matches is not None:
+            self.matches = [list(output.matches or ()) for output in outputs]
+        logits, boxes = first.logits[None], first.boxes[None]
+        if len(outputs) > 1:
+            logits, boxes = (torch.stack([getattr(output, part) for output in outputs]) for part in ("logits", "boxes"))
+        self.stack = Stack(logits, boxes, labels if first.labels == "categories" else torch.zeros_like(labels))
+
+
+def _matched(stack: Stack, matches: Matches, batch: Batch) -> Matched:
+    """The matched pairs: rows of the predictions viewed as (D N Q, ...), and rows of the packed boxes."""
+    queries = stack.boxes.shape[2]
+    starts = (batch.num_boxes.cumsum(0) - batch.num_boxes).tolist()
+    images = len(starts)
+    rows = [
+        query + (layer * images + image) * queries
+        for layer, of_layer in enumerate(matches)
+        for image, (query, _) in enumerate(of_layer)
+    ]
+    targets = [box + starts[image] for of_layer in matches for image, (_, box) in enumerate(of_layer)]
+    both = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(targets)]))
+    predicted, truth = to_device(both, stack.logits.device)
+    logits, boxes = (part.flatten(0, 2).index_select(0, predicted) for part in (stack.logits, stack.boxes))
+    return Matched(logits, boxes, stack.labels.index_select(0, truth), batch.boxes_cxcywh.index_select(0, truth))
 
 
 def _focal(logits: Tensor, config: OptimConfig, labels: Tensor | None = None) -> Tensor:
@@ -140,12 +197,10 @@ def _cross_entropy(logits: Tensor, config: OptimConfig, labels: Tensor | None = 
 
 
 @torch.no_grad()
-def _class_error(stack: Stack, pairs: _Pairs) -> Tensor:
+def _class_error(matched: Matched) -> Tensor:
     """100 where nothing is matched, as published."""
-    last = len(pairs.rows) - pairs.per_layer
-    best = pairs.of(stack.logits)[last:].argmax(-1)
-    right = best == stack.labels.index_select(0, pairs.targets[last:])
-    return 100 - 100 * right.float().sum() / max(1, pairs.per_layer)
+    right = matched.logits.argmax(-1) == matched.labels
+    return 100 - 100 * right.float().sum() / max(1, len(right))
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from ..config import ModelConfig
 from .attention import MultiScaleDeformableAttention
 from .backbone import Backbone
 from .detr import Detr
-from .heads import MLP, Predictions, class_head
+from .heads import MLP, class_head
+from .outputs import Predictions
 from .position import proposal_position, sine_position
 from .transformer import DecoderLayer, Encoder, SpatialShapes, decoder_reference_points, run_layer
 
@@ -96,17 +97,16 @@ class DeformableDetr(nn.Module):
             query_position, queries = embedding.expand(len(images), -1, -1).chunk(2, dim=-1)
             reference = self.transformer.reference_points(query_position).float().sigmoid()
 
-        outputs = []
+        layers = []
         for index, layer in enumerate(self.transformer.decoder.layers):
             points = decoder_reference_points(reference, valid_ratios)
             queries = run_layer(layer, queries, query_position, points, memory, shapes, mask)
             head = index if self.config.box_refine else 0
             boxes = _shift(reference, self.bbox_embed[head](queries)).sigmoid()
-            outputs.append((self.class_embed[head](queries).float(), boxes))
+            layers.append((self.class_embed[head](queries).float(), boxes))
             if self.config.box_refine:
                 reference = boxes.detach()
-        logits, boxes = outputs[-1]
-        return Predictions(logits, boxes, tuple(outputs[:-1]), proposals)
+        return Predictions.of(layers, proposals)
 
     def _tokens(
         self, images: Tensor, padding_mask: Tensor

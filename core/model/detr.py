@@ -11,7 +11,8 @@ from ..config import ModelConfig
 from .attention import Attention
 from .backbone import Backbone
 from .dropout import Dropout
-from .heads import MLP, Predictions, class_head
+from .heads import MLP, class_head
+from .outputs import Predictions
 from .position import sine_position
 from .transformer import TransformerLayer, run_layer
 
@@ -114,10 +115,9 @@ class Detr(nn.Module):
         indices = torch.arange(self.config.queries, device=images.device)
         query_position = self.query_embed(indices).expand(len(images), -1, -1)
         queries = torch.zeros_like(query_position)
-        outputs = []
+        layers = []
         for layer in self.transformer.decoder.layers:
             queries = run_layer(layer, queries, query_position, tokens, position, mask)
             seen = self.transformer.decoder.norm(queries)
-            outputs.append((self.class_embed(seen).float(), self.bbox_embed(seen).float().sigmoid()))
-        logits, boxes = outputs[-1]
-        return Predictions(logits, boxes, tuple(outputs[:-1]), None, softmax=self.config.classification == "softmax")
+            layers.append((self.class_embed(seen).float(), self.bbox_embed(seen).float().sigmoid()))
+        return Predictions.of(layers, softmax=self.config.classification == "softmax")

@@ -1,10 +1,6 @@
-"""What a detector ends in: class and box heads, and the predictions that every architecture returns.
-
-Shapes: N images, Q queries, S tokens of all levels, K logits of a query, C hidden_dim.
-"""
+"""What a detector ends in: class and box heads."""
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
@@ -13,17 +9,6 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 
 PRIOR_PROBABILITY = 0.01  # of a class at initialisation (focal loss paper, section 3.3)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What one forward pass predicts, in float32. Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image."""
-
-    logits: Tensor  # (N, Q, K) of the last decoder layer; K classes, or with softmax one more, "no object", the last
-    boxes: Tensor  # (N, Q, 4)
-    aux: tuple[tuple[Tensor, Tensor], ...]  # (logits, boxes) of the earlier decoder layers, first to last
-    proposals: tuple[Tensor, Tensor] | None  # (N, S, K) and (N, S, 4) of the first stage
-    softmax: bool = False  # whether a query's logits are alternatives (DETR) or each its own question
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...data.boxes import cxcywh_to_xyxy
-from .heads import Predictions
+from .outputs import Predictions
 
 NOTHING = -1.0  # the score of what is no detection
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from ...data import documents
 from ...data.text import visible
 from ..config import Config
-from ..model.criterion import PARTS
 from .schedule import Timetable
 
 log = logging.getLogger("ddetr")
@@ -21,7 +20,8 @@ class StepReport:
 
     step: int  # counted from 1
     epoch: int  # counted from 0
-    losses: dict[str, float]  # weighted: "total", "class", "l1", "giou", and "class_0" .. "giou_proposals" per layer
+    parts: tuple[str, ...]  # of the loss: "class", "l1", "giou"
+    losses: dict[str, float]  # weighted: "total", each part, and "class_0" .. "giou_proposals" of each part and layer
     learning_rate: float  # of the base group
     gradient_norm: float  # before clipping
     images: int  # over all ranks, that carried a loss
@@ -80,9 +80,9 @@ Observe = Callable[[Report], None]
 SUMMED = ("images", "step_seconds", "data_wait_seconds")  # over the steps that a line of metrics.jsonl stands for
 
 
-def named_losses(values: list[float], layers: tuple[str, ...]) -> dict[str, float]:
-    """The flattened (3, layers) table as a dictionary with the sums first."""
-    rows = {part: values[row * len(layers) : (row + 1) * len(layers)] for row, part in enumerate(PARTS)}
+def named_losses(values: list[float], parts: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, float]:
+    """The flattened (parts, layers) table as a dictionary with the sums first."""
+    rows = {part: values[row * len(layers) : (row + 1) * len(layers)] for row, part in enumerate(parts)}
     named = {"total": sum(values)} | {part: sum(row) for part, row in rows.items()}
     for part, row in rows.items():
         named |= {f"{part}_{layer}": value for layer, value in zip(layers, row, strict=True)}
@@ -162,7 +162,7 @@ class Progress:
             return
         now, (then, step) = time.perf_counter(), self._since
         per_step = (now - then) / max(1, report.step - step)
-        losses = " ".join(f"{name} {report.losses[name]:.3f}" for name in PARTS)
+        losses = " ".join(f"{name} {report.losses[name]:.3f}" for name in report.parts)
         self.line(
             f"epoch {report.epoch + 1}/{self.num_epochs} "
             f"step {report.step}/{self.last_step} loss {report.losses['total']:.3f} ({losses}) "

@@ -49,9 +49,10 @@ log = logging.getLogger("ddetr")
 class Step:
     """What one optimizer step did on this rank."""
 
-    weighted: Tensor  # (3, layers) weighted losses of the rank's share; their mean over ranks is the global batch's
+    weighted: Tensor  # (parts, layers) weighted losses of the rank's share; their mean over ranks is the whole batch's
     errors: Tensor  # (2,) the last layer's class error in percent, and cardinality error in objects per image
     num_images: Tensor  # () how many images of all ranks carried a loss
+    parts: tuple[str, ...]
     layers: tuple[str, ...]
     taken: bool  # not when a gradient of some rank was not finite
     own_seconds: float  # that this rank's forward passes and losses took
@@ -86,9 +87,9 @@ def train_step(
         taken &= engine.step(number)  # takes effect after the last micro-batch
         all_losses.append(losses)
     weighted = torch.stack([losses.weighted(config.optim).detach() for losses in all_losses]).mean(0)
-    last = len(predictions.aux)
+    last = len(predictions.decoder) - 1
     errors = [torch.stack([losses.class_error, losses.cardinality_error[last]]) for losses in all_losses]
-    return Step(weighted, torch.stack(errors).mean(0), images, losses.layers, taken, own_seconds)
+    return Step(weighted, torch.stack(errors).mean(0), images, losses.parts, losses.layers, taken, own_seconds)
 
 
 def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStream:
@@ -197,7 +198,8 @@ def train(
                 report = StepReport(
                     step=step,
                     epoch=epoch,
-                    losses=named_losses(losses, done.layers),
+                    losses=named_losses(losses, done.parts, done.layers),
+                    parts=done.parts,
                     learning_rate=rate,
                     gradient_norm=engine.gradient_norm,
                     images=round(num_images),

@@ -1,7 +1,8 @@
 """Parts 7 and 8: the decoder, and heads that refine boxes from layer to layer."""
 
 from ddetr.core.model.detector import DeformableDetr, _shift, inverse_sigmoid
-from ddetr.core.model.heads import MLP, Predictions, class_head
+from ddetr.core.model.heads import MLP, class_head
+from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
 from ddetr.core.model.transformer import DecoderLayer, decoder_reference_points
 

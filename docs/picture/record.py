@@ -15,8 +15,9 @@ from ddetr.core.model import detector, matcher, transformer
 from ddetr.core.model.attention import MultiScaleDeformableAttention
 from ddetr.core.model.criterion import Losses, criterion
 from ddetr.core.model.detector import DeformableDetr
-from ddetr.core.model.heads import MLP, Predictions
+from ddetr.core.model.heads import MLP
 from ddetr.core.model.matcher import Matches
+from ddetr.core.model.outputs import Predictions
 from ddetr.data.batch import Batch, normalised
 from ddetr.ops import reference
 from torch import Tensor, nn

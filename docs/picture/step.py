@@ -1,6 +1,6 @@
 """Parts 9 to 11: matching, losses, the optimizer step."""
 
-from ddetr.core.model.criterion import PARTS, Losses, _focal, criterion
+from ddetr.core.model.criterion import Losses, _focal, _l1, criterion
 from ddetr.core.model.finite import finite_or_poison
 from ddetr.core.model.matcher import Matching, _assign, _cost
 from ddetr.core.model.transfer import HostCopy
@@ -138,7 +138,7 @@ def _losses(canvas: Canvas, record: Record, top: float) -> tuple[Box, Box]:
         "compute",
         Box(754, top + 192, 640, 60),
         "L1 and GIoU: of the matched boxes alone",
-        [code(quote(criterion, 'F.l1_loss(boxes, truth, reduction="none").sum(-1)'))],
+        [code(quote(_l1, 'F.l1_loss(pairs.boxes, pairs.targets, reduction="none").sum(-1)'))],
         place(paired_generalized_box_iou),
     )
     table = canvas.box(
@@ -152,7 +152,7 @@ def _losses(canvas: Canvas, record: Record, top: float) -> tuple[Box, Box]:
         canvas.text(x, top + 320, f"layer {layer}" if layer.isdigit() else layer, "quiet", "middle")
         for row, value in enumerate(values[:, column].tolist()):
             canvas.text(x, top + 340 + 18 * row, f"{value:.3f}", "code", "middle")
-    for row, (part, weight) in enumerate(zip(PARTS, weights, strict=True)):
+    for row, (part, weight) in enumerate(zip(record.losses.parts, weights, strict=True)):
         canvas.text(753, top + 340 + 18 * row, f"{weight:g} x {part}", "strong")
     return frame, table
 

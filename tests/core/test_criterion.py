@@ -6,8 +6,8 @@ import pytest
 import torch
 from ddetr.core.config import OptimConfig
 from ddetr.core.model.criterion import criterion
-from ddetr.core.model.heads import Predictions
 from ddetr.core.model.matcher import Matches, Matching, Stack
+from ddetr.core.model.outputs import Predictions
 from ddetr.data.batch import Batch
 from ddetr.data.boxes import cxcywh_to_xyxy
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
@@ -81,7 +81,7 @@ def test_more_objects_than_queries_matches_every_query() -> None:
     ((queries, found),) = match(logits, boxes, batch.labels, batch)[0]
     assert sorted(queries.tolist()) == list(range(QUERIES))
     assert len(set(found.tolist())) == QUERIES
-    predictions = Predictions(logits[0], boxes[0], (), None)
+    predictions = Predictions.of([(logits[0], boxes[0])])
     assert criterion(predictions, batch, CONFIG, 1.0).values.isfinite().all()
 
 
@@ -92,7 +92,7 @@ def test_losses_equal_a_loop_over_images(counts: list[int]) -> None:
     outputs = [(torch.randn(images, QUERIES, CLASSES), random_boxes(images, QUERIES)) for _ in range(3)]
     proposals = (torch.randn(images, 11, CLASSES), random_boxes(images, 11))
     batch = random_batch(counts)
-    predictions = Predictions(*outputs[-1], tuple(outputs[:-1]), proposals)
+    predictions = Predictions.of(outputs, proposals)
     losses = criterion(predictions, batch, CONFIG, 2.5)
     assert losses.layers == ("0", "1", "2", "proposals")
     for column, (logits, boxes) in enumerate([*outputs, proposals]):
@@ -116,7 +116,7 @@ def test_losses_equal_a_loop_over_images(counts: list[int]) -> None:
 def test_without_objects_every_parameter_still_gets_a_gradient() -> None:
     logits = torch.randn(2, QUERIES, CLASSES, requires_grad=True)
     boxes = random_boxes(2, QUERIES).requires_grad_()
-    criterion(Predictions(logits, boxes, (), None), random_batch([0, 0]), CONFIG, 1.0).values.sum().backward()
+    criterion(Predictions.of([(logits, boxes)]), random_batch([0, 0]), CONFIG, 1.0).values.sum().backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
     assert boxes.grad is not None
@@ -126,6 +126,4 @@ def test_without_objects_every_parameter_still_gets_a_gradient() -> None:
 def test_a_prediction_that_is_not_a_number_shows_in_the_loss() -> None:
     logits, boxes = torch.randn(1, QUERIES, CLASSES), random_boxes(1, QUERIES)
     logits[0, 2, 1] = float("nan")
-    assert (
-        not criterion(Predictions(logits, boxes, (), None), random_batch([2]), CONFIG, 1.0).values[0].isfinite().all()
-    )
+    assert not criterion(Predictions.of([(logits, boxes)]), random_batch([2]), CONFIG, 1.0).values[0].isfinite().all()

@@ -24,7 +24,7 @@ from ddetr.core.evaluation.evaluator import (
     merge,
 )
 from ddetr.core.model.detector import DeformableDetr
-from ddetr.core.model.heads import Predictions
+from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
 from ddetr.data.batch import IMAGE_MEAN, IMAGE_STD
 from ddetr.data.categories import Categories
@@ -240,10 +240,10 @@ def test_a_query_that_is_not_finite_detects_nothing(softmax: bool) -> None:
     boxes[0, 5, 3], boxes[0, 6, 0] = torch.nan, -torch.inf
     sizes = torch.tensor([[480, 640], [96, 64]])
     for top_k in (3, 100):
-        found = detections(Predictions(logits, boxes, (), None, softmax), sizes, top_k)
+        found = detections(Predictions.of([(logits, boxes)], softmax=softmax), sizes, top_k)
         assert [result.num_not_finite for result in found] == [4, 1]
         for image, good in enumerate(([0, 1, 4, 7, 8], [0, 1, 2, 3, 5, 6, 7, 8])):
-            alone = Predictions(logits[image : image + 1, good], boxes[image : image + 1, good], (), None, softmax)
+            alone = Predictions.of([(logits[image : image + 1, good], boxes[image : image + 1, good])], softmax=softmax)
             (expected,) = detections(alone, sizes[image : image + 1], top_k)
             assert torch.equal(found[image].scores, expected.scores)
             assert torch.equal(found[image].labels, expected.labels)

@@ -12,8 +12,8 @@ from ddetr.core.checkpoint import weights as checkpoint
 from ddetr.core.config import ModelConfig, OptimConfig
 from ddetr.core.model.criterion import Losses, criterion
 from ddetr.core.model.detector import DeformableDetr
-from ddetr.core.model.heads import Predictions
 from ddetr.core.model.matcher import Matching, Stack
+from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
 from ddetr.core.training.optimizer import parameter_groups
 from ddetr.data.batch import Batch

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ddetr.core.config import OptimConfig
 from ddetr.core.model.criterion import criterion
-from ddetr.core.model.heads import Predictions
+from ddetr.core.model.outputs import Predictions
 from ddetr.data.batch import Batch, Sample, collate, nothing
 from ddetr.data.index import ShardIndex
 
@@ -45,7 +45,7 @@ def test_losses_are_those_of_the_images_alone(softmax: bool) -> None:
         leaves = [logits.clone().requires_grad_(), boxes.clone().requires_grad_()]
         layers = [(leaves[0][d, rows], leaves[1][d, rows]) for d in range(2)]
         own = None if proposals is None else (proposals[0][rows], proposals[1][rows])
-        predictions = Predictions(*layers[1], (layers[0],), own, softmax=softmax)
+        predictions = Predictions.of(layers, own, softmax=softmax)
         losses = criterion(predictions, given, config, 4.0)
         losses.weighted(config).sum().backward()
         results.append([losses.values, losses.class_error, losses.cardinality_error, *(x.grad for x in leaves)])

@@ -24,8 +24,8 @@ from ddetr.core.config import ModelConfig, OptimConfig
 from ddetr.core.model.backbone import Backbone
 from ddetr.core.model.criterion import criterion
 from ddetr.core.model.detector import Detector, build
-from ddetr.core.model.heads import Predictions
 from ddetr.core.model.matcher import Matching, Stack
+from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
 from ddetr.data.batch import Batch
 from torch import Tensor, nn

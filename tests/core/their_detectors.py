@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from ddetr.core.config import ModelConfig
-from ddetr.core.model.heads import Predictions
+from ddetr.core.model.outputs import Predictions
 from torch import Tensor, nn
 
 # A published name becomes theirs by these substitutions, one after another.
@@ -107,14 +107,14 @@ def their_predictions(theirs: Any, images: Tensor, padding_mask: Tensor) -> Pred
         for states in outputs.decoder_hidden_states[1:-1]:  # the first are the queries as they enter
             seen = theirs.model.decoder.layernorm(states)
             aux.append((theirs.class_labels_classifier(seen), theirs.bbox_predictor(seen).sigmoid()))
-        return Predictions(outputs.logits, outputs.pred_boxes, tuple(aux), None, softmax=True)
+        return Predictions.of([*aux, (outputs.logits, outputs.pred_boxes)], softmax=True)
     no_objects = [{"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)} for _ in images]
     outputs = theirs(images, mask, labels=no_objects)  # without labels it does not return the earlier layers
     proposals = None
     if theirs.config.two_stage:
         proposals = (outputs.enc_outputs_class, outputs.enc_outputs_coord_logits.sigmoid())
-    aux = tuple((layer["logits"], layer["pred_boxes"]) for layer in outputs.auxiliary_outputs)
-    return Predictions(outputs.logits, outputs.pred_boxes, aux, proposals)
+    layers = [(layer["logits"], layer["pred_boxes"]) for layer in (*outputs.auxiliary_outputs, outputs)]
+    return Predictions.of(layers, proposals)
 
 
 def their_losses(theirs: Any, predictions: Predictions, labels: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,78 @@
+"""What a detector predicts: named outputs, of each of which losses are taken.
+
+Shapes: N images, Q queries, S tokens of all levels, K logits of a query. Boxes are (cx, cy, w, h) in [0, 1] of the
+unpadded image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+ImageMatches = tuple[np.ndarray, np.ndarray]  # queries, and the boxes of the image that they are matched to
+
+
+@dataclass(frozen=True)
+class Output:
+    """One prediction a query.
+
+    labels: what the classes tell apart: the categories, or objects from nothing (every object has label 0 then).
+    matches: image by image, where they are known beforehand; otherwise the queries are matched by their costs.
+    """
+
+    name: str
+    logits: Tensor  # (N, Q, K), float32
+    boxes: Tensor  # (N, Q, 4), float32
+    labels: Literal["categories", "objects"] = "categories"
+    matches: Sequence[ImageMatches] | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one forward pass predicts.
+
+    decoder: the outputs of its layers, first to last; the last one's are the detections. others: what has a loss beside
+    them. softmax: whether a query's logits are alternatives, "no object" the last (DETR), or each its own question.
+    """
+
+    decoder: tuple[Output, ...]
+    others: tuple[Output, ...] = ()
+    softmax: bool = False
+
+    @staticmethod
+    def of(
+        layers: Sequence[tuple[Tensor, Tensor]], proposals: tuple[Tensor, Tensor] | None = None, softmax: bool = False
+    ) -> "Predictions":
+        """From (logits, boxes) of the decoder's layers, which are called "0", "1", ..., and of the first stage."""
+        decoder = tuple(Output(str(layer), logits, boxes) for layer, (logits, boxes) in enumerate(layers))
+        others = () if proposals is None else (Output(PROPOSALS, *proposals, labels="objects"),)
+        return Predictions(decoder, others, softmax)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return self.decoder + self.others
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, Q, K) of the last decoder layer; K classes, or with softmax one more."""
+        return self.decoder[-1].logits
+
+    @property
+    def boxes(self) -> Tensor:
+        """(N, Q, 4) of the last decoder layer."""
+        return self.decoder[-1].boxes
+
+    @property
+    def aux(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(logits, boxes) of the earlier decoder layers, first to last."""
+        return tuple((output.logits, output.boxes) for output in self.decoder[:-1])
+
+    @property
+    def proposals(self) -> tuple[Tensor, Tensor] | None:
+        """(N, S, K) and (N, S, 4) of the first stage, where there is one."""
+        return next(((output.logits, output.boxes) for output in self.others if output.name == PROPOSALS), None)
+
+
+PROPOSALS = "proposals"
