@@ -28,14 +28,15 @@ from ..core.checkpoint import (
 )
 from ..core.checkpoint.manifest import verify
 from ..core.config import dump
+from ..core.evaluation import result
+from ..core.evaluation.result import Result
+from ..core.evaluation.scores import in_brief
 from ..core.model.attention import MultiScaleDeformableAttention
 from ..core.model.cost import OTHERS, PARTS, part_of
 from ..core.model.detector import Detector
 from ..data.batch import normalised
 from ..data.categories import Categories
-from ..data.documents import parse_json
 from ..data.text import file_name, visible
-from ..data.values import described, is_number, member, whole
 from ..ops import reference
 from .console import Terminal, brief, say
 from .predict import category_names
@@ -44,7 +45,7 @@ SUFFIXES = {"safetensors": ".safetensors", "published": ".pth", "onnx": ".onnx"}
 
 
 def inspect(path: Path) -> None:
-    """Print step, sizes by part of the model, categories, the last evaluation and the configuration.
+    """Print step, sizes by part of the model, categories, its scores and the configuration.
 
     Nothing in the file is executed, built or acted on. Raises what `contents` raises.
     """
@@ -74,7 +75,7 @@ def _facts(file: Path) -> tuple[Contents, dict[str, str]]:
         "position": "published weights" if found.step is None else f"step {found.step}, epoch {found.epoch}",
         "stored as": _stored_types(file),
         "categories": _categories(found),
-        "evaluated": _evaluated(found) or "not yet (ddetr eval)",
+        "evaluated": _evaluated(file) or "not yet (ddetr eval)",
         "resumable": _resumable(file.parent),
     }
     return found, {"file": f"{file} ({_bytes(file.stat().st_size)})", **facts}  # last: it was there for all of them
@@ -210,32 +211,19 @@ def _categories(found: Contents) -> str:
     return f"{len(found.categories)}: " + ", ".join(f"{brief(name)} ({id_})" for id_, name in pairs)
 
 
-def _evaluated(found: Contents) -> str | None:
-    """The numbers that `ddetr eval`, or else the trainer, has computed for this checkpoint of a run."""
-    step = found.file.parent
-    run = step.parent.parent
-    written, recorded = run / "eval" / step.name / "metrics.json", run / "metrics.jsonl"
-    metrics, file = None, written if written.is_file() else recorded
-    if step.parent.name != "checkpoints" or not file.is_file():
-        return None
+def _evaluated(file: Path) -> str | None:
+    """The scores of this checkpoint, of each set and settings that it was evaluated on and with."""
     try:
-        if file == written:
-            metrics = parse_json(file.read_bytes())
-        else:
-            for row in map(parse_json, file.read_bytes().splitlines()):
-                if member(row, "kind", str) == "evaluation" and whole(row, "step") == found.step:
-                    metrics = member(row, "metrics", dict)
-            if metrics is None:
-                return None
-        scores = {name: metrics.get(name) if isinstance(metrics, dict) else None for name in ("AP", "AP50", "AP75")}
-        if isinstance(metrics, dict) and metrics.get("AP", 0) is None:
-            return "no score: the model gave infinities or NaN"
-        for name, score in scores.items():
-            if not is_number(score):
-                raise ValueError(f"{name} is {described(score)}")
-        return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        return "; ".join(map(_scores, result.read(file.parent))) or None
     except ValueError as error:
-        return f"{file} cannot be read ({visible(str(error))})"
+        return str(error)
+
+
+def _scores(found: Result) -> str:
+    images = f" on {found.images} images" if found.images else ""
+    if math.isnan(found.metrics[found.headline]):
+        return f"no score{images}: the model gave infinities or NaN"
+    return in_brief(found.metrics, found.headline) + images
 
 
 def _resumable(folder: Path) -> str:

@@ -1,7 +1,8 @@
-"""`ddetr eval`: the twelve COCO numbers of a checkpoint, or of every checkpoint of a run, here or on a Ray cluster."""
+"""`ddetr eval`: the scores of a checkpoint, or of every checkpoint of a run, here or on a Ray cluster."""
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from rich.text import Text
 
 from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector
 from ..core.config import Config, ConfigError
-from ..core.evaluation.evaluator import ShardResult, check_categories, evaluate_shard, evaluation, without_ap
+from ..core.evaluation import result
+from ..core.evaluation.evaluator import ShardResult, check_categories, evaluate_shard, evaluation, without_score_of
+from ..core.evaluation.result import EVALUATION, Result, without_score
 from ..core.ownership import ForeignSettingError, check_links, check_own
-from ..core.training.reports import without_score
 from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.documents import as_json
@@ -45,8 +47,9 @@ def evaluate(
 
     data: the shards to evaluate on, in place of the configuration's data.validation.
     ray_address: an address as `cluster` takes it; None evaluates in this process.
-    output: folder for detections.json, ground_truth.json and metrics.json, with `all_checkpoints` for one folder a
-    step; the run's `eval/step_XXXXXXXX` otherwise.
+    output: folder for detections.json, ground_truth.json and the result, evaluation.json; with `all_checkpoints` for
+    one folder a step. Without it the result goes beside the checkpoint, where the run finds it, and the others into
+    the run's `eval/step_XXXXXXXX`.
     Returns the numbers of the last checkpoint. Raises ValueError in the end that names the damaged ones, and
     FloatingPointError that names those which gave numbers that are not finite and so have no score.
     """
@@ -65,25 +68,28 @@ def evaluate(
             index = _shards(data, detector, overrides)
             check_categories(detector, index)
             if index.lack and index.real_location not in evaluators:
-                console.print(without_ap(index), soft_wrap=True)
+                console.print(without_score_of(index), soft_wrap=True)
             folder = _output_folder(detector.path, output, each=all_checkpoints)
+            in_run = output is None and detector.path.parent.parent.name == "checkpoints"
+            beside = detector.path.parent if in_run else folder  # where the result goes
             if output is None:
-                in_run = detector.path.parent.parent.name == "checkpoints"
                 own = detector.path.parents[2] if in_run else detector.path.parent
-                check_links(own, folder, *[folder.parent] * in_run)
+                check_links(own, folder, *[folder.parent, beside.parent, beside] * in_run)
             if index.real_location not in evaluators:
                 here = contextlib.nullcontext(_evaluate_here)
                 there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
                 evaluators[index.real_location] = stack.enter_context(there or here)
+            began = time.perf_counter()
             with _progress(console, detector, index) as advance:
                 results = evaluators[index.real_location](detector, index, advance)
-            truth = index.ground_truth()
-            found = evaluation(truth, results)
-            metrics = found.metrics
-            _write(folder, {"detections.json": found.detections, "ground_truth.json": truth, "metrics.json": metrics})
-            _print(console, detector, index, metrics, folder)
-            if found.num_not_finite:
-                without.append(f"{detector.path}: {without_score(found.num_not_finite)}")
+            found = evaluation(detector, index, results, began)
+            metrics = found.result.metrics
+            _write(folder, {"detections.json": found.detections, "ground_truth.json": found.ground_truth})
+            if beside.exists():  # the run may have deleted the checkpoint meanwhile
+                result.write(beside, found.result)
+            _print(console, detector, index, found.result, [folder, *[beside / EVALUATION] * in_run])
+            if found.result.num_not_finite:
+                without.append(f"{detector.path}: {without_score(found.result.num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
         listed = [*damaged.values(), *without]
         raise ValueError(f"{len(damaged)} checkpoint(s) could not be evaluated:\n" + "\n".join(listed))
@@ -194,14 +200,12 @@ def _write(folder: Path, contents: dict[str, Any]) -> None:
         write_whole(folder / name, as_json(content).encode())
 
 
-def _print(
-    console: Console, detector: TrainedDetector, index: ShardIndex, metrics: dict[str, float], folder: Path
-) -> None:
+def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Result, places: list[Path]) -> None:
     console.print(f"{detector.path} on {index.num_samples} images of {index.location}", soft_wrap=True)
     table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in metrics.items():
+    for name, value in found.metrics.items():
         table.add_row(name, "not finite" if math.isnan(value) else f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)
-    console.print(f"Written to {folder}", soft_wrap=True)
+    console.print(f"Written to {' and '.join(map(str, places))}", soft_wrap=True)

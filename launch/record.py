@@ -4,25 +4,26 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..core.config import Config, dump
 from ..core.training.reports import (
     CheckpointReport,
+    EndReport,
     EvaluationReport,
     FaultReport,
     Report,
     SavingReport,
+    StartReport,
     StepReport,
-    as_json,
 )
-from ..data import documents
 from ..data.index import write_whole
 from ..monitoring.exporter import write_targets
 from .console import LogFormatter, say
+from .history import EVENTS, METRICS, evaluation_line, event_line, steps_line
 
 log = logging.getLogger("ddetr")
 
@@ -43,7 +44,7 @@ def announced(addresses: list[str], run_directory: Path, run_label: str) -> Iter
 class Record:
     """config.yaml, metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
 
-    FILES = ("metrics.jsonl", "events.jsonl", "log.txt")  # that are written to where they are
+    FILES = (METRICS, EVENTS, "log.txt")  # that are written to where they are
 
     def __init__(self, run_directory: Path, config: Config) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
@@ -53,8 +54,8 @@ class Record:
             raise OSError(error.errno, error.strerror, str(run_directory / "config.yaml")) from error
         self._every = config.train.log_every_steps
         self._steps: list[StepReport] = []  # since the last line of metrics.jsonl
-        self._metrics = self._open(run_directory / "metrics.jsonl")
-        self._events = self._open(run_directory / "events.jsonl")
+        self._metrics = self._open(run_directory / METRICS)
+        self._events = self._open(run_directory / EVENTS)
         self._log = logging.FileHandler(run_directory / "log.txt", encoding="utf-8")
         self._log.setFormatter(LogFormatter("%(asctime)s %(message)s"))
         log.addHandler(self._log)
@@ -81,7 +82,7 @@ class Record:
                 say(f"{file.name}: its last lines are lost: {error.strerror}", file=sys.stderr)
 
     def event(self, name: str, **details: Any) -> None:
-        self._append(self._events, documents.as_json({"time": time.time(), "event": name, **details}))
+        self._append(self._events, event_line(name, **details))
 
     def _append(self, file: TextIO, line: str) -> None:
         """A disk that is full costs lines, not the run."""
@@ -91,31 +92,36 @@ class Record:
             say(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
 
     def observe(self, item: Report) -> None:
-        if isinstance(item, CheckpointReport):
+        """Steps go to metrics.jsonl in lines of some; so does an evaluation; all else is an event."""
+        if isinstance(item, StepReport):
+            self._step(item)
+            return
+        if isinstance(item, SavingReport | FaultReport):
+            self._write_steps()
+        if isinstance(item, StartReport):
+            self.event("resume" if item.resumes else "start", **self._without(item, "resumes"))
+        elif isinstance(item, EndReport):
+            self.event("stop", reason=item.reason)
+        elif isinstance(item, FaultReport):
+            self.event("ranks_lost", step=item.step, reason=item.message)
+        elif isinstance(item, CheckpointReport):
             if item.error is None:
-                self.event(
-                    "checkpoint",
-                    step=item.step,
-                    path=item.path,
-                    seconds=item.seconds,
-                    waited_seconds=item.waited_seconds,
-                )
+                self.event("checkpoint", **self._without(item, "error"))
             else:
                 self.event("checkpoint_failed", step=item.step, reason=item.error)
-            return
-        if isinstance(item, SavingReport):
-            self._write_steps()
-            return
-        if isinstance(item, FaultReport):
-            self._write_steps()
-            self.event("ranks_lost", step=item.step, reason=item.message)
-            return
-        if isinstance(item, EvaluationReport):
-            self.event("evaluation", step=item.step, AP=item.metrics["AP"], seconds=item.seconds)
-            if item.num_not_finite:
-                self.event("evaluation_not_finite", step=item.step, queries=item.num_not_finite)
-            self._append(self._metrics, as_json(item))
-            return
+        elif isinstance(item, EvaluationReport):
+            found = item.result
+            score = {found.headline: found.metrics[found.headline]}
+            self.event("evaluation", step=item.step, **score, seconds=found.seconds)
+            if found.num_not_finite:
+                self.event("evaluation_not_finite", step=item.step, queries=found.num_not_finite)
+            self._append(self._metrics, evaluation_line(item))
+
+    @staticmethod
+    def _without(item: Any, name: str) -> dict[str, Any]:
+        return {key: value for key, value in asdict(item).items() if key != name}
+
+    def _step(self, item: StepReport) -> None:
         for message in item.slow_ranks:
             self.event("slow_rank", step=item.step, reason=message)
         for message in item.bad_samples:
@@ -132,14 +138,4 @@ class Record:
         """A line for the steps since the last one: every few steps, and wherever a run or an epoch may end."""
         steps, self._steps = self._steps, []
         if steps:
-            self._append(self._metrics, as_json(steps))
-
-
-class Quiet:
-    """The record of the ranks that keep none."""
-
-    def event(self, name: str, **details: Any) -> None:
-        pass
-
-    def observe(self, item: Report) -> None:
-        pass
+            self._append(self._metrics, steps_line(steps))

@@ -1,8 +1,7 @@
 """`ddetr report`: one HTML page of a run, built from its config.yaml, metrics.jsonl, events.jsonl and eval/ alone."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,46 +9,39 @@ from typing import Any
 import yaml
 
 from ..core.config import without_logins
+from ..core.evaluation.scores import PROTOCOLS, meanings
 from ..data.documents import parse_yaml
+from . import history
 from .charts import Line, chart, number
 from .console import brief
+from .history import SUMMED, History, Record
 from .page import date, duration, escaped, figure, page, picture, table, tile
 
 PICTURES = 12
-PARTS = ("class", "l1", "giou")
 DETAIL_LENGTH = 2000  # characters of one value of an event
-COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have, beside their time
-AMOUNTS = ("learning_rate", "gradient_norm", "loss_scale", "memory_bytes")
-SPANS = ("step_seconds", "data_wait_seconds")
-SUMMED = ("images", *SPANS)  # over the steps that a record stands for
-LATEST = 4e9  # seconds since 1970: what is later is no time of a run
-SCORES = {
-    "AP": "precision, IoU 0.50 to 0.95",
-    "AP50": "precision, IoU 0.50",
-    "AP75": "precision, IoU 0.75",
-    "AP_small": "precision, area under 32² px",
-    "AP_medium": "precision, 32² to 96² px",
-    "AP_large": "precision, over 96² px",
-    "AR1": "recall, 1 box per image",
-    "AR10": "recall, 10 boxes per image",
-    "AR100": "recall, 100 boxes per image",
-    "AR_small": "recall, area under 32² px",
-    "AR_medium": "recall, 32² to 96² px",
-    "AR_large": "recall, over 96² px",
-}
+COLOURS = 4  # lines of a chart that can be told apart
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run directory says. Steps and evaluations are in order and each occurs once."""
+    """What a run directory says."""
 
     name: str
     config: dict[str, Any]
     config_text: str
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    unreadable: list[str]  # "FILE line N" of what is no such record, as a line cut off by a crash
+    history: History
+
+    @property
+    def steps(self) -> list[Record]:
+        return self.history.steps
+
+    @property
+    def evaluations(self) -> list[Record]:
+        return self.history.evaluations
+
+    @property
+    def events(self) -> list[Record]:
+        return self.history.events
 
 
 def report(run_directory: Path) -> Path:
@@ -71,34 +63,17 @@ def report(run_directory: Path) -> Path:
 
 
 def read(run_directory: Path) -> RunLog:
-    """The run's records. A resumed run repeats steps: what comes later in the file replaces what it went back over."""
     settings = run_directory / "config.yaml"
     if not settings.is_file():
         raise FileNotFoundError(
             f"{run_directory} is not a run directory: it has no config.yaml. `ddetr train` prints where its run is"
         )
-    unreadable: list[str] = []
-    steps: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
-    for record in _json_lines(run_directory / "metrics.jsonl", _is_metric, unreadable):
-        if record.get("kind") == "step":
-            begin = record["step"] - record.get("since_last_line", {"steps": 1})["steps"]
-            if steps and begin < steps[-1]["step"]:
-                steps = [earlier for earlier in steps if earlier["step"] <= begin]
-                evaluations = [earlier for earlier in evaluations if earlier["step"] <= begin]
-            steps.append(_with_sums(record, steps[-1]["step"] if steps else 0))
-        elif record.get("kind") == "evaluation":
-            evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
-            evaluations.append(record)
     config = _config(settings)
     return RunLog(
         name=run_directory.resolve().name,
         config={name: section for name, section in config.items() if isinstance(section, dict)},
         config_text=yaml.safe_dump(without_logins(config), sort_keys=False, allow_unicode=True),
-        steps=steps,
-        evaluations=evaluations,
-        events=_json_lines(run_directory / "events.jsonl", _has_time, unreadable),
-        unreadable=unreadable,
+        history=history.read(run_directory),
     )
 
 
@@ -108,64 +83,6 @@ def _config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return values if isinstance(values, dict) else {}
-
-
-def _json_lines(path: Path, is_record: Callable[[dict[str, Any]], bool], unreadable: list[str]) -> list[dict[str, Any]]:
-    """The records of a file, one a line; the places of other lines are added to `unreadable`."""
-    records = []
-    if path.is_file():
-        for place, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and is_record(record):
-                records.append(record)
-            elif line.strip():
-                unreadable.append(f"{path.name} line {place}")
-    return records
-
-
-def _is_metric(record: dict[str, Any]) -> bool:
-    """Whether the report can work with the record of a step or an evaluation; one of another kind is not looked at."""
-    kind, losses, metrics = (record.get(name) for name in ("kind", "losses", "metrics"))
-    if kind not in ("step", "evaluation"):
-        return True
-    if not (_has_time(record) and all(_is_count(record.get(name)) for name in COUNTS)):
-        return False
-    if kind == "evaluation":
-        has_scores = isinstance(metrics, dict) and all(_is_amount(metrics.get(name)) for name in SCORES)
-        return has_scores and _is_span(record.get("seconds"))
-    sums = record.get("since_last_line", {"steps": 1, **dict.fromkeys(SUMMED, 0)})
-    has_sums = isinstance(sums, dict) and all(_is_span(sums.get(name)) for name in ("steps", *SUMMED))
-    has_losses = isinstance(losses, dict) and all(_is_amount(losses.get(name, "")) for name in ("total", *PARTS))
-    has_amounts = all(_is_amount(record.get(name, "")) for name in AMOUNTS) and "skipped" in record
-    return has_sums and has_losses and has_amounts and all(_is_span(record.get(name)) for name in SPANS)
-
-
-def _has_time(record: dict[str, Any]) -> bool:
-    return _is_span(record.get("time"))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**53
-
-
-def _is_span(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value < LATEST
-
-
-def _is_amount(value: object) -> bool:
-    """A number that can be drawn, or marked as not finite: JSON written by others may hold null for that."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return True
-    return isinstance(value, int | float) and (value == 0 or 1e-99 < abs(value) < 1e99)
-
-
-def _with_sums(record: dict[str, Any], before: int) -> dict[str, Any]:
-    """A record with sums over the steps that it stands for: in version 0.1 it had none, and they follow `before`."""
-    count = record["step"] - before
-    return {"since_last_line": {"steps": count, **{name: count * record[name] for name in SUMMED}}, **record}
 
 
 def _sums(steps: Sequence[dict[str, Any]]) -> list[float]:
@@ -180,9 +97,9 @@ def _head(run: RunLog) -> str:
     if moments:
         times = f"{date(min(moments))} to {date(max(moments))}, {_state(run)}"
         parts.append(f'<p class="soft">{escaped(times)}{escaped(_hardware(run))}</p>')
-    if run.unreadable:
-        places = ", ".join(run.unreadable[:5]) + (" and more" if len(run.unreadable) > 5 else "")
-        count = f"{len(run.unreadable)} line{'s' if len(run.unreadable) > 1 else ''}"
+    if run.history.unreadable:
+        places = ", ".join(run.history.unreadable[:5]) + (" and more" if len(run.history.unreadable) > 5 else "")
+        count = f"{len(run.history.unreadable)} line{'s' if len(run.history.unreadable) > 1 else ''}"
         parts.append(f'<p class="warning">{count} could not be read: {escaped(places)}.</p>')
     parts.append("</header>")
     if not run.steps:
@@ -194,10 +111,11 @@ def _head(run: RunLog) -> str:
     tiles = []
     if run.evaluations:
         last_evaluation = run.evaluations[-1]
-        note = f"AP50 {_percent(_score(last_evaluation, 'AP50'))}"
+        first, *others = _names(run)
+        note = f"{others[0]} {_percent(_score(last_evaluation, others[0]))}" if others else ""
         if last_evaluation.get("num_not_finite"):
             note = "the model gave infinities or NaN"
-        tiles.append(tile("AP, last evaluation", _percent(_score(last_evaluation, "AP")), note=note))
+        tiles.append(tile(f"{first}, last evaluation", _percent(_score(last_evaluation, first)), note=note))
     epochs = run.config.get("train", {}).get("epochs")
     epoch = f"epoch {last['epoch'] + 1}" + (f" of {brief(str(epochs))}" if epochs else "")
     tiles += [
@@ -242,19 +160,26 @@ def _state(run: RunLog) -> str:
     return ends.get(str(last), "running, or ended without a word") + again
 
 
+def _names(run: RunLog) -> list[str]:
+    """Of the scores, the headline first."""
+    names = dict.fromkeys(record["headline"] for record in reversed(run.evaluations))
+    return list(names | dict.fromkeys(name for record in run.evaluations for name in record["metrics"]))
+
+
 def _precision(run: RunLog) -> str:
     if not run.evaluations:
         return '<h2>Precision</h2><p class="card empty">No evaluation has been recorded yet.</p>'
-    last = run.evaluations[-1]
+    last, known = run.evaluations[-1], meanings()
     rows = []
-    for name, meaning in SCORES.items():
+    for name in _names(run):
         values = [(_score(record, name), record["epoch"] + 1) for record in run.evaluations]
         best, epoch = max(values)
-        rows.append((name, meaning, _percent(values[-1][0]), _percent(best), str(epoch) if best >= 0 else "–"))
-    scores = table(("", "COCO metric", "last", "best", "epoch"), rows, numbers=(2, 3, 4))
+        found = str(epoch) if best >= 0 else "–"
+        rows.append((brief(name), known.get(name, ""), _percent(values[-1][0]), _percent(best), found))
+    scores = table(("", "score", "last", "best", "epoch"), rows, numbers=(2, 3, 4))
     epochs = [record["epoch"] + 1 for record in run.evaluations]
 
-    def lines(*names: str) -> list[Line]:
+    def lines(names: Sequence[str]) -> list[Line]:
         """Names without any objects to be computed on are left out."""
         values = {name: [_score(record, name) for record in run.evaluations] for name in names}
         return [
@@ -263,18 +188,33 @@ def _precision(run: RunLog) -> str:
             if max(values[name]) >= 0
         ]
 
-    over_iou = chart(lines("AP", "AP50", "AP75"), title="AP", x_name="epoch", from_zero=True)
-    sizes = lines("AP_small", "AP_medium", "AP_large")
-    over_size = chart(sizes, title="AP by object size", x_name="epoch", from_zero=True)
+    charts = []
+    for title, names, note in _charts(run):
+        drawn = chart(lines(names), title=title, x_name="epoch", from_zero=True)
+        charts.append(figure(title, note, drawn))
     note = (
         f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {duration(last['seconds'])}. "
         "A dash means that the images have no such objects, or that the model gave infinities or NaN."
     )
+    if run.history.others:
+        note += f" {run.history.others} evaluation(s) on other sets or with other settings are not shown."
     return (
         f'<h2>Precision</h2><div class="pair"><div class="card">{scores}<p class="note">{escaped(note)}</p></div>'
-        f'<div class="column">{figure("AP over epochs", "percent, by the overlap that counts as found", over_iou)}'
-        f"{figure('AP by object size', 'percent, classes of area as in COCO', over_size)}</div></div>"
+        f'<div class="column">{"".join(charts)}</div></div>'
     )
+
+
+def _charts(run: RunLog) -> list[tuple[str, list[str], str]]:
+    """Title, scores and note of each chart: the headline's family, its sizes, then what else there is."""
+    first, *others = _names(run)
+    sizes = [name for name in others if name.startswith(f"{first}_")]
+    family = [name for name in others if name.startswith(first) and name not in sizes]
+    found = [(f"{first} over epochs", [first, *family][:COLOURS], "percent, by the overlap that counts as found")]
+    found += [(f"{first} by object size", sizes[:COLOURS], "percent, classes of area as in COCO")] if sizes else []
+    known = {name for protocol in PROTOCOLS if first in protocol.meanings for name in protocol.meanings}
+    rest = [name for name in others if name not in {*sizes, *family, *known}]
+    found += [("Other scores", rest[:COLOURS], "percent")] if rest else []
+    return found
 
 
 def _curves(run: RunLog) -> str:
@@ -290,13 +230,14 @@ def _curves(run: RunLog) -> str:
         return Line(name, x, [_finite(record[key]) * factor for record in run.steps])
 
     def loss(part: str) -> Line:
-        return Line(part, x, [_finite(record["losses"][part]) for record in run.steps])
+        return Line(part, x, [_finite(record["losses"].get(part)) for record in run.steps])
 
+    parts = _parts(run)[:COLOURS]
     step_time = [of("step_seconds", "step"), of("data_wait_seconds", "data wait")]
     memory = [of("memory_bytes", "memory", 2**-30)]
     charts = [
         curve("Loss", "weighted sum over all layers", [loss("total")], from_zero=True),
-        curve("Parts of the loss", "weighted, summed over layers", [loss(part) for part in PARTS], from_zero=True),
+        curve("Parts of the loss", "weighted, summed over layers", [loss(part) for part in parts], from_zero=True),
         curve("Learning rate", "of the transformer", [of("learning_rate", "rate")], from_zero=True),
         curve("Gradient norm", "before clipping; logarithmic", [of("gradient_norm", "norm")], log=True),
         curve("Step time", "seconds, and how many of them were spent waiting for data", step_time, from_zero=True),
@@ -313,6 +254,11 @@ def _curves(run: RunLog) -> str:
     return f'<h2>Training</h2><div class="pair">{"".join(charts)}</div><p class="note below">{note}</p>'
 
 
+def _parts(run: RunLog) -> list[str]:
+    """Of the loss, as the last step has them."""
+    return list(run.steps[-1]["parts"])
+
+
 def _resumed_after(run: RunLog) -> list[int]:
     """The last step recorded before each time the run was resumed."""
     moments = [event["time"] for event in run.events if event.get("event") == "resume"]
@@ -324,18 +270,19 @@ def _by_epoch(run: RunLog) -> str:
     """The curves as numbers, one row an epoch."""
     if not run.steps:
         return ""
-    precision = {record["epoch"]: _score(record, "AP") for record in run.evaluations}
+    names, headline = ["total", *_parts(run)], [*_names(run)][:1]
+    precision = {record["epoch"]: _score(record, record["headline"]) for record in run.evaluations}
     rows = []
     for epoch in sorted({record["epoch"] for record in run.steps}):
         steps = [record for record in run.steps if record["epoch"] == epoch]
         taken = [record for record in steps if not record["skipped"]] or steps
-        losses = [sum(_finite(record["losses"][part]) for record in taken) / len(taken) for part in ("total", *PARTS)]
+        losses = [sum(_finite(record["losses"].get(name)) for record in taken) / len(taken) for name in names]
         images, seconds, waited = _sums(steps)
         seconds = seconds or math.nan
         row = [str(epoch + 1), number(steps[-1]["step"]), *(f"{value:.3f}" for value in losses)]
         row += [number(_finite(steps[-1]["learning_rate"])), number(images / seconds), _percent(waited / seconds)]
-        rows.append([*row, _percent(precision[epoch]) if epoch in precision else ""])
-    heads = ("epoch", "last step", "loss", "class", "l1", "giou", "learning rate", "images/s", "data wait", "AP")
+        rows.append([*row, *[_percent(precision[epoch]) if epoch in precision else "" for _ in headline]])
+    heads = ["epoch", "last step", "loss", *map(brief, names[1:]), "learning rate", "images/s", "data wait", *headline]
     numbers = table(heads, rows, numbers=range(1, len(heads)))
     return f'<details class="card below"><summary>Numbers by epoch</summary>{numbers}</details>'
 
@@ -381,7 +328,7 @@ def _finite(value: float | None) -> float:
 
 def _score(record: dict[str, Any], name: str) -> float:
     """A number of an evaluation; -1 where there is none."""
-    value = record["metrics"][name]
+    value = record["metrics"].get(name)
     return -1.0 if value is None or math.isnan(value) else value
 
 

@@ -4,7 +4,7 @@ It looks like this (all keys but base, samples and search have defaults):
 
     base: tiny                        # a preset or a YAML file, as for `ddetr train`
     overrides: [data.train=shards/train, data.validation=shards/val, train.epochs=12]
-    metric: AP                        # one of the twelve COCO numbers
+    metric: AP                        # a score of the evaluation; by default its headline
     mode: max
     samples: 20                       # trials
     concurrent: 4                     # trials at once
@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..core.config import Config, ConfigError, brief, came_with_weights, changed, complaint, load
-from ..core.evaluation.evaluator import METRICS
+from ..core.evaluation.scores import headline, meanings
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
 from ..data.documents import parse_yaml
@@ -102,7 +102,7 @@ class Scheduler(_Part):
 class Sweep(_Part):
     base: str
     overrides: tuple[str, ...] = ()
-    metric: str = "AP"
+    metric: str = Field(default_factory=headline)
     mode: Literal["max", "min"] = "max"
     samples: int = Field(gt=0)
     concurrent: int = Field(1, gt=0)
@@ -115,9 +115,9 @@ class Sweep(_Part):
 
     @field_validator("metric")
     @classmethod
-    def _is_one_of_coco(cls, metric: str) -> str:
-        if metric not in METRICS:
-            raise ValueError(f"expected one of {', '.join(METRICS)}, got {metric!r}")
+    def _is_a_score(cls, metric: str) -> str:
+        if metric not in meanings():
+            raise ValueError(f"expected one of {', '.join(meanings())}, got {metric!r}")
         return metric
 
 

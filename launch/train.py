@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weights
 from ..core.checkpoint.labels import check_evaluable, check_same
-from ..core.checkpoint.manifest import Position, is_evaluated, resumable, verify
+from ..core.checkpoint.manifest import Position, resumable, verify
 from ..core.config import Config, dump
-from ..core.evaluation.evaluator import without_ap
+from ..core.evaluation.evaluator import without_score_of
+from ..core.evaluation.result import Measure, is_evaluated
+from ..core.evaluation.scores import headline
 from ..core.model import pretrained
 from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
@@ -26,9 +28,9 @@ from ..core.training.changes import told_of_changes
 from ..core.training.engine import deepspeed_config
 from ..core.training.heartbeat import TRY_AGAIN
 from ..core.training.optimizer import check_trained, freeze_without_rate, rate_advice
-from ..core.training.reports import CheckpointReport, EvaluationReport, Report, StepReport
-from ..core.training.schedule import Timetable, nothing_left, planned
-from ..core.training.trainer import train, training_stream
+from ..core.training.reports import EndReport, Observer, StartReport
+from ..core.training.schedule import End, Schedule, nothing_left, planned
+from ..core.training.trainer import Trainer, training_stream
 from ..core.training.trial import SIDE, Trial, try_step
 from ..core.training.world import World, join
 from ..data.cache import open_shards
@@ -41,7 +43,7 @@ from ..monitoring.metrics import RunMetrics
 from .console import LogFormatter
 from .environment import SharedMemory, check, check_compiler_cache, check_shared_memory
 from .identity import Identity, identify
-from .record import Quiet, Record, announced
+from .record import Record, announced
 
 log = logging.getLogger("ddetr")
 
@@ -51,14 +53,14 @@ def run(
     *,
     resume: Path | None = None,
     dry_run: bool = False,
-    report: Callable[[EvaluationReport], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Path:
     """Train, as one process or as one rank of many; returns the run directory.
 
-    `resume` is a run directory to continue. `report` is called on rank 0 after each evaluation. With `dry_run` all
-    checks are made, a step is taken on a small image, the plan is printed, and nothing is written. Raises ValueError,
-    FileNotFoundError or OSError with one message for what the user can mend, before any work. Exits with status 75 when
-    the run stopped because other ranks were asked to: a launcher should start this one again.
+    `resume` is a run directory to continue. `observers` get every report of rank 0, as metrics and records do. With
+    `dry_run` all checks are made, a step is taken on a small image, the plan is printed, and nothing is written. Raises
+    ValueError, FileNotFoundError or OSError with one message for what the user can mend, before any work. Exits with
+    status 75 when the run stopped because other ranks were asked to: a launcher should start this one again.
     """
     _log_to_console()
     train_index, validation_index = _open_data(config)
@@ -74,7 +76,9 @@ def run(
         world.agree(lambda: _check_output(config, resume), None)
         indexes = [index for index in (train_index, validation_index) if index]
         machines = check(config, world, indexes, writes=not dry_run)
-        began = world.agree(lambda: _beginning(config, model, resume, train_index, stream), _Beginning)
+        began = world.agree(
+            lambda: _beginning(config, model, resume, train_index, validation_index, stream), _Beginning
+        )
         began.told.extend(_told_of_validation(config, train_index, validation_index))
         run_directory, resumes = began.run_directory, began.resumes
         if began.nothing_left is not None:
@@ -99,23 +103,13 @@ def run(
             port = config.monitor.port + world.local_rank if config.monitor.port else 0
             exporter = stack.enter_context(serve(metrics.registry, config.monitor.host, port))
             addresses = world.gather([exporter.address], str)
-        record: Record | Quiet = Quiet()
+        observing: list[Observer] = [metrics.observe]
         if world.local_rank == 0:
             remember(config)
         if world.rank == 0:  # the first thing written: all that can be checked beforehand has been
-            record = stack.enter_context(Record(run_directory, config))
+            observing += [stack.enter_context(Record(run_directory, config)).observe, *observers]
             identity.write()
             stack.enter_context(announced(addresses, run_directory, identity.label))
-
-        def observe(item: Report) -> None:
-            if isinstance(item, CheckpointReport):
-                if item.error is None:
-                    metrics.checkpoint_saved()
-            elif isinstance(item, StepReport | EvaluationReport):
-                metrics.observe(item)
-            record.observe(item)
-            if report is not None and world.rank == 0 and isinstance(item, EvaluationReport):
-                report(item)
 
         if world.rank == 0:
             for line in machines:
@@ -124,14 +118,9 @@ def run(
                 log.warning(line)
             if advice := rate_advice(config):
                 log.warning(advice)
-        record.event(
-            "resume" if resumes else "start",
-            ranks=world.size,
-            device=str(world.device),
-            torch=torch.__version__,
-            machines=machines,
-        )
-        others_stopped = train(
+        for observer in observing:
+            observer(StartReport(resumes, world.size, str(world.device), torch.__version__, tuple(machines)))
+        trainer = Trainer(
             config,
             run_directory=run_directory,
             world=world,
@@ -139,21 +128,24 @@ def run(
             categories=train_index.categories,
             validation_index=validation_index,
             resume=resumes,
-            observe=observe,
+            observers=observing,
         )
-        record.event("stop")
-    if others_stopped:  # a launcher should not take this for the end of training, and leave this host out of the rest
+        end = trainer.train()
+        trainer.observe(EndReport(end.value))
+    if (
+        end is End.OTHERS
+    ):  # a launcher should not take this for the end of training, and leave this host out of the rest
         sys.exit(TRY_AGAIN)
     return run_directory
 
 
 def check_beforehand(config: Config) -> None:
     """All that a `run` of one rank finds out about a configuration before it makes anything, and whether it will have
-    an AP, which a search needs. Raises what it raises, and ValueError.
+    a score, which a search needs. Raises what it raises, and ValueError.
     """
     index, validation_index = _open_data(config)
     if validation_index and validation_index.lack:
-        raise ValueError(without_ap(validation_index))
+        raise ValueError(without_score_of(validation_index))
     training_stream(config, index, World(0, 1, 0, torch.device("cpu")))
     deepspeed_config(config)
     _fit_initial_weights(_without_weights(config), config, index.categories)
@@ -185,13 +177,13 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
 
 
 def _told_of_validation(config: Config, train: ShardIndex, validation: ShardIndex | None) -> list[str]:
-    """What there is to know of the run's AP beforehand."""
+    """What there is to know of the run's scores beforehand."""
     if validation is None or not config.train.evaluate_every_epochs:
         return []
     if validation.lack:
-        return [without_ap(validation)]
+        return [without_score_of(validation)]
     listed, all_ = len(validation.categories), len(train.categories)
-    few = f"{validation.location} lists {listed} of the {all_} categories of training: AP is of these alone"
+    few = f"{validation.location} lists {listed} of the {all_} categories of training: {headline()} is of these alone"
     return [few] if listed < all_ else []
 
 
@@ -251,14 +243,14 @@ def _fetch_backbone(config: Config, world: World) -> None:
 def _print_plan(
     config: Config, stream: TrainStream, began: "_Beginning", trial: Trial, world: World, deepspeed_json: dict[str, Any]
 ) -> None:
-    timetable = Timetable.of(config.train, stream.steps_per_epoch, began.done)
+    schedule = Schedule.of(config.train, stream.steps_per_epoch, began.done)
     print(dump(config, for_others=True))
     print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
     ranks = f"{world.size} rank(s), device {world.device.type}"
     print(f"# {ranks}; {trial.trained / 1e6:.1f} M parameters trained, {trial.frozen / 1e6:.1f} M frozen")
     for line in filter(None, (rate_advice(config), *began.told)):
         print(f"# {line}")
-    print(f"# {planned(timetable, stream.num_samples, config, began.done)}")
+    print(f"# {planned(schedule, stream.num_samples, config, began.done)}")
     print(
         f"# tried: shards, weights and checkpoint where there are any, one step on one image of {SIDE} x {SIDE} pixels "
         f"a rank: loss {trial.loss:.3g}, {trial.seconds:.1f} s"
@@ -280,7 +272,12 @@ class _Beginning:
 
 
 def _beginning(
-    config: Config, model: Detector, resume: Path | None, index: ShardIndex, stream: TrainStream
+    config: Config,
+    model: Detector,
+    resume: Path | None,
+    index: ShardIndex,
+    validation_index: ShardIndex | None,
+    stream: TrainStream,
 ) -> _Beginning:
     """Raises ValueError for a run that is there already, and for a checkpoint that is damaged or does not fit."""
     path = Path(config.train.output) / (config.train.name or time.strftime("%Y%m%d-%H%M%S"))
@@ -301,9 +298,11 @@ def _beginning(
         raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
     found = contents(checkpoint)
     check_same(found.categories, index.categories, checkpoint, index.location)
-    timetable = Timetable.of(config.train, stream.steps_per_epoch, stored.position)
-    unevaluated = bool(config.data.validation and config.train.evaluate_every_epochs) and not is_evaluated(checkpoint)
-    over = None if unevaluated else nothing_left(stored.position, timetable)
+    schedule = Schedule.of(config.train, stream.steps_per_epoch, stored.position)
+    unevaluated = False
+    if validation_index and config.train.evaluate_every_epochs:
+        unevaluated = not is_evaluated(checkpoint, Measure.of(config, validation_index))
+    over = None if unevaluated else nothing_left(stored.position, schedule)
     told = told_of_changes(found.config, config, path, stored.position, stream.steps_per_epoch)
     return _Beginning(path, True, told, stored.position, over)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config, changed
+from ..core.evaluation.result import without_score
 from ..core.overrides import written
-from ..core.training.reports import EvaluationReport, without_score
+from ..core.training.reports import EvaluationReport, Report
 from .cluster import cluster
 from .console import say
 from .placement import anywhere
@@ -173,9 +174,11 @@ def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str, her
     overrides += [written("train.output", str(Path(folder) / "trials")), written("train.name", name)]
     config = changed(Config.model_validate(base), overrides, name)
 
-    def told(report: EvaluationReport) -> None:
-        if report.num_not_finite:  # no scheduler may compare it
-            raise FloatingPointError(f"step {report.step}: {without_score(report.num_not_finite)}")
-        ray_tune.report({"epoch": report.epoch + 1, "step": report.step, **report.metrics})
+    def tell(report: Report) -> None:
+        if not isinstance(report, EvaluationReport):
+            return
+        if report.result.num_not_finite:  # no scheduler may compare it
+            raise FloatingPointError(f"step {report.step}: {without_score(report.result.num_not_finite)}")
+        ray_tune.report({"epoch": report.epoch + 1, "step": report.step, **report.result.metrics})
 
-    run(Config.model_validate(anywhere(config, Path(here))), report=told)
+    run(Config.model_validate(anywhere(config, Path(here))), observers=[tell])

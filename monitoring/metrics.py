@@ -2,7 +2,8 @@
 
 Names are `ddetr_<thing>_<unit>[_total]` in base units (seconds, bytes, ratios of 0 to 1). A quantity without a unit
 ends in the noun that it is (loss, rate, norm, scale, epoch, step). Each metric carries the labels `run` and `rank`;
-a further label takes its values from a fixed tuple, so the number of series per process never grows.
+a further label takes its values from the names in the run's reports, the same in all of them, so the number of series
+per process does not grow.
 
 `python -m ddetr.monitoring.metrics` prints the reference table of docs/operations.md.
 """
@@ -17,11 +18,6 @@ from typing import Literal, Protocol, runtime_checkable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-LOSS_PARTS = ("total", "class", "l1", "giou")
-SCORES = (  # the twelve numbers of the COCO evaluation
-    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
-    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
-)
 RESIDENT_PAGES = Path("/proc/self/statm")
 
 # About a factor of 1.5 apart where training steps lie, so that a quantile read from them is off by at most that.
@@ -31,18 +27,22 @@ WAIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: `label`, if any, takes only `values`; `buckets` are a histogram's upper bounds."""
+    """One metric. label: one that it has beside run and rank; values: what that says. buckets: a histogram's bounds."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
     documentation: str
     label: str | None = None
-    values: tuple[str, ...] = ()
+    values: str = ""
     buckets: tuple[float, ...] = ()
 
 
 LOSS = Metric(
-    "ddetr_train_loss", "gauge", "Loss of the last step, weighted and summed over layers.", "part", LOSS_PARTS
+    "ddetr_train_loss",
+    "gauge",
+    "Loss of the last step, weighted and summed over layers.",
+    "part",
+    "total, and each part of the run's loss (class, l1, giou)",
 )
 LEARNING_RATE = Metric("ddetr_learning_rate", "gauge", "Learning rate of the last step, of the transformer's group.")
 GRADIENT_NORM = Metric("ddetr_gradient_norm", "gauge", "Norm of all gradients at the last step, before clipping.")
@@ -77,9 +77,16 @@ DEVICE_MEMORY = Metric(
 SCORE = Metric(
     "ddetr_evaluation_score_ratio",
     "gauge",
-    "COCO metrics of the last evaluation, 0 to 1; NaN where the set has no such objects or the model has diverged.",
+    "Scores of the last evaluation, 0 to 1; NaN where the set has no such objects or the model has diverged.",
     "metric",
-    SCORES,
+    "the scores' names (AP, AP50, AP75, AP_small ... AR_large)",
+)
+HEADLINE = Metric(
+    "ddetr_evaluation_headline_ratio",
+    "gauge",
+    "The one of these scores by which checkpoints are compared.",
+    "metric",
+    "its name (AP)",
 )
 EVALUATION_SECONDS = Metric("ddetr_evaluation_seconds", "gauge", "Duration of the last evaluation.")
 EVALUATION_IMAGES = Metric("ddetr_evaluation_images", "gauge", "Images of the last evaluation.")
@@ -97,7 +104,7 @@ CHECKPOINT_TIME = Metric(
 METRICS = (
     *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
     *(STEP_SECONDS, DATA_WAIT_SECONDS, OWN_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
-    *(SCORE, EVALUATION_SECONDS, EVALUATION_IMAGES, EVALUATION_NOT_FINITE),
+    *(SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_IMAGES, EVALUATION_NOT_FINITE),
     *(START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
 
@@ -110,6 +117,8 @@ class StepReport(Protocol):
     def step(self) -> int: ...
     @property
     def epoch(self) -> int: ...
+    @property
+    def parts(self) -> Sequence[str]: ...
     @property
     def losses(self) -> Mapping[str, float]: ...
     @property
@@ -134,18 +143,37 @@ class StepReport(Protocol):
     def loss_scale(self) -> float: ...
 
 
-@runtime_checkable
-class EvaluationReport(Protocol):
-    """What the trainer says after an evaluation; a metric below 0 has no objects to be computed on."""
+class Result(Protocol):
+    """What an evaluation found; a score below 0 has no objects to be computed on."""
 
     @property
     def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def headline(self) -> str: ...
     @property
     def images(self) -> int: ...
     @property
     def num_not_finite(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+
+
+@runtime_checkable
+class EvaluationReport(Protocol):
+    """What the trainer says after an evaluation."""
+
+    @property
+    def result(self) -> Result: ...
+
+
+@runtime_checkable
+class CheckpointReport(Protocol):
+    """What the trainer says of a checkpoint; error: why there is none."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def error(self) -> str | None: ...
 
 
 class RunMetrics:
@@ -175,21 +203,17 @@ class RunMetrics:
         if RESIDENT_PAGES.exists():
             self._gauges[PROCESS_MEMORY].labels(**self._labels).set_function(_resident_bytes)
 
-    def observe(self, report: StepReport | EvaluationReport) -> None:
-        """Take in a report of the trainer. Raises TypeError for anything else."""
+    def observe(self, report: object) -> None:
+        """Take in a report of the trainer; one that has no metrics here is ignored."""
         if isinstance(report, StepReport):
             self._observe_step(report)
         elif isinstance(report, EvaluationReport):
-            self._observe_evaluation(report)
-        else:
-            raise TypeError(f"expected a step or an evaluation report, got {type(report).__name__}")
-
-    def checkpoint_saved(self) -> None:
-        """Say that a checkpoint is complete now."""
-        self._set(CHECKPOINT_TIME, time.time())
+            self._observe_evaluation(report.result)
+        elif isinstance(report, CheckpointReport) and report.error is None:
+            self._set(CHECKPOINT_TIME, time.time())
 
     def _observe_step(self, report: StepReport) -> None:
-        for part in LOSS_PARTS:
+        for part in ("total", *report.parts):
             self._set(LOSS, report.losses[part], part=part)
         self._set(LEARNING_RATE, report.learning_rate)
         self._set(GRADIENT_NORM, report.gradient_norm)
@@ -206,13 +230,14 @@ class RunMetrics:
         self._histograms[STEP_SECONDS].observe(report.step_seconds)
         self._histograms[DATA_WAIT_SECONDS].observe(report.data_wait_seconds)
 
-    def _observe_evaluation(self, report: EvaluationReport) -> None:
-        for name in SCORES:
-            value = report.metrics[name]
-            self._set(SCORE, math.nan if value < 0 else value, metric=name)
-        self._set(EVALUATION_SECONDS, report.seconds)
-        self._set(EVALUATION_IMAGES, report.images)
-        self._set(EVALUATION_NOT_FINITE, report.num_not_finite)
+    def _observe_evaluation(self, result: Result) -> None:
+        scores = {name: math.nan if value < 0 else value for name, value in result.metrics.items()}
+        for name, value in scores.items():
+            self._set(SCORE, value, metric=name)
+        self._set(HEADLINE, scores[result.headline], metric=result.headline)
+        self._set(EVALUATION_SECONDS, result.seconds)
+        self._set(EVALUATION_IMAGES, result.images)
+        self._set(EVALUATION_NOT_FINITE, result.num_not_finite)
 
     def _set(self, metric: Metric, value: float, /, **label: str) -> None:
         self._gauges[metric].labels(**self._labels, **label).set(value)
@@ -222,7 +247,7 @@ def reference_table() -> str:
     """The metrics as a Markdown table, for docs/operations.md."""
     rows = ["| metric | type | what it is |", "| --- | --- | --- |"]
     for metric in METRICS:
-        values = f" `{metric.label}`: {', '.join(metric.values)}." if metric.label else ""
+        values = f" `{metric.label}`: {metric.values}." if metric.label else ""
         rows.append(f"| `{metric.name}` | {metric.kind} | {metric.documentation}{values} |")
     return "\n".join(rows) + "\n"
 

@@ -5,11 +5,9 @@ A folder with the name of a step is therefore whole, wherever the process was ki
 
 import errno
 import hashlib
-import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,8 @@ from ...data.documents import as_json, parse_json
 from ...data.text import LONGEST_FILE_NAME, visible
 from ...data.values import described, is_number, member, whole
 
-log = logging.getLogger("ddetr")
-
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
-EVALUATION = "evaluation.json"
 _VERSION = 1
 
 
@@ -149,50 +144,6 @@ def resumable(checkpoint: Path) -> Resumable:
     except ValueError as error:
         what = f"{MANIFEST} lacks what a resume needs ({visible(str(error))})"
         raise ValueError(damaged(checkpoint, what)) from error
-
-
-def is_evaluated(checkpoint: Path) -> bool:
-    return (checkpoint / EVALUATION).is_file()
-
-
-def record_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
-    _replace(checkpoint / EVALUATION, as_json(dict(metrics)))
-
-
-def prune(checkpoints: Iterable[Path], keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints (0: none) and the one with the best AP; returns the deleted.
-
-    checkpoints: oldest first. One whose evaluation cannot be read stays, too: it may be the best.
-    """
-    checkpoints = list(checkpoints)
-    scores = {path: _average_precision(path) for path in checkpoints}
-    unread = [path for path in checkpoints if scores[path] == math.inf]
-    evaluated = [path for path in checkpoints if 0 <= scores[path] < math.inf]
-    kept = {*unread, *sorted(evaluated, key=lambda path: scores[path], reverse=True)[:1]}
-    surplus = [path for path in checkpoints[:-keep] if path not in kept] if keep else []
-    for path in surplus:
-        unnamed = path.with_name(f".{path.name}")  # at once no checkpoint any more, however long deleting takes
-        path.rename(unnamed)
-        shutil.rmtree(unnamed, ignore_errors=True)  # somebody may be reading it; the next save tries again
-    return surplus
-
-
-def _average_precision(checkpoint: Path) -> float:
-    """-1 where it was not evaluated or met numbers that are not finite, infinity where that cannot be read."""
-    path = checkpoint / EVALUATION
-    try:
-        scores = parse_json(path.read_bytes()) if path.is_file() else {"AP": None}
-        if not isinstance(scores, dict) or "AP" not in scores:
-            raise ValueError("it has no 'AP'")
-        score = scores["AP"]
-        if score is None or score != score:  # NaN, as earlier versions wrote it
-            return -1.0
-        if not is_number(score):
-            raise ValueError(f"'AP' is {described(score)}")
-        return float(score)
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read (%s): its checkpoint is kept", path, visible(str(error)))
-        return math.inf
 
 
 def damaged(checkpoint: Path, what: str) -> str:

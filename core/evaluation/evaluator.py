@@ -1,12 +1,10 @@
-"""COCO evaluation: shards in, detections out, twelve numbers by pycocotools.
+"""Evaluation: shards in, detections out, scores of them.
 
 A shard is the unit of work. A batch never crosses shards and holds images of one exact size, so its composition,
 and with it every detection, is the same whichever process evaluates the shard and in whatever order.
 """
 
-import contextlib
-import io
-import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,21 +19,8 @@ from ...data.stream import evaluation_batches
 from ..checkpoint.labels import check_evaluable
 from ..checkpoint.weights import TrainedDetector
 from ..model.postprocess import detections as top_detections
-
-METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR1",
-    "AR10",
-    "AR100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)  # in the order of COCOeval.stats
+from .result import Measure, Result, weights_digest
+from .scores import headline, scored
 
 
 @dataclass(frozen=True)
@@ -50,15 +35,11 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The one result of an evaluation: of all shards, in their order, whatever the order of arrival.
+    """A set evaluated: its ground truth as a COCO dictionary, all detections in the order of the shards, the result."""
 
-    metrics: COCO's twelve numbers by name. All are NaN when a query was not finite: no score of such a model may be
-    preferred to another one's. A file has null for NaN.
-    """
-
+    ground_truth: dict[str, Any]
     detections: list[dict]
-    metrics: dict[str, float]
-    num_not_finite: int
+    result: Result
 
 
 def evaluate_shard(
@@ -117,13 +98,23 @@ def merge(results: Iterable[ShardResult]) -> list[dict]:
     return [detection for result in ordered for detection in result.detections]
 
 
-def evaluation(ground_truth: dict, results: Iterable[ShardResult]) -> Evaluation:
-    """The results of all shards as one, scored against a COCO dictionary, which is not changed."""
-    results = list(results)
+def evaluation(
+    detector: TrainedDetector, index: ShardIndex, results: Iterable[ShardResult], began: float
+) -> Evaluation:
+    """The results of all shards as one, scored against the shards' annotations. began: by time.perf_counter."""
+    results, ground_truth = list(results), index.ground_truth()
     found, num_not_finite = merge(results), sum(result.num_not_finite for result in results)
-    nothing: dict[str, float] = dict.fromkeys(METRICS, math.nan)
-    metrics = nothing if num_not_finite else coco_metrics(ground_truth, found)
-    return Evaluation(found, metrics, num_not_finite)
+    result = Result(
+        metrics=scored(ground_truth, found, num_not_finite),
+        headline=headline(),
+        images=index.num_samples,
+        num_not_finite=num_not_finite,
+        seconds=time.perf_counter() - began,
+        time=time.time(),
+        weights=weights_digest(detector.path),
+        measure=Measure.of(detector.config, index),
+    )
+    return Evaluation(ground_truth, found, result)
 
 
 def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
@@ -137,41 +128,6 @@ def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
     check_evaluable(index.categories, index.location, known, "the checkpoint", detector.path, remedy)
 
 
-def without_ap(index: ShardIndex) -> str:
+def without_score_of(index: ShardIndex) -> str:
     """The warning for shards that lack objects."""
-    return f"{index.location}: {index.lack}, so evaluations on it give no AP (-1)"
-
-
-def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
-    """The twelve numbers of COCOeval for boxes; -1 where no ground truth falls into the range, as pycocotools has it.
-
-    ground_truth: a COCO dictionary; the ids of its annotations, and `ignore` in them, have no meaning, and a missing
-    area or iscrowd is as `ddetr data pack` completes it. Detections of categories that it does not list do not count.
-    detections: COCO's result format. Neither is changed.
-    """
-    from pycocotools.cocoeval import COCOeval
-
-    assert {row["image_id"] for row in detections} <= {image["id"] for image in ground_truth["images"]}
-    found = [{name: row[name] for name in ("image_id", "category_id", "bbox", "score")} for row in detections]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints, and writes into what it is given
-        truth, results = _indexed(ground_truth, ground_truth["annotations"]), _indexed(ground_truth, found)
-        evaluation = COCOeval(truth, results, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
-
-
-def _indexed(ground_truth: dict, rows: list[dict]) -> Any:
-    """A pycocotools.coco.COCO of annotations or detections in the images of a COCO dictionary.
-
-    They are numbered anew, from 1: COCOeval takes a match with id 0 for none, and sees one of those with equal ids.
-    """
-    from pycocotools.coco import COCO
-
-    completed = ({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **row} for row in rows)
-    numbered: Any = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
-    coco = COCO()
-    coco.dataset = numbered
-    coco.createIndex()
-    return coco
+    return f"{index.location}: {index.lack}, so evaluations on it give no {headline()} (-1)"

@@ -7,7 +7,7 @@ from ...data.text import visible
 from ..checkpoint.manifest import Position
 from ..config import Config, without_logins
 from ..overrides import in_one_line
-from .schedule import Timetable
+from .schedule import Schedule
 
 # The weights are there already, and the run stays where it is.
 WITHOUT_EFFECT = (
@@ -50,10 +50,8 @@ def told_of_changes(before: Config, after: Config, folder: Path, done: Position,
         lines.append("without effect, the run goes on with its weights in its folder: " + _listed(changed, vain))
     if model:
         lines.append("the weights fit, but the model computes something else with them: " + _listed(changed, model))
-    old_rate = Timetable.of(before.train, done.steps_per_epoch or per_epoch, done).learning_rate(
-        before.optim, done.step
-    )
-    new_rate = Timetable.of(after.train, per_epoch, done).learning_rate(after.optim, done.step)
+    old_rate = Schedule.of(before.train, done.steps_per_epoch or per_epoch, done).learning_rate(before.optim, done.step)
+    new_rate = Schedule.of(after.train, per_epoch, done).learning_rate(after.optim, done.step)
     if old_rate != new_rate:
         lines.append(f"the learning rate of step {done.step + 1} is {new_rate:.3g} and would have been {old_rate:.3g}")
     return lines

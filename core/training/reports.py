@@ -3,13 +3,14 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from ...data import documents
 from ...data.text import visible
 from ..config import Config
-from .schedule import Timetable
+from ..evaluation.result import Result, without_score
+from ..evaluation.scores import in_brief
+from .schedule import Schedule
 
 log = logging.getLogger("ddetr")
 
@@ -43,11 +44,8 @@ class EvaluationReport:
     """The evaluation of one checkpoint on all validation images."""
 
     step: int
-    epoch: int
-    metrics: dict[str, float]  # COCO's twelve numbers; all NaN where the model gave numbers that are not finite
-    images: int
-    seconds: float
-    num_not_finite: int = 0  # queries that detect nothing because of those
+    epoch: int  # counted from 0, of that step
+    result: Result
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class SavingReport:
 @dataclass(frozen=True)
 class CheckpointReport:
     step: int
-    epoch: int
     path: str
     seconds: float  # until it was complete
     waited_seconds: float  # of these, that training stood still
@@ -75,9 +72,26 @@ class FaultReport:
     message: str
 
 
-Report = StepReport | EvaluationReport | SavingReport | CheckpointReport | FaultReport
-Observe = Callable[[Report], None]
-SUMMED = ("images", "step_seconds", "data_wait_seconds")  # over the steps that a line of metrics.jsonl stands for
+@dataclass(frozen=True)
+class StartReport:
+    """The run begins, or goes on. machines: what the ranks run on, in lines to read."""
+
+    resumes: bool
+    ranks: int
+    device: str
+    torch: str
+    machines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EndReport:
+    """The run goes no further, in order."""
+
+    reason: str
+
+
+Report = StartReport | StepReport | EvaluationReport | SavingReport | CheckpointReport | FaultReport | EndReport
+Observer = Callable[[Report], None]  # gets every report of its rank, and ignores what it does not know
 
 
 def named_losses(values: list[float], parts: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, float]:
@@ -87,26 +101,6 @@ def named_losses(values: list[float], parts: tuple[str, ...], layers: tuple[str,
     for part, row in rows.items():
         named |= {f"{part}_{layer}": value for layer, value in zip(layers, row, strict=True)}
     return named
-
-
-def without_score(num_not_finite: int) -> str:
-    """What an evaluation says that met so many queries with numbers that are not finite."""
-    return (
-        f"{num_not_finite} queries gave infinities or NaN and detect nothing, so this evaluation has no score: the "
-        "model has diverged, or its numbers overflow. Go on from an earlier checkpoint"
-    )
-
-
-def as_json(report: EvaluationReport | Sequence[StepReport]) -> str:
-    """One line of metrics.jsonl: an evaluation, or the last of some steps with sums over all of them.
-
-    What is not finite is null in it.
-    """
-    if isinstance(report, EvaluationReport):
-        return documents.as_json({"kind": "evaluation", "time": time.time(), **asdict(report)})
-    sums = {name: sum(getattr(step, name) for step in report) for name in SUMMED}
-    line = {"kind": "step", "time": time.time(), **asdict(report[-1])}
-    return documents.as_json({**line, "since_last_line": {"steps": len(report), **sums}})
 
 
 class Pace:
@@ -140,9 +134,9 @@ class Pace:
 class Progress:
     """One readable line every few steps, with the rate since the last line and the time left."""
 
-    def __init__(self, config: Config, step: int, timetable: Timetable, quiet: bool) -> None:
+    def __init__(self, config: Config, step: int, schedule: Schedule, quiet: bool) -> None:
         self.quiet = quiet
-        self.config, self.last_step, self.num_epochs = config, timetable.last_step, timetable.num_epochs
+        self.config, self.last_step, self.num_epochs = config, schedule.last_step, schedule.num_epochs
         self._since = (time.perf_counter(), step)
         self._wait = 0.0
 
@@ -150,7 +144,13 @@ class Progress:
         if not self.quiet:
             log.info(text)
 
-    def step(self, report: StepReport) -> None:
+    def observe(self, report: Report) -> None:
+        if isinstance(report, StepReport):
+            self._step(report)
+        elif isinstance(report, EvaluationReport):
+            self._evaluation(report.step, report.result)
+
+    def _step(self, report: StepReport) -> None:
         self._wait += report.data_wait_seconds
         if report.skipped and not self.quiet:
             log.warning("step %d skipped: %s", report.step, report.not_finite)
@@ -172,12 +172,12 @@ class Progress:
         )
         self._since, self._wait = (now, report.step), 0.0
 
-    def evaluation(self, report: EvaluationReport) -> None:
-        if report.num_not_finite and not self.quiet:
-            log.error("step %d: %s", report.step, without_score(report.num_not_finite))
+    def _evaluation(self, step: int, result: Result) -> None:
+        if result.num_not_finite and not self.quiet:
+            log.error("step %d: %s", step, without_score(result.num_not_finite))
             return
-        shown = ", ".join(f"{name} {report.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75", "AP_small"))
-        self.line(f"evaluated step {report.step} on {report.images} images in {report.seconds:.1f} s: {shown}")
+        scores = in_brief(result.metrics, result.headline)
+        self.line(f"evaluated step {step} on {result.images} images in {result.seconds:.1f} s: {scores}")
 
 
 def _clock(seconds: float) -> str:

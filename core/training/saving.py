@@ -1,16 +1,18 @@
 """Checkpoints written beside the training: it stands still while its state is copied, and then goes on."""
 
 import logging
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.manifest import prune
-from ..checkpoint.weights import checkpoints
-from .reports import CheckpointReport, Observe
+from ..checkpoint import checkpoints
+from ..evaluation import result
+from ..evaluation.result import Measure, Result
+from .reports import CheckpointReport, Report
 from .world import World
 
 log = logging.getLogger("ddetr")
@@ -19,7 +21,6 @@ log = logging.getLogger("ddetr")
 @dataclass(frozen=True)
 class _Writing:
     step: int
-    epoch: int
     path: Future[Path]
     began: float
     waited: float
@@ -28,15 +29,19 @@ class _Writing:
 class Saver:
     """Writes one checkpoint at a time, on rank 0, and deletes the ones that are too many; the others only ask it to.
 
-    keep: how many of the newest stay (0: all). A checkpoint that cannot be written is reported, and ends no run.
+    keep: how many of the newest stay (0: all), beside the best by the scores of `measure`. A checkpoint that cannot be
+    written is reported, and ends no run.
     """
 
-    def __init__(self, run_directory: Path, keep: int, world: World, observe: Observe) -> None:
-        self._run_directory, self._keep, self._world, self._observe = run_directory, keep, world, observe
+    def __init__(
+        self, run_directory: Path, keep: int, measure: Measure | None, world: World, observe: Callable[[Report], None]
+    ) -> None:
+        self._run_directory, self._keep, self._measure = run_directory, keep, measure
+        self._world, self._observe = world, observe
         self._writing: _Writing | None = None
         self._last: Future[Path] | None = None
 
-    def begin(self, snapshot: Callable[[], Callable[[], Path]], step: int, epoch: int) -> None:
+    def begin(self, snapshot: Callable[[], Callable[[], Path]], step: int) -> None:
         """Copy the state, which is collective, and write it. Waits for the one before it."""
         began = time.perf_counter()
         self.close()
@@ -44,7 +49,7 @@ class Saver:
         if self._world.rank == 0:
             path: Future[Path] = Future()
             self._last = path
-            self._writing = _Writing(step, epoch, path, began, time.perf_counter() - began)
+            self._writing = _Writing(step, path, began, time.perf_counter() - began)
             threading.Thread(target=self._write, args=(write, path), name="checkpoint", daemon=True).start()
 
     def look(self) -> None:
@@ -84,7 +89,7 @@ class Saver:
 
     def _tidy(self) -> None:
         try:
-            for old in prune(checkpoints(self._run_directory), self._keep):
+            for old in prune(checkpoints(self._run_directory), self._keep, self._measure):
                 log.info("deleted %s", old)
         except OSError as error:
             log.error("old checkpoints stay: %s", error)
@@ -95,10 +100,36 @@ class Saver:
         if error is None:
             path = str(writing.path.result())
             log.info("saved %s in %.1f s, for %.1f s of which training waited", path, seconds, waited)
-            self._observe(CheckpointReport(writing.step, writing.epoch, path, seconds, waited))
+            self._observe(CheckpointReport(writing.step, path, seconds, waited))
         elif isinstance(error, OSError):
             reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
             log.error("step %d is not saved: %s", writing.step, reason)
-            self._observe(CheckpointReport(writing.step, writing.epoch, "", seconds, waited, reason))
+            self._observe(CheckpointReport(writing.step, "", seconds, waited, reason))
         else:
             raise error
+
+
+def prune(checkpoints: Iterable[Path], keep: int, measure: Measure | None = None) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints (0: none) and the one with the best score; returns the deleted.
+
+    checkpoints: oldest first. measure: of the scores that count, as in `result.comparable`. A checkpoint whose
+    evaluation cannot be read stays, too: it may be the best.
+    """
+    if not keep:
+        return []
+    checkpoints, unread = list(checkpoints), set[Path]()
+    results: dict[Path, list[Result]] = {}
+    for path in checkpoints:
+        try:
+            results[path] = result.read(path)
+        except (OSError, ValueError) as error:
+            log.warning("%s: its checkpoint is kept", error)
+            unread.add(path)
+    scores = {path: found.score for path, found in result.comparable(results, measure).items()}
+    best = max((path for path, score in scores.items() if score >= 0), key=lambda path: scores[path], default=None)
+    surplus = [path for path in checkpoints[:-keep] if path not in unread and path != best]
+    for path in surplus:
+        unnamed = path.with_name(f".{path.name}")  # at once no checkpoint any more, however long deleting takes
+        path.rename(unnamed)
+        shutil.rmtree(unnamed, ignore_errors=True)  # somebody may be reading it; the next save tries again
+    return surplus

@@ -1,10 +1,14 @@
-"""Which step of a run is which: its epoch, the last one, its learning rate, where a resume goes on. Arithmetic alone.
+"""Which step of a run is which: its epoch, its learning rate, what is due after it, where a resume goes on.
+
+Arithmetic alone.
 
 A step is an optimizer step, counted over the whole run. What was done of a run is told in epochs, because a resume may
 find another number of steps in an epoch: another batch size, or shards that were packed anew.
 """
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 from ..checkpoint.manifest import Position
 from ..config import Config, OptimConfig, TrainConfig
@@ -12,8 +16,33 @@ from ..config import Config, OptimConfig, TrainConfig
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 
 
+class End(Enum):
+    """Why a run goes no further."""
+
+    FINISHED = "finished"  # its last step is taken, and evaluated if that was due
+    ASKED = "asked to stop"  # by a signal to this rank
+    OTHERS = "others were asked to stop"  # but not this rank
+
+
+class Due(NamedTuple):
+    """What happens after a step. An evaluation is of a checkpoint, so whoever evaluates saves."""
+
+    save: bool
+    evaluate: bool
+    last: bool
+
+
 @dataclass(frozen=True)
-class Timetable:
+class Every:
+    """How often checkpoints are saved and evaluated; 0 is never."""
+
+    save_epochs: int = 0
+    save_steps: int = 0  # within an epoch
+    evaluate_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
     """The steps of a run of `epochs` epochs, or `max_steps` steps if those are fewer.
 
     shift: by how much the count of steps is ahead of epochs of `per_epoch` steps; not 0 after a resume that found
@@ -24,14 +53,26 @@ class Timetable:
     epochs: int
     max_steps: int | None = None
     shift: int = 0
+    every: Every = Every()
 
     @classmethod
-    def of(cls, train: TrainConfig, per_epoch: int, done: Position | None = None) -> "Timetable":
-        """Of a new run, or of one that has come so far. A part of an epoch counts as the same part of a new one."""
-        if done is None:
-            return cls(per_epoch, train.epochs, train.max_steps)
-        step_in_epoch = done.step_in_epoch * per_epoch // (done.steps_per_epoch or per_epoch)
-        return cls(per_epoch, train.epochs, train.max_steps, done.step - (done.epoch * per_epoch + step_in_epoch))
+    def of(
+        cls, train: TrainConfig, per_epoch: int, done: Position | None = None, *, evaluates: bool = True
+    ) -> "Schedule":
+        """Of a new run, or of one that has come so far. A part of an epoch counts as the same part of a new one.
+
+        evaluates: whether there is anything to evaluate on.
+        """
+        every = Every(
+            train.checkpoint_every_epochs,
+            train.checkpoint_every_steps or 0,
+            train.evaluate_every_epochs if evaluates else 0,
+        )
+        shift = 0
+        if done is not None:
+            step_in_epoch = done.step_in_epoch * per_epoch // (done.steps_per_epoch or per_epoch)
+            shift = done.step - (done.epoch * per_epoch + step_in_epoch)
+        return cls(per_epoch, train.epochs, train.max_steps, shift, every)
 
     @property
     def last_step(self) -> int:
@@ -54,6 +95,18 @@ class Timetable:
         """The last step of the epoch that goes on, or begins, after `step`; not beyond the run's last step."""
         return min((self.epoch(step) + 1) * self.per_epoch + self.shift, self.last_step)
 
+    def due(self, step: int) -> Due:
+        """After `step`: evaluations and saves of every few epochs when those are whole, both at the end."""
+        epochs, last = self.epoch(step), step >= self.last_step
+        whole = self.step_in_epoch(step) == 0
+
+        def is_due(every: int) -> bool:
+            return every > 0 and whole and epochs % every == 0
+
+        evaluate = is_due(self.every.evaluate_epochs) or (last and self.every.evaluate_epochs > 0)
+        within = self.every.save_steps > 0 and not whole and step % self.every.save_steps == 0
+        return Due(evaluate or last or within or is_due(self.every.save_epochs), evaluate, last)
+
     def position(self, step: int, order: str) -> Position:
         return Position(step, self.epoch(step), self.step_in_epoch(step), self.per_epoch, order)
 
@@ -71,47 +124,47 @@ class Timetable:
         return config.learning_rate * warm * 0.1**drops
 
 
-def other_plan(done: Position, timetable: Timetable, order: str) -> str | None:
+def other_plan(done: Position, schedule: Schedule, order: str) -> str | None:
     """What to say where a run goes on with other steps per epoch, or amid an epoch whose order is another one now."""
-    in_epoch = timetable.step_in_epoch(done.step)
+    in_epoch = schedule.step_in_epoch(done.step)
     again = ": some of its images come twice in it, others not" if done.step_in_epoch else ""
-    if done.steps_per_epoch not in (0, timetable.per_epoch):
+    if done.steps_per_epoch not in (0, schedule.per_epoch):
         return (
-            f"an epoch has {timetable.per_epoch} steps now, and had {done.steps_per_epoch} until step {done.step}: "
+            f"an epoch has {schedule.per_epoch} steps now, and had {done.steps_per_epoch} until step {done.step}: "
             f"{done.epoch} epoch(s) and {done.step_in_epoch} of {done.steps_per_epoch} steps are done, so it goes on "
-            f"at step {in_epoch} of {timetable.per_epoch} of epoch {done.epoch + 1}{again}"
+            f"at step {in_epoch} of {schedule.per_epoch} of epoch {done.epoch + 1}{again}"
         )
     if done.step_in_epoch and done.order and done.order != order:
         return (
             f"epoch {done.epoch + 1} has another order of images now, because its shards, train.seed or settings of "
-            f"data changed; it goes on at step {in_epoch} of {timetable.per_epoch}{again}"
+            f"data changed; it goes on at step {in_epoch} of {schedule.per_epoch}{again}"
         )
     return None
 
 
-def nothing_left(done: Position, timetable: Timetable) -> str | None:
+def nothing_left(done: Position, schedule: Schedule) -> str | None:
     """What to say of a run that has taken its last step already, and how it goes on."""
-    if done.step < timetable.last_step:
+    if done.step < schedule.last_step:
         return None
-    by_steps = timetable.max_steps is not None and done.step >= timetable.max_steps
-    limit = f"train.max_steps={timetable.max_steps}" if by_steps else f"train.epochs={timetable.epochs}"
+    by_steps = schedule.max_steps is not None and done.step >= schedule.max_steps
+    limit = f"train.max_steps={schedule.max_steps}" if by_steps else f"train.epochs={schedule.epochs}"
     return (
         f"nothing is left to do: {done.epoch} epoch(s), {done.step} steps are done, and {limit} asks for no more; "
         f"to go on, set a larger {limit.partition('=')[0]}"
     )
 
 
-def planned(timetable: Timetable, num_images: int, config: Config, done: Position | None) -> str:
+def planned(schedule: Schedule, num_images: int, config: Config, done: Position | None) -> str:
     """The steps of a run in one line."""
-    left = num_images - timetable.per_epoch * config.train.batch_size
+    left = num_images - schedule.per_epoch * config.train.batch_size
     parts = [
-        f"{num_images} images: {timetable.per_epoch} steps of {config.train.batch_size} images per epoch",
-        f"{timetable.num_epochs} epochs, {timetable.last_step} steps in all",
+        f"{num_images} images: {schedule.per_epoch} steps of {config.train.batch_size} images per epoch",
+        f"{schedule.num_epochs} epochs, {schedule.last_step} steps in all",
     ]
     if left > 0:
         parts.append(f"each epoch leaves out {left} images, as many as fill no batch (data.remainder=drop)")
-    if timetable.max_steps is not None and timetable.last_step == timetable.max_steps:
-        parts.append(f"train.max_steps={timetable.max_steps} ends it")
+    if schedule.max_steps is not None and schedule.last_step == schedule.max_steps:
+        parts.append(f"train.max_steps={schedule.max_steps} ends it")
     if done is not None:
         parts.append(f"{done.step} steps are done")
     return "; ".join(parts)

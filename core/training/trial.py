@@ -10,7 +10,7 @@ from ..config import Config
 from ..model.detector import build
 from .engine import Engine
 from .optimizer import freeze_without_rate
-from .trainer import train_step
+from .step import train_step
 from .world import World
 
 SIDE = 128  # pixels of the image
@@ -48,7 +48,7 @@ def try_step(config: Config, world: World) -> Trial:
     began = time.perf_counter()
     step = train_step(engine, [collate([sample]).batch()], 1, small, world, stop=False)
     assert step is not None, "nobody asked to stop"
-    loss = float(world.sum(step.weighted.sum())) / world.size
+    loss = float(world.sum(step.losses.sum())) / world.size
     if not step.taken and config.train.precision != "fp16":
         raise FloatingPointError(f"a step on one small image is not finite: its loss is {loss}, or a gradient is not")
     return Trial(loss, time.perf_counter() - began, trained, frozen)

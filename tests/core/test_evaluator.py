@@ -14,15 +14,14 @@ import pytest
 import torch
 from ddetr.core.checkpoint.weights import TrainedDetector
 from ddetr.core.config import load
+from ddetr.core.evaluation.coco import MEANINGS, coco_metrics
 from ddetr.core.evaluation.evaluator import (
-    METRICS,
     ShardResult,
     check_categories,
-    coco_metrics,
     evaluate_shard,
-    evaluation,
     merge,
 )
+from ddetr.core.evaluation.scores import scored
 from ddetr.core.model.detector import DeformableDetr
 from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
@@ -55,8 +54,8 @@ def found(image: int, box: list[float], score: float, category: int = 5) -> dict
 def test_ground_truth_fed_back_is_perfect() -> None:
     boxes = [(1, [10.0, 20.0, 20.0, 20.0]), (1, [100.0, 50.0, 60.0, 50.0]), (2, [30.0, 30.0, 200.0, 150.0])]
     metrics = coco_metrics(truth(*boxes), [found(image, box, 0.9) for image, box in boxes])
-    assert tuple(metrics) == METRICS
-    expected = dict.fromkeys(METRICS, 1.0) | {"AR1": 2 / 3}  # one detection of the first image's two objects
+    assert list(metrics) == list(MEANINGS)
+    expected = dict.fromkeys(MEANINGS, 1.0) | {"AR1": 2 / 3}  # one detection of the first image's two objects
     assert metrics == pytest.approx(expected)
 
 
@@ -111,7 +110,7 @@ def of_pycocotools(ground_truth: dict, detections: list[dict], category_ids: lis
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
-    return dict(zip(METRICS, scored.stats.tolist(), strict=True))
+    return dict(zip(MEANINGS, scored.stats.tolist(), strict=True))
 
 
 def drawn(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -252,12 +251,10 @@ def test_a_query_that_is_not_finite_detects_nothing(softmax: bool) -> None:
 
 def test_an_evaluation_that_met_infinities_or_nan_has_no_score() -> None:
     box = [10.0, 10.0, 50.0, 50.0]
-    results = [ShardResult(1, [], 1, 3), ShardResult(0, [found(1, box, 0.9)], 1)]
-    diverged = evaluation(truth((1, box)), results)
-    assert list(diverged.metrics) == list(METRICS)
-    assert all(math.isnan(value) for value in diverged.metrics.values())
-    assert (diverged.detections, diverged.num_not_finite) == (results[1].detections, 3)
-    assert evaluation(truth((1, box)), results[1:]).metrics["AP"] == pytest.approx(1.0)
+    diverged = scored(truth((1, box)), [found(1, box, 0.9)], num_not_finite=3)
+    assert list(diverged) == list(MEANINGS)
+    assert all(math.isnan(value) for value in diverged.values())
+    assert scored(truth((1, box)), [found(1, box, 0.9)])["AP"] == pytest.approx(1.0)
 
 
 @given(st.permutations(range(6)))

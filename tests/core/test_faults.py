@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ddetr.core.checkpoint.manifest import is_evaluated
 from ddetr.core.checkpoint.weights import load_detector
+from ddetr.core.evaluation import result
 from ddetr.core.training.heartbeat import TRY_AGAIN
 
 from tests.core.runs import SMALL, collect, command, free_port, kill, succeeded, wait_for
@@ -185,11 +185,11 @@ def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
     assert [event["event"] for event in left.events] == ["start", "checkpoint", "stop"], left.output
     assert "the evaluation of step 6 is left for the run that continues this one" in left.output
     checkpoint = run.directory / "checkpoints/step_00000006"
-    assert not is_evaluated(checkpoint)
+    assert result.read(checkpoint) == []
     again = command(1, "--resume", str(run.directory))
     finished = subprocess.run(again, capture_output=True, text=True, timeout=300)
     succeeded(collect(run.directory, finished.stdout + finished.stderr, finished.returncode))
-    assert is_evaluated(checkpoint)
+    assert len(result.read(checkpoint)) == 1
 
 
 def test_a_dead_shard_server_is_named(ranks: Callable[..., Ranks], synthetic_shards: Path) -> None:

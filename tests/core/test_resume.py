@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.checkpoint.manifest import (
-    EVALUATION,
     LATEST,
     MANIFEST,
-    prune,
-    record_evaluation,
     resumable,
     verify,
     write_checkpoint,
 )
 from ddetr.core.checkpoint.weights import TRAINING, WEIGHTS, checkpoints, find_checkpoint, step_directory
+from ddetr.core.evaluation import result
+from ddetr.core.evaluation.result import EVALUATION
+from ddetr.core.training.saving import prune
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Run, Train, collect, command, start, strict_json, succeeded, wait_for
@@ -267,12 +267,19 @@ def fill(filler: Path) -> None:
             file.write(bytes(4096))
 
 
+def record(checkpoint: Path, score: float) -> None:
+    """An evaluation on some set."""
+    weights, measure = result.weights_digest(checkpoint / WEIGHTS), result.Measure("0" * 64, "1" * 64)
+    result.write(checkpoint, result.Result({"AP": score, "AP50": score}, "AP", 24, 0, 1.5, 1e9, weights, measure))
+
+
 def test_a_diverged_checkpoint_is_never_the_best(tmp_path: Path) -> None:
     for step, score in ((1, 0.001), (2, math.nan), (3, math.nan)):
         path = step_directory(tmp_path, step)
         write_checkpoint(path, 10, lambda folder: (folder / WEIGHTS).write_text("weights"), {"step": step})
-        record_evaluation(path, {"AP": score, "AP50": score})
-    assert strict_json((path / EVALUATION).read_text()) == {"AP": None, "AP50": None}
+        record(path, score)
+    (stored,) = strict_json((path / EVALUATION).read_text())["results"]
+    assert stored["metrics"] == {"AP": None, "AP50": None}
     assert [path.name for path in prune(checkpoints(tmp_path), 1)] == ["step_00000002"]
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
 
@@ -282,7 +289,7 @@ def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         path = step_directory(tmp_path, step)
         write_checkpoint(path, 10, lambda folder: (folder / WEIGHTS).write_text(str(step)), {"step": step})
         if score is not None:
-            record_evaluation(path, {"AP": score})
+            record(path, score)
         return path
 
     paths = [save(step, score) for step, score in ((1, 0.1), (2, 0.5), (3, 0.4), (4, 0.45), (5, None))]
@@ -292,8 +299,9 @@ def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for text in ('{"AP": "x"}', "[" * 5_000, "{"):  # nobody can say how good it is: it may be the best
         (paths[3] / EVALUATION).write_text(text)
         assert prune(checkpoints(tmp_path), 1) == []
-    record_evaluation(paths[3], {"AP": 0.45})
-    assert json.loads((paths[1] / EVALUATION).read_text()) == {"AP": 0.5}
+    (paths[3] / EVALUATION).unlink()
+    record(paths[3], 0.45)
+    assert result.read(paths[1])[0].metrics["AP"] == 0.5
     assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005\n"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         LATEST,
@@ -305,7 +313,8 @@ SAVE_WITHOUT_END = """
 import sys
 from pathlib import Path
 import numpy as np
-from ddetr.core.checkpoint.manifest import prune, write_checkpoint
+from ddetr.core.checkpoint.manifest import write_checkpoint
+from ddetr.core.training.saving import prune
 from safetensors.numpy import save_file
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])

@@ -6,17 +6,17 @@ import pytest
 from ddetr.core.checkpoint.manifest import Position
 from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
 from ddetr.core.training.changes import told_of_changes
-from ddetr.core.training.schedule import Timetable, nothing_left, other_plan
+from ddetr.core.training.schedule import Schedule, nothing_left, other_plan
 
 
-def of(per_epoch: int, done: Position | None = None, **settings: object) -> Timetable:
-    return Timetable.of(TrainConfig.model_validate(settings), per_epoch, done)
+def of(per_epoch: int, done: Position | None = None, **settings: object) -> Schedule:
+    return Schedule.of(TrainConfig.model_validate(settings), per_epoch, done)
 
 
 def test_linear_is_constant_then_falls_to_zero() -> None:
     optim = OptimConfig(learning_rate=2.0, schedule="linear", warmup_steps=4, drop_epochs=(1,))
-    timetable = of(10, epochs=10)
-    rates = [timetable.learning_rate(optim, step) for step in range(100)]
+    schedule = of(10, epochs=10)
+    rates = [schedule.learning_rate(optim, step) for step in range(100)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert rates[4:61] == pytest.approx([2.0] * 57)
     assert rates[61:] == pytest.approx([2.0 * remaining / 40 for remaining in range(39, 0, -1)])
@@ -44,17 +44,17 @@ def test_the_same_batches_go_on_at_their_step() -> None:
 def test_epochs_are_neither_repeated_nor_skipped(
     done: Position, per_epoch: int, epochs: int, epoch: int, in_epoch: int, last_step: int
 ) -> None:
-    timetable = of(per_epoch, done, epochs=epochs)
-    assert (timetable.epoch(done.step), timetable.step_in_epoch(done.step)) == (epoch, in_epoch)
-    assert timetable.last_step == last_step
-    assert timetable.num_epochs == epochs
+    schedule = of(per_epoch, done, epochs=epochs)
+    assert (schedule.epoch(done.step), schedule.step_in_epoch(done.step)) == (epoch, in_epoch)
+    assert schedule.last_step == last_step
+    assert schedule.num_epochs == epochs
     # The epochs of all steps to come, one after another, each of its full length.
-    to_come = [timetable.epoch(step) for step in range(done.step, timetable.last_step)]
+    to_come = [schedule.epoch(step) for step in range(done.step, schedule.last_step)]
     expected = [number for number in range(epoch, epochs) for _ in range(per_epoch)][in_epoch:]
     assert to_come == expected
     # And a second resume, of what the first one wrote, changes nothing.
     for step in range(done.step, last_step + 1):
-        assert of(per_epoch, timetable.position(step, ""), epochs=epochs) == timetable
+        assert of(per_epoch, schedule.position(step, ""), epochs=epochs) == schedule
 
 
 def test_max_steps_counts_the_steps_of_the_run() -> None:

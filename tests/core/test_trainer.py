@@ -157,7 +157,8 @@ def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, 
 
 
 def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, synthetic_shards: Path) -> None:
-    from ddetr.core.evaluation.evaluator import coco_metrics, evaluate_shard, merge
+    from ddetr.core.evaluation.coco import coco_metrics
+    from ddetr.core.evaluation.evaluator import evaluate_shard, merge
     from ddetr.data.index import ShardIndex
 
     run = succeeded(train(2, f"data.validation={synthetic_shards}", "train.evaluate_every_epochs=1", steps=6))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.manifest import EVALUATION, write_checkpoint
+from ddetr.core.checkpoint.manifest import write_checkpoint
 from ddetr.core.checkpoint.weights import (
     TRAINING,
     WEIGHTS,
     save_weights,
 )
 from ddetr.core.config import Config, dump, load
+from ddetr.core.evaluation import result
 from ddetr.core.model.detector import build
 from safetensors.torch import save_file
 
@@ -56,9 +57,9 @@ def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(kept, folder / TRAINING)
 
     write_checkpoint(run / STEP, 0, write, values)
-    (run / STEP / EVALUATION).write_text('{"AP": 0.25, "AP50": 0.5}')
-    (run / "eval/step_00000020").mkdir(parents=True)
-    (run / "eval/step_00000020/metrics.json").write_text('{"AP": 0.25, "AP50": 0.5, "AP75": 0.125}')
+    scores = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
+    measure, weights = result.Measure("0" * 64, "1" * 64), result.weights_digest(run / STEP / WEIGHTS)
+    result.write(run / STEP, result.Result(scores, "AP", 24, 0, 1.5, 1796045817.5, weights, measure))
     (run / "config.yaml").write_text(dump(config))
     return run
 

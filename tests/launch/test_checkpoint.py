@@ -11,6 +11,7 @@ import pytest
 import torch
 from ddetr.core.checkpoint.manifest import MANIFEST
 from ddetr.core.checkpoint.weights import TRAINING, WEIGHTS, load_detector, load_weights
+from ddetr.core.evaluation import result
 from ddetr.core.model.detector import DeformableDetr
 from ddetr.launch.checkpoint import FixedSizeDetector, export, inspect
 from ddetr.launch.cli import app
@@ -41,15 +42,32 @@ def test_inspect_shows_the_evaluation(run_directory: Path, tmp_path: Path, capsy
     (step / WEIGHTS).symlink_to(run_directory / "checkpoints/step_00000020" / WEIGHTS)
     inspect(tmp_path)
     assert "not yet" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 20, "metr')  # of a run that was killed
+    weights = result.weights_digest(step / WEIGHTS)
     metrics = {"AP": 0.123, "AP50": 0.456, "AP75": 0.1}
-    rows = [{"kind": "step", "step": 20}, {"kind": "evaluation", "step": 20, "metrics": metrics}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for shards, images in (("0", 24), ("1", 60)):
+        measure = result.Measure(shards * 64, "2" * 64)
+        result.write(step, result.Result(metrics, "AP", images, 0, 1.5, 1e9, weights, measure))
+        metrics = {**metrics, "AP": 0.789}
     inspect(tmp_path)
-    assert "AP 0.1230, AP50 0.4560" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    expected = "AP 0.123, AP50 0.456, AP75 0.100 on 24 images; AP 0.789, AP50 0.456, AP75 0.100 on 60 images"
+    assert expected in shown
+
+
+def test_inspect_shows_the_evaluation_of_the_first_release(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = tmp_path / "checkpoints/step_00000020"
+    step.mkdir(parents=True)
+    (step / WEIGHTS).symlink_to(run_directory / "checkpoints/step_00000020" / WEIGHTS)
     (tmp_path / "eval/step_00000020").mkdir(parents=True)
-    (tmp_path / "eval/step_00000020/metrics.json").write_text(json.dumps({**metrics, "AP": 0.789}))
+    (tmp_path / "eval/step_00000020/metrics.json").write_text('{"AP": 0.75, "AP50": 0.875}')
     inspect(tmp_path)
-    assert "AP 0.7890" in capsys.readouterr().out
+    assert "AP 0.750, AP50 0.875" in capsys.readouterr().out
+    (step / "evaluation.json").write_text('{"AP": 0.25, "AP50": 0.5}')
+    inspect(tmp_path)
+    assert "AP 0.250, AP50 0.500" in capsys.readouterr().out
 
 
 class Harmful:

@@ -52,7 +52,7 @@ def own(tmp_path: Path) -> Iterator[Callable[..., None]]:
 
 @pytest.mark.slow
 def test_evaluation(own: Callable[..., None], run_directory: Path, tmp_path: Path) -> None:
-    own(tmp_path / "out/metrics.json", "eval", run_directory, "--ray", "--output", tmp_path / "out")
+    own(tmp_path / "out/evaluation.json", "eval", run_directory, "--ray", "--output", tmp_path / "out")
 
 
 @pytest.mark.slow

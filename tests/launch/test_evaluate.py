@@ -16,7 +16,9 @@ import pytest
 import ray
 from ddetr.core.checkpoint.weights import WEIGHTS, load_detector
 from ddetr.core.config import ConfigError
-from ddetr.core.evaluation.evaluator import METRICS, merge
+from ddetr.core.evaluation import result
+from ddetr.core.evaluation.coco import MEANINGS
+from ddetr.core.evaluation.evaluator import merge
 from ddetr.data.index import ShardIndex
 from ddetr.launch.cluster import cluster
 from ddetr.launch.evaluate import CPU_THREADS, evaluate
@@ -44,7 +46,13 @@ def by_hand(folder: Path) -> list[float]:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("detections.json", "ground_truth.json", "metrics.json")}
+    return {name: (folder / name).read_bytes() for name in ("detections.json", "ground_truth.json")}
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """Of the one result in a folder."""
+    (found,) = result.read(folder)
+    return found.metrics
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +64,8 @@ def local(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_the_written_files_give_the_numbers_by_hand(local: Path) -> None:
-    metrics = json.loads((local / "metrics.json").read_text())
-    assert list(metrics) == list(METRICS)
+    metrics = metrics_of(local)
+    assert list(metrics) == list(MEANINGS)
     assert list(metrics.values()) == by_hand(local)
     assert 0.05 < metrics["AP"] < 0.95, "the set is made so that a wrong box or label changes AP"
     ids = {row["category_id"] for row in json.loads((local / "detections.json").read_text())}
@@ -72,7 +80,7 @@ def test_every_checkpoint_is_evaluated_into_the_run(run_directory: Path, local: 
     newest = evaluate(run, [], all_checkpoints=True)
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["step_00000010", "step_00000020"]
     assert written(run / "eval/step_00000020") == written(local)
-    assert newest == json.loads((local / "metrics.json").read_text())
+    assert newest == metrics_of(local) == metrics_of(run / "checkpoints/step_00000020")
     assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
 
 
@@ -115,6 +123,7 @@ def test_a_mistake_in_the_settings_of_all_is_told_once(run_directory: Path, tmp_
 def test_ray_gives_the_local_files_and_is_shut_down(run_directory: Path, local: Path, tmp_path: Path) -> None:
     evaluate(run_directory, [], ray_address="local", output=tmp_path)
     assert written(tmp_path) == written(local)
+    assert metrics_of(tmp_path) == metrics_of(local)
     assert not ray.is_initialized()
 
 
@@ -129,10 +138,11 @@ def test_numbers_that_overflow_leave_no_score_and_no_bare_nan(
         evaluate(run, [], all_checkpoints=True)
     assert "step_00000020" not in str(refusal.value)
     found = {name: strict_json(data.decode()) for name, data in written(run / "eval/step_00000010").items()}
-    assert found["metrics.json"] == dict.fromkeys(METRICS)
+    (stored,) = strict_json((run / "checkpoints/step_00000010/evaluation.json").read_text())["results"]
+    assert stored["metrics"] == dict.fromkeys(MEANINGS)
     assert all(math.isfinite(value) for row in found["detections.json"] for value in (*row["bbox"], row["score"]))
-    assert strict_json((run / "eval/step_00000020/metrics.json").read_text())["AP"] > 0.05
-    assert capsys.readouterr().out.count("not finite") == len(METRICS)
+    assert metrics_of(run / "checkpoints/step_00000020")["AP"] > 0.05
+    assert capsys.readouterr().out.count("not finite") == len(MEANINGS)
 
     image = sorted((run_directory.parent / "coco/images").iterdir())[0]
     with pytest.raises(FloatingPointError, match=f"{image.name}: [0-9]+ queries"):

@@ -133,14 +133,16 @@ def test_a_compressed_archive_is_refused_unread(tmp_path: Path) -> None:
         load_detector(tmp_path / "bomb.pth")
 
 
-@pytest.mark.parametrize("text", ['{"AP": "x"}', "[" * 5_000, "3", '{"AP": 0.1}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"AP": "x"}', "[" * 5_000, "3", '{"AP50": 0.1}', '{"version": 3}', '{"version": 2, "results": [1]}'],
+)
 def test_scores_that_cannot_be_read_are_said(text: str, stranger: Stranger) -> None:
     folder = stranger()
-    (folder / "eval/step_00000020").mkdir(parents=True)
-    (folder / "eval/step_00000020/metrics.json").write_text(text)
+    (folder / "checkpoints/step_00000020/evaluation.json").write_text(text)
     result = run("checkpoint", "inspect", folder)
     assert result.exception is None
-    assert "metrics.json cannot be read" in result.output
+    assert "evaluation.json cannot be read" in result.output
 
 
 def test_a_setting_that_is_none_any_more_can_be_given_anew(run_directory: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_evaluation_with_the_token_alone(ddetr: Ddetr, token: str, tmp_path: Pat
     result = ddetr(f"{line} --output out", RAY_AUTH_TOKEN=token)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 worker(s)" in result.stdout
-    assert (tmp_path / "out/metrics.json").is_file()
+    assert (tmp_path / "out/evaluation.json").is_file()
 
 
 def test_search_with_both_variables(ddetr: Ddetr, token: str, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_client_with_a_token_in_a_file(ddetr: Ddetr, token: str, tmp_path: Pat
     (tmp_path / "token").write_text(token)
     result = ddetr("ddetr eval runs/coco --ray ray://127.0.0.1:10001 --output out", RAY_AUTH_TOKEN_PATH="token")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (tmp_path / "out/metrics.json").is_file()
+    assert (tmp_path / "out/evaluation.json").is_file()
 
 
 MISTAKES = (

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from ddetr.core.config import Config, load
+from ddetr.core.evaluation import result
+from ddetr.core.evaluation.coco import MEANINGS
 from ddetr.core.training.reports import EvaluationReport, FaultReport, SavingReport, StepReport
+from ddetr.launch.history import read
 from ddetr.launch.record import Record
-from ddetr.launch.report import SCORES, read, report
+from ddetr.launch.report import report
 
 PER_EPOCH = 16
 
@@ -17,6 +20,7 @@ def step_report(step: int, *, skipped: bool = False) -> StepReport:
     return StepReport(
         step=step,
         epoch=(step - 1) // PER_EPOCH,
+        parts=("class", "l1", "giou"),
         losses={"total": 3.0, "class": 1.0, "l1": 1.0, "giou": 1.0},
         learning_rate=1e-4,
         gradient_norm=1.0,
@@ -33,6 +37,11 @@ def step_report(step: int, *, skipped: bool = False) -> StepReport:
         bad_samples=(),
         slow_ranks=(),
     )
+
+
+def evaluation_report(step: int, epoch: int) -> EvaluationReport:
+    measure, scores = result.Measure("0" * 64, "1" * 64), dict.fromkeys(MEANINGS, 0.5)
+    return EvaluationReport(step, epoch, result.Result(scores, "AP", 24, 0, 1.0, 1.79e9, "2" * 64, measure))
 
 
 class Process:
@@ -96,7 +105,7 @@ def test_stopped_resumed_killed_and_resumed_again(tmp_path: Path, config: Config
     process = Process(tmp_path, config)
     process.takes(range(14, 26))
     process.saves(25)
-    process.record.observe(EvaluationReport(25, 1, dict.fromkeys(SCORES, 0.5), 24, 1.0))
+    process.record.observe(evaluation_report(25, 1))
     process.takes(range(26, 35))  # and no word after that
     assert lines(tmp_path) == [10, 13, 16, 20, 25, 30, 32]
 

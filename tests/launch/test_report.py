@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from ddetr.core.config import dump, load
+from ddetr.core.evaluation.coco import MEANINGS
 from ddetr.launch.charts import Line, chart, number, short, thinned
-from ddetr.launch.report import SCORES, read, report
+from ddetr.launch.history import read
+from ddetr.launch.report import report
 from PIL import Image, ImageDraw
 
 BEGIN = 1_790_000_000.0  # 2026-09-21 14:13:20 UTC
@@ -47,7 +49,7 @@ def step_record(step: int, time: float, noise: random.Random) -> dict[str, Any]:
 def evaluation_record(step: int, time: float) -> dict[str, Any]:
     ap50 = 0.78 * (1 - math.exp(-step / 330))
     factors = (0.62, 1, 0.66, 0.31, 0.7, -1, 0.4, 0.85, 0.86, 0.5, 0.9, -1)
-    metrics = {name: -1.0 if f < 0 else ap50 * f for name, f in zip(SCORES, factors, strict=True)}
+    metrics = {name: -1.0 if f < 0 else ap50 * f for name, f in zip(MEANINGS, factors, strict=True)}
     epoch = max(0, step // STEPS_PER_EPOCH - 1)
     return {
         "kind": "evaluation",
@@ -204,7 +206,7 @@ def test_the_summary_is_right(run_directory: Path):
 def test_the_table_holds_the_twelve_numbers(run_directory: Path):
     page = page_of(run_directory)
     metrics = evaluation_record(800, 0)["metrics"]
-    for name, meaning in SCORES.items():
+    for name, meaning in MEANINGS.items():
         value = f"{100 * metrics[name]:.1f} %" if metrics[name] >= 0 else "–"
         epoch = "10" if metrics[name] >= 0 else "–"
         start = page.text.index(meaning)

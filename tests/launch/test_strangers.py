@@ -29,8 +29,9 @@ def server(run_directory: Path) -> Iterator[FileServer]:
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
-    (file,) = folder.rglob("metrics.json")
-    return json.loads(file.read_text())
+    """Of the result in a folder, or beside the checkpoint of a run."""
+    (file,) = folder.rglob("evaluation.json")
+    return json.loads(file.read_text())["results"][-1]["metrics"]
 
 
 def test_a_command_is_shown_not_run(run_directory: Path, stranger: Stranger, tmp_path: Path) -> None:

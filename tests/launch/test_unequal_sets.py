@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ddetr.core.config import Config, load
-from ddetr.core.evaluation.evaluator import METRICS
+from ddetr.core.evaluation.coco import MEANINGS
 from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
 from ddetr.launch.data import synth
@@ -87,7 +87,7 @@ def by_hand(truth: Path, detections: list[Json], category_ids: list[int]) -> dic
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
-    return dict(zip(METRICS, scored.stats.tolist(), strict=True))
+    return dict(zip(MEANINGS, scored.stats.tolist(), strict=True))
 
 
 def test_a_validation_set_with_fewer_categories_is_scored_over_its_own(

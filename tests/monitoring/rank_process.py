@@ -10,13 +10,19 @@ import sys
 from dataclasses import dataclass
 
 from ddetr.monitoring.exporter import serve
-from ddetr.monitoring.metrics import SCORES, RunMetrics
+from ddetr.monitoring.metrics import RunMetrics
+
+SCORES = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
 
 
 @dataclass(frozen=True)
 class StepReport:
     step: int
     epoch: int
+    parts: tuple[str, ...]
     losses: dict[str, float]
     learning_rate: float
     gradient_norm: float
@@ -31,13 +37,24 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
-    step: int
-    epoch: int
+class Result:
     metrics: dict[str, float]
+    headline: str
     images: int
     seconds: float
     num_not_finite: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    step: int
+    result: Result
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    path: str
+    error: str | None
 
 
 def step_report(step: int, rank: int = 0) -> StepReport:
@@ -47,6 +64,7 @@ def step_report(step: int, rank: int = 0) -> StepReport:
     return StepReport(
         step=step,
         epoch=step // 10,
+        parts=tuple(parts),
         losses={"total": sum(parts.values()), **parts, "class_0": parts["class"] / 2, "class_1": parts["class"] / 2},
         learning_rate=4e-4,
         gradient_norm=8 * decay + 2,
@@ -65,7 +83,7 @@ def evaluation_report(step: int) -> EvaluationReport:
     """AP 0.2, AP50 0.4, ...; the set has no large objects, which pycocotools marks by -1."""
     metrics = {name: 0.2 * (1 + index % 3) for index, name in enumerate(SCORES)}
     metrics["AP_large"] = metrics["AR_large"] = -1.0
-    return EvaluationReport(step=step, epoch=step // 10, metrics=metrics, images=100, seconds=12.5)
+    return EvaluationReport(step, Result(metrics, "AP", images=100, seconds=12.5))
 
 
 def main(run: str, rank: int) -> None:
@@ -77,7 +95,7 @@ def main(run: str, rank: int) -> None:
             step += 1
             metrics.observe(step_report(step, rank))
             if step % 10 == 0 and rank == 0:
-                metrics.checkpoint_saved()
+                metrics.observe(CheckpointReport(f"step_{step:08d}", None))
                 metrics.observe(evaluation_report(step))
 
 

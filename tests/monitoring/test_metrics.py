@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ddetr.monitoring.metrics import METRICS, SCORES, RunMetrics, reference_table
+from ddetr.monitoring.metrics import METRICS, RunMetrics, reference_table
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from rank_process import evaluation_report, step_report
+from rank_process import CheckpointReport, EvaluationReport, evaluation_report, step_report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -72,10 +72,13 @@ def test_counters_and_histograms_add_up(metrics: RunMetrics):
 def test_evaluation_and_checkpoint(metrics: RunMetrics):
     before = time.time()
     metrics.observe(evaluation_report(10))
-    metrics.checkpoint_saved()
+    metrics.observe(CheckpointReport("", "the disk is full"))
+    assert "ddetr_last_checkpoint_timestamp_seconds" not in {name for name, _ in samples(metrics)}
+    metrics.observe(CheckpointReport("runs/a/checkpoints/step_00000010", None))
     assert value(metrics, "ddetr_evaluation_score_ratio", metric="AP") == 0.2
     assert value(metrics, "ddetr_evaluation_score_ratio", metric="AP50") == 0.4
     assert math.isnan(value(metrics, "ddetr_evaluation_score_ratio", metric="AP_large"))
+    assert value(metrics, "ddetr_evaluation_headline_ratio", metric="AP") == 0.2
     assert value(metrics, "ddetr_evaluation_seconds") == 12.5
     assert value(metrics, "ddetr_evaluation_images") == 100
     assert value(metrics, "ddetr_evaluation_not_finite_queries") == 0
@@ -84,8 +87,9 @@ def test_evaluation_and_checkpoint(metrics: RunMetrics):
 
 def test_an_evaluation_without_a_score(metrics: RunMetrics):
     metrics.observe(evaluation_report(10))
-    diverged = replace(evaluation_report(20), metrics=dict.fromkeys(SCORES, math.nan), num_not_finite=7)
-    metrics.observe(diverged)
+    result = evaluation_report(20).result
+    diverged = replace(result, metrics=dict.fromkeys(result.metrics, math.nan), num_not_finite=7)
+    metrics.observe(EvaluationReport(20, diverged))
     assert math.isnan(value(metrics, "ddetr_evaluation_score_ratio", metric="AP"))
     assert value(metrics, "ddetr_evaluation_not_finite_queries") == 7
 
@@ -117,7 +121,9 @@ def test_process_memory_is_this_process_now(metrics: RunMetrics):
 def test_the_number_of_series_does_not_grow(metrics: RunMetrics):
     metrics.observe(step_report(1))
     metrics.observe(evaluation_report(1))
-    metrics.checkpoint_saved()
+    metrics.observe(CheckpointReport("", "the disk is full"))
+    assert "ddetr_last_checkpoint_timestamp_seconds" not in {name for name, _ in samples(metrics)}
+    metrics.observe(CheckpointReport("runs/a/checkpoints/step_00000010", None))
     first = set(samples(metrics))
     for step in range(2, 40):
         metrics.observe(step_report(step))
@@ -135,9 +141,20 @@ def test_two_ranks_in_one_process_do_not_mix():
     assert value(other, "ddetr_steps_total") == 0
 
 
-def test_anything_but_a_report_is_refused(metrics: RunMetrics):
-    with pytest.raises(TypeError, match="expected a step or an evaluation report, got dict"):
-        metrics.observe({"step": 1})  # pyright: ignore[reportArgumentType]
+def test_a_report_without_metrics_here_is_ignored(metrics: RunMetrics):
+    before = samples(metrics)
+    metrics.observe(object())
+    assert set(samples(metrics)) == set(before)
+
+
+def test_parts_and_scores_are_those_of_the_report(metrics: RunMetrics):
+    step = step_report(1)
+    metrics.observe(replace(step, parts=(*step.parts, "angle"), losses={**step.losses, "angle": 0.75}))
+    assert value(metrics, "ddetr_train_loss", part="angle") == 0.75
+    result = replace(evaluation_report(10).result, metrics={"AP": 0.25, "hits": 0.5}, headline="hits")
+    metrics.observe(EvaluationReport(10, result))
+    assert value(metrics, "ddetr_evaluation_score_ratio", metric="hits") == 0.5
+    assert value(metrics, "ddetr_evaluation_headline_ratio", metric="hits") == 0.5
 
 
 def test_names_follow_the_convention():
@@ -151,7 +168,6 @@ def test_names_follow_the_convention():
         assert metric.documentation.endswith(".")
         assert bool(metric.label) == bool(metric.values)
         assert list(metric.buckets) == sorted(set(metric.buckets))
-    assert len(SCORES) == 12
 
 
 def test_documentation_lists_every_metric():

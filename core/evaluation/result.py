@@ -1,0 +1,180 @@
+"""The one result of an evaluation: a file beside its checkpoint, whoever evaluated it.
+
+A checkpoint may be evaluated on several sets and with several settings; the file has the newest result of each. Only
+results of one measure, the same set and settings, can be compared.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data.documents import as_json, parse_json
+from ...data.index import ShardIndex, file_sha256, write_whole
+from ...data.text import visible
+from ...data.values import described, is_number, member, whole
+from ..checkpoint.manifest import read_manifest
+from ..checkpoint.weights import WEIGHTS
+from ..config import Config
+
+EVALUATION = "evaluation.json"
+_VERSION = 2
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Measure:
+    """On what a score was taken, as digests: the shards, and the settings that change what is detected in them."""
+
+    shards: str
+    settings: str
+
+    @staticmethod
+    def of(config: Config, index: ShardIndex) -> "Measure":
+        seen = {name: getattr(config.data, name) for name in ("validation_short_side", "long_side")}
+        settings = json.dumps({**seen, "top_k": config.eval.top_k}, sort_keys=True)
+        shards = "\n".join(shard.sha256 for shard in index.shards)
+        return Measure(*(hashlib.sha256(text.encode()).hexdigest() for text in (shards, settings)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of one checkpoint, and of what they are. A file has null for NaN."""
+
+    metrics: dict[str, float]  # by name, 0 to 1; -1 without such objects, NaN where the model was not finite
+    headline: str  # the name of the score that checkpoints are compared by
+    images: int
+    num_not_finite: int  # queries that detect nothing because the model gave infinities or NaN for them
+    seconds: float
+    time: float  # since 1970, when it was done
+    weights: str | None  # sha256 of the file of weights
+    measure: Measure | None  # None, like weights: of the first release, by the run itself
+
+    @property
+    def score(self) -> float:
+        """The headline's; NaN where there is none."""
+        score = self.metrics[self.headline]
+        return score if score >= 0 else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {**values, **(values.pop("measure") or {"shards": None, "settings": None})}
+
+
+def write(folder: Path, result: Result) -> None:
+    """Put a result into the file in `folder`, in the place of an older one of the same measure.
+
+    Raises OSError when it cannot be written, and ValueError when what is there is none of ours.
+    """
+    others = [other for other in _read(folder / EVALUATION) if other.measure != result.measure]
+    values = {"version": _VERSION, "results": [other.to_json() for other in (*others, result)]}
+    write_whole(folder / EVALUATION, as_json(values, indent=1).encode())
+
+
+def read(checkpoint: Path) -> list[Result]:
+    """The results of a checkpoint, or of a folder of results, the newest last; none of other weights than it has now.
+
+    Raises ValueError that names the file when it cannot be read.
+    """
+    found = _read(checkpoint / EVALUATION)
+    of_command = checkpoint.parent.parent / "eval" / checkpoint.name / "metrics.json"  # as the first release wrote it
+    if not found and checkpoint.parent.name == "checkpoints":
+        found = _read(of_command)
+    weights = _stated_digest(checkpoint, WEIGHTS)
+    return [result for result in found if result.weights is None or weights is None or result.weights == weights]
+
+
+def is_evaluated(checkpoint: Path, measure: Measure) -> bool:
+    """Whether there is such a result; or one that cannot be read, which is not taken for none."""
+    try:
+        return any(result.measure in (measure, None) for result in read(checkpoint))
+    except ValueError:
+        return True
+
+
+def comparable(results: Mapping[Path, list[Result]], own: Measure | None = None) -> dict[Path, Result]:
+    """Of each checkpoint the newest result of one measure: `own`, or else the one that most of them have."""
+    if own is None:
+        counts = Counter(result.measure for found in results.values() for result in found if result.measure)
+        own = max(counts, key=lambda measure: counts[measure], default=None)
+    chosen = {path: [result for result in found if result.measure in (own, None)] for path, found in results.items()}
+    return {path: found[-1] for path, found in chosen.items() if found}
+
+
+def without_score(num_not_finite: int) -> str:
+    """What an evaluation says that met so many queries with numbers that are not finite."""
+    return (
+        f"{num_not_finite} queries gave infinities or NaN and detect nothing, so this evaluation has no score: the "
+        "model has diverged, or its numbers overflow. Go on from an earlier checkpoint"
+    )
+
+
+def weights_digest(file: Path) -> str:
+    """sha256 of a file of weights; from the manifest beside it where there is one."""
+    return _stated_digest(file.parent, file.name) or file_sha256(file)
+
+
+def _stated_digest(folder: Path, name: str) -> str | None:
+    """What the manifest says of a file; None without a usable one."""
+    try:
+        return member(member(read_manifest(folder)["files"], name, dict), "sha256", str)
+    except ValueError:
+        return None
+
+
+def _read(file: Path) -> list[Result]:
+    try:
+        if not file.is_file():
+            return []
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        values = parse_json(file.read_bytes())
+        if isinstance(values, dict) and "version" not in values:
+            return [_of_first_release(values, file.stat().st_mtime)]
+        if (version := whole(values, "version")) != _VERSION:
+            raise ValueError(f"version {version}, this release reads {_VERSION}")
+        return [_result(item) for item in member(values, "results", list)]
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({visible(str(error))})") from error
+
+
+def _of_first_release(values: dict[str, Any], written: float) -> Result:
+    """It wrote COCO's numbers alone."""
+    return Result(_metrics(values, "AP"), "AP", 0, 0, 0.0, written, None, None)
+
+
+def _result(item: Any) -> Result:
+    headline = member(item, "headline", str)
+    times = {name: item.get(name) for name in ("seconds", "time")}
+    if bad := [name for name, value in times.items() if not is_number(value)]:
+        raise ValueError(f"{bad[0]!r} is {described(times[bad[0]])}")
+    digests = {name: item.get(name) for name in ("weights", "shards", "settings")}
+    for name, value in digests.items():
+        if not (value is None or (isinstance(value, str) and len(value) == 64)):
+            raise ValueError(f"{name!r} is {described(value)}")
+    shards, settings = digests["shards"], digests["settings"]
+    return Result(
+        metrics=_metrics(member(item, "metrics", dict), headline),
+        headline=headline,
+        images=whole(item, "images"),
+        num_not_finite=whole(item, "num_not_finite"),
+        weights=digests["weights"],
+        measure=Measure(shards, settings) if shards and settings else None,
+        **times,
+    )
+
+
+def _metrics(values: dict[str, Any], headline: str) -> dict[str, float]:
+    if headline not in values:
+        raise ValueError(f"it has no {headline!r}")
+    found = {}
+    for name, value in values.items():
+        missing = value is None or value != value  # NaN, as earlier versions wrote it
+        if not (missing or is_number(value)):
+            raise ValueError(f"{visible(name)} is {described(value)}")
+        found[name] = math.nan if value is None else float(value)
+    return found

@@ -1,0 +1,60 @@
+"""What detections are scored by: protocols, each a set of named numbers from ground truth and detections."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .coco import MEANINGS, coco_metrics
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to score detections.
+
+    meanings: what each of its numbers is, by name, in the order in which they are shown. headline: the one by which
+    checkpoints are compared. brief: those for which a line has room. score: the numbers by name, 0 to 1 and -1 where
+    nothing in the set has them, from a COCO dictionary and detections in COCO's result format, neither of which it
+    changes.
+    """
+
+    meanings: Mapping[str, str]
+    headline: str
+    brief: tuple[str, ...]
+    score: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, float]]
+
+
+COCO = Protocol(MEANINGS, "AP", ("AP", "AP50", "AP75", "AP_small"), coco_metrics)
+
+# All that an evaluation computes; the first one's headline is what retention, searches, progress and alerts go by.
+# Whoever shows scores takes the names from the result.
+PROTOCOLS: list[Protocol] = [COCO]
+
+
+def headline() -> str:
+    return PROTOCOLS[0].headline
+
+
+def meanings() -> dict[str, str]:
+    """Of every score, by name, in their order."""
+    return {name: meaning for protocol in PROTOCOLS for name, meaning in protocol.meanings.items()}
+
+
+def in_brief(metrics: Mapping[str, float], headline: str) -> str:
+    """The scores of a result in a line: AP 0.412, AP50 0.605, ...; the headline first."""
+    known = [name for protocol in PROTOCOLS for name in protocol.brief if name in metrics]
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in dict.fromkeys([headline, *known]))
+
+
+def scored(ground_truth: dict[str, Any], detections: list[dict[str, Any]], num_not_finite: int = 0) -> dict[str, float]:
+    """The numbers of all protocols by name.
+
+    All are NaN when so many queries were not finite: no score of such a model may be preferred to another one's.
+    """
+    if num_not_finite:
+        return dict.fromkeys(meanings(), math.nan)
+    found: dict[str, float] = {}
+    for protocol in PROTOCOLS:
+        found |= protocol.score(ground_truth, detections)
+    assert list(found) == list(meanings()), f"scores without a meaning, or of one name: {list(found)}"
+    return found

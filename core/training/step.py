@@ -1,0 +1,93 @@
+"""One optimizer step: forward, losses, backward, AdamW; and what made one go wrong.
+
+Every random number of step s on rank r follows from (seed, s, r): a checkpoint needs no generator state.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...data.batch import Batch, normalised
+from ..config import Config
+from ..model.criterion import criterion
+from ..model.finite import finite_or_poison, first_not_finite
+from .engine import Engine
+from .world import World
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did on this rank."""
+
+    losses: Tensor  # (parts, layers) weighted losses of the rank's share; their mean over ranks is the whole batch's
+    errors: Tensor  # (2,) the last layer's class error in percent, and cardinality error in objects per image
+    num_images: Tensor  # () how many images of all ranks carried a loss
+    parts: tuple[str, ...]
+    layers: tuple[str, ...]
+    taken: bool  # not when a gradient of some rank was not finite
+    compute_seconds: float  # that this rank's forward passes and losses took
+
+
+def train_step(
+    engine: Engine, micro_batches: list[Batch], number: int, config: Config, world: World, stop: bool
+) -> Step | None:
+    """Optimizer step `number`, from 1: forward, losses and backward for each micro-batch, then AdamW.
+
+    None, and nothing is done, when some rank asks to `stop`; then its micro-batches may be missing.
+    All ranks divide by the same number of objects. Forward and losses make the host wait for the device once a
+    micro-batch, for the matching; DeepSpeed's step does so too, for the norm of the gradients.
+    """
+    totals = torch.tensor([0.0, 0.0, 0.0, float(stop)])
+    for batch in micro_batches:
+        counts = batch.num_boxes
+        totals[:3] += torch.stack([counts.sum(), counts.clamp(max=config.model.queries).sum(), batch.is_real.sum()])
+    objects, matched, images, stops = world.sum(totals)
+    if stops:
+        return None
+    _seed(config.train.seed, number - 1, world.rank)
+    parts = world.size * len(micro_batches)
+    all_losses, taken, compute_seconds = [], True, 0.0
+    for batch in micro_batches:
+        began = time.perf_counter()
+        batch = batch.to(world.device)
+        pixels = normalised(batch.images, batch.padding_mask, engine.dtype)
+        predictions = engine.run(pixels, batch.padding_mask)
+        losses = criterion(predictions, batch, config.optim, objects, parts, matched, images)
+        compute_seconds += time.perf_counter() - began
+        engine.run.backward(finite_or_poison(losses.weighted(config.optim).sum()))  # divided by their number in there
+        taken &= engine.step(number)  # takes effect after the last micro-batch
+        all_losses.append(losses)
+    weighted = torch.stack([losses.weighted(config.optim).detach() for losses in all_losses]).mean(0)
+    last = losses.layers.index(predictions.decoder[-1].name)
+    errors = [torch.stack([losses.class_error, losses.cardinality_error[last]]) for losses in all_losses]
+    return Step(weighted, torch.stack(errors).mean(0), images, losses.parts, losses.layers, taken, compute_seconds)
+
+
+def diagnosis(
+    engine: Engine, micro_batches: list[Batch], losses: list[float], step: int, config: Config, world: World
+) -> str:
+    """Where numbers of a skipped step stopped being finite, on which ranks and images. Collective.
+
+    The weights are still those of the step, and its random numbers can be drawn again.
+    """
+    if all(math.isfinite(value) for value in losses):
+        return "every loss is finite, a gradient is not" + (" (the loss scale)" if engine.loss_scale != 1 else "")
+    mine: list[str] = []
+    _seed(config.train.seed, step - 1, world.rank)
+    for batch in micro_batches:
+        batch = batch.to(world.device)
+        module = cast(nn.Module, engine.run.module)
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), first_not_finite(module) as found:
+            module(normalised(batch.images, batch.padding_mask, engine.dtype), batch.padding_mask)
+        if found:
+            mine.append(f"first in {found[0]} on rank {world.rank}, images {batch.image_ids.tolist()}")
+    return "; ".join(world.gather(mine, str)) or "the losses are not finite, every module's output is"
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Dropout of this step: SplitMix64-like mixing keeps neighbouring steps and ranks apart."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)
