@@ -39,6 +39,7 @@ from ddetr.core.config import load
 from ddetr.core.model.cost import Cost, costs
 from ddetr.data.shards import pack
 from ddetr.data.synthetic import draw_set
+from ddetr.launch.history import read
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 mpl.use("Agg")
@@ -127,12 +128,10 @@ class Curve:
 
 def curve(run_directory: Path) -> Curve | None:
     """The curve of a finished run; None when there is none."""
-    path = run_directory / "metrics.jsonl"
     if not (run_directory / "finished").exists():
         return None
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
-    found = [line for line in lines if line["kind"] == "evaluation"]
+    history = read(run_directory)
+    steps, found = history.steps, history.evaluations
     usual = statistics.median(line["step_seconds"] for line in steps)
     seconds = [s if (s := line["step_seconds"]) < INTERRUPTED * usual else usual for line in steps]
     minutes = [sum(seconds[: line["step"]]) / 60 for line in found]

@@ -10,7 +10,6 @@ standard error over the seeds.
 
 import argparse
 import datetime
-import json
 import platform
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from ddetr.launch.history import read
 
 DDETR = [sys.executable, "-m", "ddetr.launch.cli"]
 SCORES = ("AP", "AP50", "AP_small")
@@ -88,8 +88,7 @@ def scores(
         settings += ["monitor.enabled=false", "train.device=cuda" if gpu else "train.device=cpu", "train.threads=1"]
         command([*DDETR, "train", "tiny", *settings, "train.auto_resume=true"])
         (run / "done").touch()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["metrics"] for row in rows if row["kind"] == "evaluation"][-1]
+    return read(run).evaluations[-1]["metrics"]
 
 
 def command(words: list[str]) -> None:

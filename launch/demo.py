@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from .history import read
+
 SCRIPTS = Path(__file__).resolve().parent
 DDETR = Path(sys.executable).with_name("ddetr")
 TRAINING_IMAGES = 2800
@@ -46,7 +48,7 @@ def demo(folder: Path) -> None:
 
     stage("evaluate on the held-out images with Ray")
     ddetr("eval", run_directory, "--ray")
-    metrics = json.loads(max(run_directory.glob("eval/step_*/metrics.json")).read_text())
+    metrics = read(run_directory).evaluations[-1]["metrics"]
 
     stage("detect objects in held-out images, draw them")
     images = sorted((folder / "coco_val/images").iterdir())[:8]
@@ -70,9 +72,9 @@ def demo(folder: Path) -> None:
 
 
 def training_seconds(run_directory: Path) -> float:
-    """From the first logged step to the last evaluation: without starting up."""
-    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
-    return lines[-1]["time"] - lines[0]["time"]
+    """From the first logged step to the end of the run: without starting up."""
+    history = read(run_directory)
+    return history.events[-1]["time"] - history.steps[0]["time"]
 
 
 class Scrape(threading.Thread):

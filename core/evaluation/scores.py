@@ -41,9 +41,10 @@ def meanings() -> dict[str, str]:
 
 
 def in_brief(metrics: Mapping[str, float], headline: str) -> str:
-    """The scores of a result in a line: AP 0.412, AP50 0.605, ...; the headline first."""
+    """The scores of a result in a line: AP 0.412, AP50 0.605, ...; last those that no protocol here knows."""
     known = [name for protocol in PROTOCOLS for name in protocol.brief if name in metrics]
-    return ", ".join(f"{name} {metrics[name]:.3f}" for name in dict.fromkeys([headline, *known]))
+    unknown = [name for name in metrics if name not in meanings()]
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in dict.fromkeys([headline, *known, *unknown]))
 
 
 def scored(ground_truth: dict[str, Any], detections: list[dict[str, Any]], num_not_finite: int = 0) -> dict[str, float]:
