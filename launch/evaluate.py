@@ -75,6 +75,14 @@ def evaluate(
             if output is None:
                 own = detector.path.parents[2] if in_run else detector.path.parent
                 check_links(own, folder, *[folder.parent, beside.parent, beside] * in_run)
+            try:
+                result.read(beside)
+            except ValueError as error:  # before the work that it would be in the way of
+                if not all_checkpoints:
+                    raise
+                damaged[detector.path.parent] = str(error)
+                console.print(str(error), soft_wrap=True)
+                continue
             if index.real_location not in evaluators:
                 here = contextlib.nullcontext(_evaluate_here)
                 there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)

@@ -139,7 +139,7 @@ def _read(file: Path) -> list[Result]:
             raise ValueError(f"version {version}, this release reads {_VERSION}")
         return [_result(item) for item in member(values, "results", list)]
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read ({visible(str(error))})") from error
+        raise ValueError(f"{file} cannot be read ({visible(str(error))}): move it away, then evaluate anew") from error
 
 
 def _of_first_release(values: dict[str, Any], written: float) -> Result:

@@ -113,3 +113,43 @@ def test_changed_settings_are_told_by_what_they_do(tmp_path: Path) -> None:
     assert told_of_changes(before, before, tmp_path, done, 10) == []
     moved = changed(before, [f"train.output={tmp_path.parent}", f"train.name={tmp_path.name}"], "test")
     assert told_of_changes(before, moved, tmp_path, done, 10) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "saves", "evaluates"),
+    [
+        # Three epochs of 4 steps; by default both after each epoch.
+        ({}, [4, 8, 12], [4, 8, 12]),
+        ({"checkpoint_every_epochs": 0, "evaluate_every_epochs": 0}, [12], []),
+        ({"checkpoint_every_epochs": 2, "evaluate_every_epochs": 0}, [8, 12], []),
+        ({"checkpoint_every_epochs": 0, "evaluate_every_epochs": 2}, [8, 12], [8, 12]),
+        ({"checkpoint_every_epochs": 0, "evaluate_every_epochs": 5}, [12], [12]),
+        # Within an epoch: not at its end, where the epochs decide.
+        (
+            {"checkpoint_every_steps": 2, "checkpoint_every_epochs": 0, "evaluate_every_epochs": 0},
+            [2, 6, 10, 12],
+            [],
+        ),
+        ({"checkpoint_every_steps": 3, "evaluate_every_epochs": 0}, [3, 4, 6, 8, 9, 12], []),
+        # The last step may lie amid an epoch.
+        ({"max_steps": 6}, [4, 6], [4, 6]),
+        ({"max_steps": 6, "checkpoint_every_epochs": 0, "evaluate_every_epochs": 2}, [6], [6]),
+    ],
+)
+def test_what_is_due_after_which_step(settings: dict[str, int], saves: list[int], evaluates: list[int]) -> None:
+    schedule = of(4, epochs=3, **settings)
+    due = {step: schedule.due(step) for step in range(1, schedule.last_step + 1)}
+    assert [step for step in due if due[step].save] == saves
+    assert [step for step in due if due[step].evaluate] == evaluates
+    assert [step for step in due if due[step].last] == [schedule.last_step]
+
+
+def test_nothing_is_evaluated_without_a_set_for_it() -> None:
+    schedule = Schedule.of(TrainConfig(epochs=3), 4, evaluates=False)
+    assert not any(schedule.due(step).evaluate for step in range(1, 13))
+    assert [step for step in range(1, 13) if schedule.due(step).save] == [4, 8, 12]
+
+
+def test_epochs_of_another_length_are_due_at_their_own_ends() -> None:
+    schedule = of(12, Position(15, 2, 3, 6), epochs=3)  # half of the third epoch is done, six steps of it are left
+    assert [step for step in range(16, 22) if schedule.due(step).save] == [21]

@@ -1,0 +1,136 @@
+"""Results of evaluations beside their checkpoints: which are read, which can be compared."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from ddetr.core.checkpoint.manifest import write_checkpoint
+from ddetr.core.checkpoint.weights import WEIGHTS
+from ddetr.core.config import load
+from ddetr.core.evaluation import result
+from ddetr.core.evaluation.result import EVALUATION, Measure, Result
+from ddetr.core.training.saving import prune
+from ddetr.data.index import ShardIndex
+from ddetr.launch import history
+
+OURS, OTHERS = Measure("a" * 64, "b" * 64), Measure("c" * 64, "b" * 64)
+
+
+def saved(run: Path, step: int) -> Path:
+    path = run / f"checkpoints/step_{step:08d}"
+    write_checkpoint(path, 1, lambda folder: (folder / WEIGHTS).write_text(f"weights of {step}"), {"step": step})
+    return path
+
+
+def found(checkpoint: Path, score: float, measure: Measure = OURS, **others: object) -> Result:
+    values = {"metrics": {"AP": score, "AP50": 0.5}, "headline": "AP", "images": 24, "num_not_finite": 0}
+    values |= {"seconds": 1.5, "time": 1.79e9, "weights": result.weights_digest(checkpoint / WEIGHTS)}
+    return Result(**{**values, "measure": measure, **others})  # pyright: ignore[reportArgumentType]
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, 1)
+    first, second = found(checkpoint, 0.25), found(checkpoint, math.nan, OTHERS, num_not_finite=3)
+    result.write(checkpoint, first)
+    result.write(checkpoint, second)
+    one, other = result.read(checkpoint)
+    assert one == first
+    assert math.isnan(other.metrics["AP"])
+    assert (other.measure, other.num_not_finite) == (OTHERS, 3)
+    assert "NaN" not in (checkpoint / EVALUATION).read_text()
+    again = found(checkpoint, 0.5)
+    result.write(checkpoint, again)
+    assert [item.measure for item in result.read(checkpoint)] == [OTHERS, OURS]
+    assert result.read(checkpoint)[-1] == again
+
+
+def test_a_result_of_other_weights_is_none(tmp_path: Path) -> None:
+    """As after a resume from an earlier step, which saves the step anew."""
+    checkpoint = saved(tmp_path, 1)
+    result.write(checkpoint, found(checkpoint, 0.25, weights="0" * 64))
+    assert result.read(checkpoint) == []
+    assert not result.is_evaluated(checkpoint, OURS)
+
+
+def test_only_results_of_one_measure_are_compared(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, step) for step in range(1, 5)]
+    for path, score, measure in zip(paths, (0.3, 0.9, 0.4, 0.2), (OURS, OTHERS, OURS, OURS), strict=True):
+        result.write(path, found(path, score, measure))
+    results = {path: result.read(path) for path in paths}
+    assert {path: item.score for path, item in result.comparable(results, OURS).items()} == {
+        paths[0]: 0.3,
+        paths[2]: 0.4,
+        paths[3]: 0.2,
+    }
+    assert result.comparable(results) == result.comparable(results, OURS)  # the most have it
+    assert list(result.comparable(results, OTHERS)) == [paths[1]]
+    # What scores 0.9 on another, perhaps easier set is not the best of the run.
+    assert prune(paths, 1, OURS) == [paths[0], paths[1]]
+
+
+def test_the_best_by_an_evaluation_of_the_command_stays(tmp_path: Path) -> None:
+    """A run that does not evaluate itself: `ddetr eval --all` says which of its checkpoints is the best."""
+    paths = [saved(tmp_path, step) for step in range(1, 5)]
+    for path, score in zip(paths, (0.3, 0.9, 0.4, 0.2), strict=True):
+        result.write(path, found(path, score))
+    assert prune(paths, 1) == [paths[0], paths[2]]
+
+
+def test_settings_and_shards_make_the_measure(synthetic_shards: Path) -> None:
+    index = ShardIndex.load(synthetic_shards)
+    measure = Measure.of(load("tiny"), index)
+    assert Measure.of(load("tiny", ["eval.batch_size=1", "train.seed=7", "eval.score_threshold=0.1"]), index) == measure
+    for override in ("eval.top_k=50", "data.validation_short_side=64", "data.long_side=99"):
+        assert Measure.of(load("tiny", [override]), index).settings != measure.settings
+        assert Measure.of(load("tiny", [override]), index).shards == measure.shards
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 3}', '{"version": 2, "results": [{}]}', '{"AP": "x"}'])
+def test_what_cannot_be_read_is_named_and_not_overwritten(tmp_path: Path, text: str) -> None:
+    checkpoint = saved(tmp_path, 1)
+    (checkpoint / EVALUATION).write_text(text)
+    with pytest.raises(ValueError, match=r"step_00000001/evaluation\.json cannot be read"):
+        result.read(checkpoint)
+    with pytest.raises(ValueError, match="cannot be read"):
+        result.write(checkpoint, found(checkpoint, 0.5))
+    assert (checkpoint / EVALUATION).read_text() == text
+    assert result.is_evaluated(checkpoint, OURS)
+
+
+def line(step: int, score: float, measure: Measure | None) -> str:
+    digests = {"shards": measure.shards, "settings": measure.settings} if measure else {}
+    counts = {"kind": "evaluation", "time": 1.79e9 + step, "step": step, "epoch": step - 1, "images": 24}
+    return json.dumps({**counts, **digests, "metrics": {"AP": score}, "seconds": 1.0}) + "\n"
+
+
+def scores_of(run: Path) -> dict[int, float]:
+    return {record["step"]: record["metrics"]["AP"] for record in history.read(run).evaluations}
+
+
+def test_the_history_has_the_results_beside_the_checkpoints(tmp_path: Path) -> None:
+    """Lines of what is deleted meanwhile, and results that another program made later."""
+    paths = {step: saved(tmp_path, step) for step in (2, 3)}
+    (tmp_path / "metrics.jsonl").write_text(line(1, 0.1, OURS) + line(2, 0.2, OURS) + '{"kind": "eval')
+    result.write(paths[2], found(paths[2], 0.25))
+    result.write(paths[3], found(paths[3], 0.3))
+    result.write(paths[3], found(paths[3], 0.9, OTHERS))
+    assert scores_of(tmp_path) == {1: 0.1, 2: 0.25, 3: 0.3}
+    assert history.read(tmp_path).others == 1
+    assert history.read(tmp_path).unreadable == ["metrics.jsonl line 3"]
+
+
+def test_a_run_that_did_not_evaluate_itself_has_the_results_of_others(tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = saved(tmp_path, step)
+        result.write(path, found(path, step / 10))
+    assert scores_of(tmp_path) == {1: 0.1, 2: 0.2}
+
+
+def test_the_lines_of_the_first_release_do_not_say_on_what(tmp_path: Path) -> None:
+    """So they are not mixed with results of a set that may be another one: the larger group is shown."""
+    (tmp_path / "metrics.jsonl").write_text("".join(line(step, step / 10, None) for step in (1, 2, 3)))
+    path = saved(tmp_path, 3)
+    result.write(path, found(path, 0.9))
+    assert scores_of(tmp_path) == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert history.read(tmp_path).others == 1
