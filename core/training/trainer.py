@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...data.batch import Batch, normalised
 from ...data.categories import Categories
 from ...data.index import SampleError, ShardIndex
+from ...data.splitmix import step_seed
 from ...data.stream import STOP_SIGNALS, TrainStream
 from ...data.text import visible
 from ..checkpoint.manifest import is_evaluated, record_evaluation
@@ -359,8 +360,8 @@ def _diagnosis(
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """Dropout of this step: SplitMix64-like mixing keeps neighbouring steps and ranks apart."""
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)
+    """For dropout of this step."""
+    torch.manual_seed(step_seed(seed, step, rank))
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
