@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..core.config import without_logins
-from ..data.documents import parse_yaml
 from .charts import Line, chart, number
 from .console import brief
 from .page import date, duration, escaped, figure, page, picture, table, tile
+from .settings import Settings, in_short
 
 PICTURES = 12
 PARTS = ("class", "l1", "giou")
@@ -44,8 +41,7 @@ class RunLog:
     """What a run directory says. Steps and evaluations are in order and each occurs once."""
 
     name: str
-    config: dict[str, Any]
-    config_text: str
+    settings: Settings
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
@@ -72,8 +68,8 @@ def report(run_directory: Path) -> Path:
 
 def read(run_directory: Path) -> RunLog:
     """The run's records. A resumed run repeats steps: what comes later in the file replaces what it went back over."""
-    settings = run_directory / "config.yaml"
-    if not settings.is_file():
+    config_file = run_directory / "config.yaml"
+    if not config_file.is_file():
         raise FileNotFoundError(
             f"{run_directory} is not a run directory: it has no config.yaml. `ddetr train` prints where its run is"
         )
@@ -90,24 +86,14 @@ def read(run_directory: Path) -> RunLog:
         elif record.get("kind") == "evaluation":
             evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
             evaluations.append(record)
-    config = _config(settings)
     return RunLog(
         name=run_directory.resolve().name,
-        config={name: section for name, section in config.items() if isinstance(section, dict)},
-        config_text=yaml.safe_dump(without_logins(config), sort_keys=False, allow_unicode=True),
+        settings=Settings.of(config_file),
         steps=steps,
         evaluations=evaluations,
         events=_json_lines(run_directory / "events.jsonl", _has_time, unreadable),
         unreadable=unreadable,
     )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _json_lines(path: Path, is_record: Callable[[dict[str, Any]], bool], unreadable: list[str]) -> list[dict[str, Any]]:
@@ -175,7 +161,12 @@ def _sums(steps: Sequence[dict[str, Any]]) -> list[float]:
 
 def _head(run: RunLog) -> str:
     parts = [f'<header><p class="soft">ddetr training run</p><h1>{escaped(run.name)}</h1>']
-    parts.append(f"<p>{escaped(_in_short(run.config))}</p>")
+    config = run.settings.config
+    if config is not None:
+        parts.append(f"<p>{escaped(in_short(config))}</p>")
+    else:
+        fault = f"Not a configuration that this release can read: {run.settings.fault}"
+        parts.append(f'<p class="warning">{escaped(fault)}</p>')
     moments = [record["time"] for record in (*run.events, *run.steps, *run.evaluations)]
     if moments:
         times = f"{date(min(moments))} to {date(max(moments))}, {_state(run)}"
@@ -198,8 +189,7 @@ def _head(run: RunLog) -> str:
         if last_evaluation.get("num_not_finite"):
             note = "the model gave infinities or NaN"
         tiles.append(tile("AP, last evaluation", _percent(_score(last_evaluation, "AP")), note=note))
-    epochs = run.config.get("train", {}).get("epochs")
-    epoch = f"epoch {last['epoch'] + 1}" + (f" of {brief(str(epochs))}" if epochs else "")
+    epoch = f"epoch {last['epoch'] + 1}" + (f" of {config.train.epochs}" if config else "")
     tiles += [
         tile("Steps", number(last["step"]), note=epoch),
         tile("Images trained on", number(images)),
@@ -208,22 +198,6 @@ def _head(run: RunLog) -> str:
         tile("Loss, last step", number(loss), note=f"{number(_finite(run.steps[0]['losses']['total']))} at first"),
     ]
     return "".join([*parts, f'<div class="tiles">{"".join(tiles)}</div>'])
-
-
-def _in_short(config: dict[str, Any]) -> str:
-    """The settings by which people tell runs apart, as far as the file has them."""
-    model, train, optim = (config.get(section, {}) for section in ("model", "train", "optim"))
-    kind = [name for key, name in (("two_stage", "two-stage"), ("box_refine", "box refinement")) if model.get(key)]
-    facts = [
-        "Deformable DETR" + (f" ({', '.join(kind)})" if kind else ""),
-        model.get("backbone"),
-        f"{model['queries']} queries" if "queries" in model else None,
-        f"batch {train['batch_size']}" if "batch_size" in train else None,
-        f"learning rate {_short(optim['learning_rate'])}" if "learning_rate" in optim else None,
-        train.get("precision"),
-        f"ZeRO {train['zero_stage']}" if "zero_stage" in train else None,
-    ]
-    return " · ".join(brief(str(fact)) for fact in facts if fact)
 
 
 def _hardware(run: RunLog) -> str:
@@ -366,7 +340,7 @@ def _events(run: RunLog) -> str:
 
 
 def _settings(run: RunLog) -> str:
-    text = "\n".join(map(escaped, run.config_text.split("\n")))
+    text = "\n".join(map(escaped, run.settings.text.split("\n")))
     return f'<h2>Settings</h2><details class="card"><summary>config.yaml</summary><pre>{text}</pre></details>'
 
 
