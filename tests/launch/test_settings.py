@@ -16,11 +16,13 @@ LOGIN = "https://me:secret@example.com/shards"
 def told(folder: Path) -> tuple[str, str]:
     """The head of a run's page as text, and its settings."""
     page = report(folder).read_text()
-    head = re.search(r"<header>.*</header>", page, re.DOTALL)
-    settings = re.search(r"<pre>.*</pre>", page, re.DOTALL)
-    assert head is not None
-    assert settings is not None
-    return tuple(html.unescape(re.sub(r"<[^>]*>", " ", found.group())) for found in (head, settings))
+    return text_between("<header>", "</header>", page), text_between("<pre>", "</pre>", page)
+
+
+def text_between(begin: str, end: str, page: str) -> str:
+    markup = page.partition(begin)[2].partition(end)[0]
+    assert markup
+    return html.unescape(re.sub(r"<[^>]*>", " ", markup))
 
 
 @pytest.mark.parametrize(
