@@ -68,16 +68,28 @@ def _is_number(kinds: set[Any]) -> bool:
     )
 
 
+def model_at(path: list[str], configuration: type[BaseModel]) -> type[BaseModel] | None:
+    """The model of the values at a path; None where these are no model's."""
+    return next((kind for kind in _kinds(path, configuration) if _is_model(kind)), None)
+
+
 def _kinds(path: list[str], configuration: type[BaseModel]) -> set[Any]:
     """The types that a setting may have. One that does not exist is text: that it is missing is said of any value."""
-    kind: Any = configuration
+    kinds: set[Any] = {configuration}
     for key in path:
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return {Any}  # inside of a free-form setting
-        if key not in kind.model_fields:
+        model = next(filter(_is_model, kinds), None)
+        if model is None:  # inside of a free-form setting, or one value of a mapping
+            kind = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), Any)
+        elif key in model.model_fields:
+            kind = model.model_fields[key].annotation
+        else:
             return {str}
-        kind = kind.model_fields[key].annotation
-    return set(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else {kind}
+        kinds = set(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else {kind}
+    return kinds
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _is_unicode(typed: str) -> bool:

@@ -17,22 +17,6 @@ NOTHING = -1  # in place of a sample: an image without pixels of interest that c
 SeenSizes = Callable[[int, np.ndarray], np.ndarray]  # epoch, samples (n,) -> (height, width) they are seen at, (n, 2)
 
 
-def random_numbers(seed: int, epoch: int, keys: np.ndarray, count: int) -> np.ndarray:
-    """(n, count) float64 in [0, 1) that belong to each of the keys (n,) in an epoch, whoever asks.
-
-    SplitMix64 (Steele, Lea and Flood, 2014) has a random access: its i-th number is a hash of i.
-    """
-    stream = _mixed(_mixed(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    place = keys.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
-    return (_mixed(stream + place * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
-
-
-def _mixed(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
 def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int) -> np.ndarray:
     """A permutation of all samples, numbered through the shards in order: (num_samples,) int64.
 

@@ -28,10 +28,11 @@ from .images import load_image
 from .index import SampleError, ShardIndex, ShardReader
 from .loader import Loader
 from .parallel import threaded_map, until
-from .plan import NOTHING, StepPlan, random_numbers
+from .plan import NOTHING, StepPlan
 from .prefetch import Prefetch
 from .shared_memory import PAGE_BYTES, SharedMemoryError
 from .sources import SourceError
+from .splitmix import random_numbers
 from .transforms import annotated_sample, load_for
 from .views import DRAWS, View, evaluation_sizes, evaluation_view, training_sizes, training_views
 

@@ -24,12 +24,12 @@ from ..data.shards import pack_set
 from ..data.stream import TrainStream
 from ..data.synthetic import draw_set
 from .console import Terminal, brief, progress_bar, say
-from .drawing import fitted_text, font_of
+from .drawing import DrawnBox, font_of, mark_boxes
 
 ROWS_PER_KIND = 20
 CELL_LENGTH = 300  # characters of a finding in the table of `check`
-CELL = 400  # pixels of one sample's side in `show`
-COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6324")
+CELL, CAPTION = 400, 22  # pixels of one sample's side in `show`, and of them below the image
+GREY = "#202020"
 
 
 def pack(
@@ -115,7 +115,7 @@ def show(shards: Path, output: Path, count: int, config: Config) -> None:
     stream = TrainStream(index, data, batch_size=1, accumulation=1, rank=0, world_size=1, seed=config.train.seed)
     samples = [batch for (batch,) in islice(stream.steps(0), count)]
     columns = math.ceil(math.sqrt(count))
-    sheet = Image.new("RGB", (columns * CELL, math.ceil(count / columns) * CELL), "#202020")
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(count / columns) * CELL), GREY)
     for number, batch in enumerate(samples):
         sheet.paste(_cell(batch, index.categories), (number % columns * CELL, number // columns * CELL))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -125,31 +125,28 @@ def show(shards: Path, output: Path, count: int, config: Config) -> None:
 
 def _cell(batch: Batch, categories: Categories) -> Image.Image:
     """One sample, fitted into CELL x CELL above a caption, its boxes drawn and named."""
-    caption_height = 22
     image = Image.fromarray(batch.images[0].permute(1, 2, 0).numpy())
-    scale = min((CELL - 8) / image.width, (CELL - 8 - caption_height) / image.height)
+    space = Image.new("RGB", (CELL, CELL - CAPTION), GREY)
+    scale = min((space.width - 8) / image.width, (space.height - 8) / image.height)
     fitted = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    cell = Image.new("RGB", (CELL, CELL), "#202020")
-    left, top = (CELL - fitted.width) // 2, (CELL - caption_height - fitted.height) // 2
-    cell.paste(fitted, (left, top))
-    draw = ImageDraw.Draw(cell)
-    font = font_of(11)
-    boxes = cxcywh_to_xyxy(batch.boxes_cxcywh) * batch.boxes_cxcywh.new_tensor([fitted.width, fitted.height] * 2)
+    left, top = (space.width - fitted.width) // 2, (space.height - fitted.height) // 2
+    space.paste(fitted, (left, top))
+    boxes_cxcywh = batch.boxes_cxcywh
+    boxes_xyxy = cxcywh_to_xyxy(boxes_cxcywh) * boxes_cxcywh.new_tensor([fitted.width, fitted.height] * 2)
+    boxes_xyxy += boxes_xyxy.new_tensor([left, top] * 2)
     # Large boxes first, so that the names of small ones stay readable.
-    areas = (batch.boxes_cxcywh[:, 2] * batch.boxes_cxcywh[:, 3]).tolist()
-    for i in sorted(range(len(areas)), key=areas.__getitem__, reverse=True):
-        label = int(batch.labels[i])
-        x0, y0, x1, y1 = (value + offset for value, offset in zip(boxes[i].tolist(), (left, top) * 2, strict=True))
-        colour = COLOURS[label % len(COLOURS)]
-        draw.rectangle((x0, y0, x1, y1), outline=colour, width=2 if min(x1 - x0, y1 - y0) > 24 else 1)
-        name = fitted_text(categories.names[label], CELL - 8, font)
-        corner = (min(x0 + 2, CELL - 4 - draw.textlength(name, font=font)), max(top, y0 - 13))
-        text_box = draw.textbbox(corner, name, font=font)
-        draw.rectangle((text_box[0] - 2, text_box[1] - 1, text_box[2] + 2, text_box[3] + 1), fill=colour)
-        draw.text(corner, name, fill="black", font=font)
+    order = (boxes_cxcywh[:, 2] * boxes_cxcywh[:, 3]).argsort(descending=True, stable=True)
+    labels = batch.labels[order].tolist()
+    boxes = [
+        DrawnBox(tuple(box), categories.names[label], label)
+        for box, label in zip(boxes_xyxy[order].tolist(), labels, strict=True)
+    ]
+    mark_boxes(space, boxes, line=2, text_size=11)
+    cell = Image.new("RGB", (CELL, CELL), GREY)
+    cell.paste(space)
     height, width = batch.original_sizes[0].tolist()
     caption = f"image {int(batch.image_ids[0])}: {width} x {height} seen at {image.width} x {image.height}"
-    draw.text((6, CELL - caption_height + 2), caption, fill="#d0d0d0", font=font)
+    ImageDraw.Draw(cell).text((6, space.height + 2), caption, fill="#d0d0d0", font=font_of(11))
     return cell
 
 

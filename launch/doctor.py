@@ -141,11 +141,15 @@ def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
+def _kinds_with_op() -> list[str]:
+    """Of the devices of this machine."""
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [kind for kind in here if kind not in library.UNAVAILABLE]
+
+
 def parity() -> Iterator[Finding]:
     """The op against the reference, forward and backward, on every kind of device that has it."""
-    for kind in ("cpu", "cuda"):
-        if kind in library.UNAVAILABLE or (kind == "cuda" and not torch.cuda.is_available()):
-            continue
+    for kind in _kinds_with_op():
         try:
             difference = largest_difference(torch.device(kind))
         except RuntimeError as error:  # a launch that fails is a finding, not the end of the examination
@@ -193,9 +197,7 @@ def largest_difference(device: torch.device) -> float:
 
 def speed() -> Iterator[Finding]:
     """The op against the reference, forward and backward, at the size of an encoder layer for 512 x 512 pixels."""
-    for kind in ("cpu", "cuda"):
-        if kind in library.UNAVAILABLE or (kind == "cuda" and not torch.cuda.is_available()):
-            continue
+    for kind in _kinds_with_op():
         try:
             ours, theirs = (
                 least_seconds(function, kind) for function in (fused_deform_attn, reference.fused_deform_attn)

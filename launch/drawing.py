@@ -1,7 +1,7 @@
-"""Detections drawn on an image, readable whether it is 100 or 4000 pixels wide."""
+"""Boxes and their names drawn on an image, readable whether it is 100 or 4000 pixels wide."""
 
 import colorsys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -29,27 +29,45 @@ def draw_boxes(image: Image.Image, boxes: list[DrawnBox]) -> Image.Image:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     else:
         image = image.copy()
-    draw = ImageDraw.Draw(image)
-    line = max(3, round(max(image.size) / 270))
-    font = font_of(max(16, round(max(image.size) / 48)))
-    corners = [_inside(box.box_xyxy, scale, image.size) for box in boxes]
-    for (x0, y0, x1, y1), box in zip(corners, boxes, strict=True):
-        edge = max(1, line // 3)  # dark, so that the colour shows on every background
-        draw.rectangle((x0 - edge, y0 - edge, x1 + edge, y1 + edge), outline="black", width=line + 2 * edge)
-        draw.rectangle((x0, y0, x1, y1), outline=colour(box.label), width=line)
-    for (x0, y0, _, _), box in zip(corners, boxes, strict=True):  # after all lines, so that none crosses a text
-        _draw_text(draw, image.size, (x0, y0), box.text, colour(box.label), font, padding=line)
+    boxes = [replace(box, box_xyxy=tuple(value * scale for value in box.box_xyxy)) for box in boxes]
+    side = max(image.size)
+    mark_boxes(image, boxes, line=max(3, round(side / 270)), text_size=max(16, round(side / 48)))
     return image
 
 
-def _inside(
-    box_xyxy: tuple[float, float, float, float], scale: float, size: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """The box in pixels of the drawn image, its lines not beyond the border."""
-    x0, y0, x1, y1 = (value * scale for value in box_xyxy)
+def mark_boxes(image: Image.Image, boxes: list[DrawnBox], *, line: int, text_size: int) -> None:
+    """Draw boxes into an image, with lines of `line` and texts of `text_size` pixels; the last ones lie on top."""
+    draw, font = ImageDraw.Draw(image), font_of(text_size)
+    placed = [(_inside(box.box_xyxy, image.size), box) for box in boxes]
+    small = [(corners, box) for corners, box in placed if _longer_side(corners) <= 2 * text_size]
+    for corners, box in placed:
+        if _longer_side(corners) > 2 * text_size:
+            _draw_outline(draw, corners, colour(box.label), line)
+    for (x0, y0, _, _), box in placed:  # after the lines, so that none crosses a text
+        _draw_text(draw, image.size, (x0, y0), box.text, colour(box.label), font, padding=line)
+    for corners, box in small:  # after the texts, each of which could hide it
+        _draw_outline(draw, corners, colour(box.label), max(1, line // 2))
+
+
+def _draw_outline(
+    draw: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], colour: tuple[int, int, int], line: int
+) -> None:
+    x0, y0, x1, y1 = corners
+    edge = max(1, line // 3)  # dark, so that the colour shows on every background
+    draw.rectangle((x0 - edge, y0 - edge, x1 + edge, y1 + edge), outline="black", width=line + 2 * edge)
+    draw.rectangle(corners, outline=colour, width=line)
+
+
+def _inside(box_xyxy: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box, its lines not beyond the border."""
+    x0, y0, x1, y1 = box_xyxy
     right, bottom = size[0] - 1, size[1] - 1
     x0, y0 = min(max(x0, 0), right), min(max(y0, 0), bottom)
     return x0, y0, min(max(x0, x1), right), min(max(y0, y1), bottom)
+
+
+def _longer_side(box_xyxy: tuple[float, float, float, float]) -> float:
+    return max(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1])
 
 
 def colour(label: int) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from torch.cuda import nccl
 
 from ..core.config import Config
 from ..core.training.engine import BUCKET_ELEMENTS
-from ..core.training.world import World
+from ..core.training.world import World, local_size
 from ..data.folders import obstacle
 from ..data.index import ShardIndex
 from ..data.shared_memory import FOLDER, REMEDY, free_bytes, mebibytes, place
@@ -100,11 +100,6 @@ def check_compiler_cache() -> None:
     for variable, folder in caches.items():
         if reason := obstacle(Path(folder)):
             raise OSError(f"train.compile=true: {reason}, where its cache should be; set {variable} to another folder")
-
-
-def local_size() -> int:
-    """Ranks of this machine, as core/training/world.py counts them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -> Facts:

@@ -1,7 +1,6 @@
 """One rank of a run on a Ray cluster: `ddetr train` in a process of its own, and the Ray actor beside it."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -10,8 +9,6 @@ import sys
 import threading
 from dataclasses import dataclass
 from typing import TextIO
-
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,9 @@ class Rank:
         file = os.memfd_create("config.yaml")  # leaves nothing behind, however this process ends
         try:
             os.write(file, config.encode())
+            until_this_ends = [sys.executable, "-m", f"{__package__}.lifeline", str(os.getpid())]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), "train", f"/proc/self/fd/{file}", *options],
+                [*until_this_ends, f"{__package__}.cli", "train", f"/proc/self/fd/{file}", *options],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -104,21 +102,3 @@ class Rank:
         for line in stream:
             with self._lock:
                 self._lines.append((is_error, line.rstrip("\n")))
-
-
-def main() -> None:
-    """The rank's process: `ddetr`, which the kernel kills when the actor (the first argument) is gone.
-
-    Ray kills actors without a word to them: a rank that lived on would hold a GPU that Ray gives to the next one.
-    """
-    parent = int(sys.argv.pop(1))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the Ray actor of this rank is gone")
-    from .cli import main as ddetr
-
-    ddetr()
-
-
-if __name__ == "__main__":
-    main()

@@ -47,7 +47,7 @@ def train_on_ray(
     with cluster(address), _stops() as stops:
         request = requested(config, ranks)
         for attempt in range(restarts + 1):
-            with placed(request, wait, lambda: stops() > 0, _say) as group:
+            with placed(request, wait, lambda: stops() > 0, say) as group:
                 if group is None:
                     return 130
                 loss = _run(group, config, dry_run, stops)
@@ -56,7 +56,7 @@ def train_on_ray(
             if loss is None:
                 return 0
             if stops():
-                _say(f"Ray: {loss}; stopped")
+                say(f"Ray: {loss}; stopped")
                 return 1
             if not config.train.auto_resume or attempt == restarts:
                 remedy = f"it was started {attempt + 1} times (--restarts {restarts})"
@@ -64,7 +64,7 @@ def train_on_ray(
                     remedy = "with train.name=NAME train.auto_resume=true it would go on from the newest checkpoint"
                 say(f"ddetr: {loss}; {remedy}", file=sys.stderr)
                 return 1
-            _say(f"Ray: {loss}; all ranks start again (restart {attempt + 1} of {restarts})")
+            say(f"Ray: {loss}; all ranks start again (restart {attempt + 1} of {restarts})")
     raise AssertionError("every attempt returns")
 
 
@@ -154,7 +154,7 @@ def _run(group: Any, config: Config, dry_run: bool, stops: Callable[[], int]) ->
         members = _numbered(list(zip(actors, places, strict=True)))
         counts = [f"{len(here)} on {here[0].place.address}" for here in _by_node(members)]
         each = ", ".join(f"{count:g} {name}" for name, count in group.bundle_specs[0].items())
-        _say(f"Ray: {len(members)} rank(s) with {each} each, {', '.join(counts)}")
+        say(f"Ray: {len(members)} rank(s) with {each} each, {', '.join(counts)}")
         if dry_run:
             members = members[:1]
         _start(members, config, ["--dry-run"] if dry_run else [])
@@ -261,7 +261,7 @@ def _stops() -> Iterator[Callable[[], int]]:
     def remember(number: int, frame: FrameType | None) -> None:
         came.append(number)
         if len(came) == 1:
-            _say(f"{signal.Signals(number).name}: the ranks save and stop; once more kills them")
+            say(f"{signal.Signals(number).name}: the ranks save and stop; once more kills them")
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -269,7 +269,3 @@ def _stops() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _say(line: str) -> None:
-    say(line)

@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..core.config import without_logins
 from ..core.evaluation.scores import PROTOCOLS, meanings
-from ..data.documents import parse_yaml
 from . import history
 from .charts import Line, chart, number
 from .console import brief
 from .history import SUMMED, History, Record
 from .page import date, duration, escaped, figure, page, picture, table, tile
+from .settings import Settings, in_short
 
 PICTURES = 12
 DETAIL_LENGTH = 2000  # characters of one value of an event
@@ -27,8 +24,7 @@ class RunLog:
     """What a run directory says."""
 
     name: str
-    config: dict[str, Any]
-    config_text: str
+    settings: Settings
     history: History
 
     @property
@@ -63,26 +59,12 @@ def report(run_directory: Path) -> Path:
 
 
 def read(run_directory: Path) -> RunLog:
-    settings = run_directory / "config.yaml"
-    if not settings.is_file():
+    config_file = run_directory / "config.yaml"
+    if not config_file.is_file():
         raise FileNotFoundError(
             f"{run_directory} is not a run directory: it has no config.yaml. `ddetr train` prints where its run is"
         )
-    config = _config(settings)
-    return RunLog(
-        name=run_directory.resolve().name,
-        config={name: section for name, section in config.items() if isinstance(section, dict)},
-        config_text=yaml.safe_dump(without_logins(config), sort_keys=False, allow_unicode=True),
-        history=history.read(run_directory),
-    )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return values if isinstance(values, dict) else {}
+    return RunLog(run_directory.resolve().name, Settings.of(config_file), history.read(run_directory))
 
 
 def _sums(steps: Sequence[dict[str, Any]]) -> list[float]:
@@ -92,7 +74,12 @@ def _sums(steps: Sequence[dict[str, Any]]) -> list[float]:
 
 def _head(run: RunLog) -> str:
     parts = [f'<header><p class="soft">ddetr training run</p><h1>{escaped(run.name)}</h1>']
-    parts.append(f"<p>{escaped(_in_short(run.config))}</p>")
+    config = run.settings.config
+    if config is not None:
+        parts.append(f"<p>{escaped(in_short(config))}</p>")
+    else:
+        fault = f"Not a configuration that this release can read: {run.settings.fault}"
+        parts.append(f'<p class="warning">{escaped(fault)}</p>')
     moments = [record["time"] for record in (*run.events, *run.steps, *run.evaluations)]
     if moments:
         times = f"{date(min(moments))} to {date(max(moments))}, {_state(run)}"
@@ -116,8 +103,7 @@ def _head(run: RunLog) -> str:
         if last_evaluation.get("num_not_finite"):
             note = "the model gave infinities or NaN"
         tiles.append(tile(f"{first}, last evaluation", _percent(_score(last_evaluation, first)), note=note))
-    epochs = run.config.get("train", {}).get("epochs")
-    epoch = f"epoch {last['epoch'] + 1}" + (f" of {brief(str(epochs))}" if epochs else "")
+    epoch = f"epoch {last['epoch'] + 1}" + (f" of {config.train.epochs}" if config else "")
     tiles += [
         tile("Steps", number(last["step"]), note=epoch),
         tile("Images trained on", number(images)),
@@ -126,22 +112,6 @@ def _head(run: RunLog) -> str:
         tile("Loss, last step", number(loss), note=f"{number(_finite(run.steps[0]['losses']['total']))} at first"),
     ]
     return "".join([*parts, f'<div class="tiles">{"".join(tiles)}</div>'])
-
-
-def _in_short(config: dict[str, Any]) -> str:
-    """The settings by which people tell runs apart, as far as the file has them."""
-    model, train, optim = (config.get(section, {}) for section in ("model", "train", "optim"))
-    kind = [name for key, name in (("two_stage", "two-stage"), ("box_refine", "box refinement")) if model.get(key)]
-    facts = [
-        "Deformable DETR" + (f" ({', '.join(kind)})" if kind else ""),
-        model.get("backbone"),
-        f"{model['queries']} queries" if "queries" in model else None,
-        f"batch {train['batch_size']}" if "batch_size" in train else None,
-        f"learning rate {_short(optim['learning_rate'])}" if "learning_rate" in optim else None,
-        train.get("precision"),
-        f"ZeRO {train['zero_stage']}" if "zero_stage" in train else None,
-    ]
-    return " · ".join(brief(str(fact)) for fact in facts if fact)
 
 
 def _hardware(run: RunLog) -> str:
@@ -313,7 +283,7 @@ def _events(run: RunLog) -> str:
 
 
 def _settings(run: RunLog) -> str:
-    text = "\n".join(map(escaped, run.config_text.split("\n")))
+    text = "\n".join(map(escaped, run.settings.text.split("\n")))
     return f'<h2>Settings</h2><details class="card"><summary>config.yaml</summary><pre>{text}</pre></details>'
 
 

@@ -20,7 +20,6 @@ It looks like this (all keys but base, samples and search have defaults):
     output: runs/sweep                # default: runs/<name of this file>-<time>
 """
 
-import difflib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ..core.config import Config, ConfigError, brief, came_with_weights, changed, complaint, load
+from ..core.config import Config, came_with_weights, changed, load
 from ..core.evaluation.scores import headline, meanings
+from ..core.mistakes import ConfigError, brief, described, listed
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
 from ..data.documents import parse_yaml
@@ -139,7 +139,7 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:
-        raise _mistakes(path, [_describe(item) for item in error.errors()]) from error
+        raise listed(str(path), described(error, Sweep, as_paths=False)) from error
     try:
         base = load(sweep.base, sweep.overrides)
     except ConfigError as error:
@@ -170,7 +170,7 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
         found.append("gpus_per_trial: is 0, but train.device=cuda; give a trial a GPU, or set train.device=cpu or auto")
     found = found or _refused(sweep, base)
     if found:
-        raise _mistakes(path, list(dict.fromkeys(found)))
+        raise listed(str(path), dict.fromkeys(found))
     return sweep, base
 
 
@@ -227,21 +227,3 @@ def _tried(
         if not tried([written(name, draw.choice(other.extremes())) for name, other in others.items()]):
             return []
     return found
-
-
-def _mistakes(path: Path, found: list[str]) -> ConfigError:
-    """One line each; what a run says of itself may have several."""
-    lines = ["\n    ".join(brief(line) for line in mistake.split("\n")) for mistake in found]
-    return ConfigError(f"{len(found)} mistake(s) in {path}:\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def _describe(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    where = ".".join(location) or "sweep"
-    if item["type"] == "extra_forbidden":
-        part: type[BaseModel] = {"search": Distribution, "scheduler": Scheduler}.get(location[0], Sweep)
-        if location[:2] == ["scheduler", "asha"] and len(location) == 3:
-            part = Asha
-        near = difflib.get_close_matches(location[-1], list(part.model_fields), n=1)
-        return brief(f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else ""))
-    return brief(f"{where}: {complaint(item)}")

@@ -17,7 +17,7 @@ from .backbone import Backbone
 from .detr import Detr
 from .heads import MLP, class_head
 from .outputs import Predictions
-from .position import proposal_position, sine_position
+from .position import padding_of, proposal_position, sine_position
 from .transformer import DecoderLayer, Encoder, SpatialShapes, decoder_reference_points, run_layer
 
 
@@ -126,7 +126,7 @@ class DeformableDetr(nn.Module):
         tokens, positions, shapes, masks, ratios = [], [], [], [], []
         level_embeds = self.transformer.level_embed(torch.arange(len(maps), device=images.device))
         for feature, level_embed in zip(maps, level_embeds, strict=True):
-            mask = F.interpolate(padding_mask[:, None].float(), size=feature.shape[-2:])[:, 0].bool()
+            mask = padding_of(feature, padding_mask)
             position = sine_position(mask, self.config.hidden_dim).to(feature.dtype)
             height, width = feature.shape[-2:]
             tokens.append(feature.flatten(2).transpose(1, 2))

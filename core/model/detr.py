@@ -4,7 +4,6 @@ Shapes: N images, H x W pixels, S tokens of the one map, Q queries, C hidden_dim
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -13,7 +12,7 @@ from .backbone import Backbone
 from .dropout import Dropout
 from .heads import MLP, class_head
 from .outputs import Predictions
-from .position import sine_position
+from .position import padding_of, sine_position
 from .transformer import TransformerLayer, run_layer
 
 
@@ -105,7 +104,7 @@ class Detr(nn.Module):
     def forward(self, images: Tensor, padding_mask: Tensor) -> Predictions:
         """images (N, 3, H, W) normalised, zero on padding; padding_mask (N, H, W) bool, True on padding."""
         features = self.input_proj(self.backbone(images)[-1])
-        mask = F.interpolate(padding_mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+        mask = padding_of(features, padding_mask)
         position = sine_position(mask, self.config.hidden_dim, centred=False).to(features.dtype)
         tokens, position = (x.flatten(2).transpose(1, 2) for x in (features, position))
         mask = mask.flatten(1)

@@ -6,9 +6,15 @@ Shapes: N images, H x W a feature map, C hidden_dim.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 10000.0
+
+
+def padding_of(feature: Tensor, padding_mask: Tensor) -> Tensor:
+    """The padding mask (N, h, w) of a feature map (N, C, h, w) of images whose mask is (N, H, W); nearest pixels."""
+    return F.interpolate(padding_mask[:, None].float(), size=feature.shape[-2:])[:, 0].bool()
 
 
 def sine_position(padding_mask: Tensor, hidden_dim: int, *, centred: bool = True) -> Tensor:

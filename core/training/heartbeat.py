@@ -14,18 +14,29 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated
 
 import torch.distributed as dist
-from pydantic import Field
 
 from ...data.text import visible
 from ..config import TrainConfig
-from .messages import decoded, encoded
+from .messages import encoded
+from .verdict import (
+    Beat,
+    Beats,
+    Finding,
+    Identity,
+    Limits,
+    Quiet,
+    States,
+    described,
+    failure,
+    from_a_collective,
+    judge,
+    named,
+)
 from .world import World
 
 log = logging.getLogger("ddetr")
@@ -41,32 +52,6 @@ _ROOT = Path(__file__).parents[2]
 _Place = tuple[int, int, str, float, Iterable[int]]  # moves, step, activity, since when, images
 
 
-@dataclass(frozen=True)
-class Beat:
-    """One rank's word about itself."""
-
-    moves: int  # how often it has said that it does something else
-    step: int
-    activity: str
-    seconds: float  # since it began that
-    images: list[int]  # image ids of its last batch
-    stack: Annotated[list[str], Field(min_length=1)]  # of the training thread, innermost last
-
-
-@dataclass(frozen=True)
-class Identity:
-    host: str
-    pid: int
-    machine: str  # processes with the same one see each other in /proc
-
-    def state(self) -> str | None:
-        """The letter of /proc: R, S, T (stopped), Z (dead) ...; None where there is no such process."""
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
-            return None
-
-
 class Watch:
     """A context in which a rank trains. With a single rank it only remembers whether it was asked to stop.
 
@@ -78,8 +63,8 @@ class Watch:
         self, world: World, config: TrainConfig, tell: Callable[[str], None], finish: Callable[[float], object]
     ) -> None:
         self._world, self._tell, self._finish = world, tell, finish
-        self._silence, self._stall = config.rank_timeout_seconds, config.collective_timeout_seconds
-        self._every = min(_BEAT_SECONDS, self._silence / 4)
+        self._limits = Limits(config.rank_timeout_seconds, config.collective_timeout_seconds)
+        self._every = min(_BEAT_SECONDS, self._limits.silence / 4)
         self._thread = threading.get_ident()
         self._stop, self._ended, self._judged = False, threading.Event(), threading.Lock()
         self._moves: list[int] = []
@@ -99,7 +84,7 @@ class Watch:
         self.asked = self._stop = True
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} on {self._identities[rank].host}"
+        return named([rank], self._identities)
 
     def __enter__(self) -> "Watch":
         mine = Identity(socket.gethostname(), os.getpid(), _machine())
@@ -124,13 +109,12 @@ class Watch:
         if self._world.size > 1:
             if error is None:
                 dist.barrier()
-            elif _from_a_collective(trace):  # some other rank is the cause: the judge will say which, and end this one
+            elif from_a_collective(trace):  # the judge will say which rank is the cause, and end this one
                 log.error("step %d: %s; looking for the rank that is lost", self._place[1], error)
-                time.sleep(self._silence + 4 * self._every + 2 * _PUBLISH_SECONDS)
+                time.sleep(self._limits.silence + 4 * self._every + 2 * _PUBLISH_SECONDS)
             self._ended.set()
             if error is not None:
-                text = f"{self.name(self._world.rank)} failed in step {self._place[1]}: {type(error).__name__}: {error}"
-                self._publish(text, [self._world.rank])
+                self._publish(failure(self._world.rank, self._place[1], error, self._identities))
                 self._let_others_read()
 
     # In a thread: everything that talks to the store, which may never answer.
@@ -167,41 +151,31 @@ class Watch:
                 self._heard = {rank: (beat, now) for rank, (beat, _) in self._heard.items()}
             looked = now
             if (found := self._finding(now)) and not self._ended.wait(1):  # not at the end, when all ranks leave
-                self._give_up(self._publish(*found), concluded=True)
+                self._give_up(self._publish(found), concluded=True)
 
-    def _finding(self, now: float) -> tuple[str, list[int] | None] | None:
-        """What is wrong, and with which ranks: None for those that are furthest behind."""
-        here = [rank for rank in range(self._world.size) if rank != self._world.rank and self._is_here(rank)]
-        if dead := [rank for rank in here if self._identities[rank].state() in (None, "Z", "X")]:
-            return f"{self._named(dead)} died", dead
-        seconds = f"{self._silence:.0f} s"
-        if now - self._exchanged > self._silence:
-            store = f"the store at {self._address}, where the ranks met, has not answered for {seconds}"
-            return f"{store}: its host is gone or stopped, or the network between is cut", []
-        if silent := [rank for rank, (_, heard) in self._heard.items() if now - heard > self._silence]:
-            return f"nothing was heard of {self._named(silent)} for {seconds}", silent
-        try:
-            beats = _read({rank: beat for rank, (beat, _) in self._heard.items()})
-        except OSError as error:
-            return f"in the store at {self._address}, where the ranks met, {error}", []
-        moves = [beat.moves for beat in beats.values()]
+    def _finding(self, now: float) -> Finding | None:
+        beats = Beats.of({rank: word for rank, (word, _) in self._heard.items()})
+        moves = [beat.moves for beat in beats.known.values()]
         if moves != self._moves:
             self._moves, self._moved = moves, now
-        if self._world.rank == 0 and now - self._moved > self._stall:
-            return f"no rank got any further for {self._stall:.0f} s", None
-        return None
+        quiet = Quiet(
+            store=now - self._exchanged,
+            ranks={rank: now - heard for rank, (_, heard) in self._heard.items()},
+            moves=now - self._moved if self._world.rank == 0 else 0.0,  # the others do not hear of all
+        )
+        return judge(self._identities, self._states(), beats, quiet, self._limits, self._address)
 
-    def _publish(self, found: str, suspects: list[int] | None) -> str:
+    def _publish(self, found: Finding) -> str:
         """What all ranks shall say: the first text that reaches the store, or ours where none answers."""
-        texts = [self._described(found, suspects, {rank: beat for rank, (beat, _) in self._heard.items()})]
-        if time.monotonic() - self._exchanged > self._silence:
+        texts = [self._described(found, {rank: word for rank, (word, _) in self._heard.items()})]
+        if time.monotonic() - self._exchanged > self._limits.silence:
             return texts[0]
 
         def publish() -> None:
             try:
                 store = self._connected()
                 beats = store.multi_get([str(rank) for rank in range(self._world.size)])
-                text = self._described(found, suspects, dict(enumerate(beats)))
+                text = self._described(found, dict(enumerate(beats)))
                 texts.append(store.compare_set("verdict", "", text).decode(errors="replace"))
             except RuntimeError as error:
                 log.warning("the other ranks cannot be told: %s", error)
@@ -230,7 +204,7 @@ class Watch:
         speaker.join(_LAST_WORDS_SECONDS)
         if speaker.is_alive():
             os.write(2, f"stopping, and the log cannot be written: {said}\n".encode())
-        self._finish(self._silence)
+        self._finish(self._limits.silence)
         if concluded:
             self._let_others_read()
         os._exit(TRY_AGAIN)
@@ -240,44 +214,17 @@ class Watch:
         if self._world.rank == 0:
             time.sleep(2 * self._every + 1)
 
-    def _described(self, found: str, suspects: list[int] | None, beats: dict[int, bytes]) -> str:
-        """A line for all ranks at the same place, and what is known of the suspects."""
-        try:
-            known = _read(beats)
-        except OSError:  # the finding says so
-            return found
-        places: dict[tuple[int, str, str], list[int]] = {}
-        for rank, beat in known.items():
-            places.setdefault((beat.step, beat.activity, beat.stack[-1]), []).append(rank)
-        if suspects is None:
-            behind = min(beat.step for beat in known.values())
-            suspects = [rank for rank, beat in known.items() if beat.step == behind]
-            suspects = [rank for rank in suspects if not _waits(known[rank])] or suspects
-            suspects.sort(key=lambda rank: len(places[known[rank].step, known[rank].activity, known[rank].stack[-1]]))
-        lines = [found, "where the ranks were when last heard of:"]
-        for (step, activity, frame), ranks in sorted(places.items()):
-            longest = max(known[rank].seconds for rank in ranks)
-            lines.append(f"  step {step}, {activity} for {longest:.0f} s, in {frame}: {self._named(ranks)}")
-        for rank in [rank for rank in suspects if rank in known][:8]:
-            state = self._identities[rank].state() if self._is_here(rank) else None
-            stopped = ", stopped by a signal" if state in ("T", "t") else ""
-            lines.append(
-                f"{self.name(rank)} (pid {self._identities[rank].pid}{stopped}), its images {known[rank].images}:"
-            )
-            lines += [f"  {frame}" for frame in known[rank].stack]
-        return "\n".join(lines)
+    def _described(self, found: Finding, words: dict[int, bytes]) -> str:
+        return described(found, Beats.of(words), self._identities, self._states())
 
-    def _named(self, ranks: list[int]) -> str:
-        hosts: dict[str, list[int]] = {}
-        for rank in ranks:
-            hosts.setdefault(self._identities[rank].host, []).append(rank)
-        return ", ".join(
-            f"rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those))} on {host}"
-            for host, those in hosts.items()
-        )
-
-    def _is_here(self, rank: int) -> bool:
-        return self._identities[rank].machine == self._identities[self._world.rank].machine
+    def _states(self) -> States:
+        """Of the other ranks on this machine."""
+        mine = self._identities[self._world.rank]
+        return {
+            rank: _state(other.pid)
+            for rank, other in enumerate(self._identities)
+            if other.machine == mine.machine and rank != self._world.rank
+        }
 
     def _beat(self) -> str:
         moves, step, activity, since, images = self._place
@@ -292,23 +239,9 @@ class Watch:
 
     def _connected(self) -> dist.Store:
         """A connection of its own: one that waits for an answer holds up whoever shares it."""
-        timeout = datetime.timedelta(seconds=self._silence)
+        timeout = datetime.timedelta(seconds=self._limits.silence)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore(self._prefix, dist.TCPStore(host, port, is_master=False, timeout=timeout))
-
-
-def _read(beats: Mapping[int, bytes]) -> dict[int, Beat]:
-    """Of the ranks that have said something. Raises OSError when it was not one of ours who did."""
-    return {rank: decoded(beat, Beat, f"rank {rank}") for rank, beat in beats.items() if beat}
-
-
-def _waits(beat: Beat) -> bool:
-    return any("torch/distributed/" in frame for frame in beat.stack[-4:])
-
-
-def _from_a_collective(trace: TracebackType | None) -> bool:
-    files = [frame.filename for frame in traceback.extract_tb(trace)]
-    return bool(files) and ("torch/distributed/" in files[-1] or "/deepspeed/" in files[-1])
 
 
 def _short(filename: str) -> str:
@@ -321,3 +254,11 @@ def _machine() -> str:
     if not Path("/proc/self/ns/pid").exists():
         return uuid.uuid4().hex
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+
+
+def _state(pid: int) -> str | None:
+    """The letter of /proc: R, S, T (stopped), Z (dead) ...; None where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
+        return None

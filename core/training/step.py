@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import Batch, normalised
+from ...data.splitmix import step_seed
 from ..config import Config
 from ..model.criterion import criterion
 from ..model.finite import finite_or_poison, first_not_finite
@@ -89,5 +90,5 @@ def diagnosis(
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """Dropout of this step: SplitMix64-like mixing keeps neighbouring steps and ranks apart."""
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63)
+    """For dropout of this step."""
+    torch.manual_seed(step_seed(seed, step, rank))

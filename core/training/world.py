@@ -138,6 +138,11 @@ def device_for(config: TrainConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def local_size() -> int:
+    """Ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, DeepSpeed
+
+
 def join(config: TrainConfig) -> World:
     """Join the process group that the launcher describes, or make one of a single rank.
 
@@ -148,13 +153,12 @@ def join(config: TrainConfig) -> World:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, DeepSpeed
     device = device_for(config, local_rank)
     if device.type in UNAVAILABLE:
         raise OSError(f"the attention op cannot run on {device.type}: {UNAVAILABLE[device.type]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size()))
 
     if device.type == "cpu":  # a CUDA toolkit without a GPU is nothing to warn of
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -175,7 +179,7 @@ def join(config: TrainConfig) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=_store(rank, size, size == local_size, patience),
+        store=_store(rank, size, size == local_size(), patience),
         rank=rank,
         world_size=size,
         timeout=patience,

@@ -100,7 +100,7 @@ def test_a_frozen_rank_is_found_with_its_stack_and_images(ranks: Callable[..., R
     output = run.output(0)
     assert f"nothing was heard of rank 1 on {HOST} for 4 s" in output
     about = rf"rank 1 on {HOST} \(pid {run.processes[1].pid}, stopped by a signal\), its images \[\d+, \d+\]:\n"
-    assert re.search(about + r"(  .*\n)* +core/\w+\.py:\d+ \w+\n", output), output
+    assert re.search(about + r"(  .*\n)* +core/\w+/\w+\.py:\d+ \w+\n", output), output
     run.processes[1].send_signal(signal.SIGCONT)
     assert run.processes[1].wait(60) == TRY_AGAIN  # it reads what the other one left, or misses it
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddetr.core.training.heartbeat import Beat, Identity
 from ddetr.core.training.messages import Failure, decoded, encoded
 from ddetr.core.training.state import Fragment
+from ddetr.core.training.verdict import Beat, Identity
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,11 +5,11 @@ from itertools import islice
 import numpy as np
 import pytest
 from ddetr.data.config import DataConfig
-from ddetr.data.plan import NOTHING, StepPlan, epoch_order, random_numbers
+from ddetr.data.plan import NOTHING, StepPlan, epoch_order
+from ddetr.data.splitmix import random_numbers
 from ddetr.data.views import DRAWS, training_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 SHARDS = (7, 1, 30, 12)
 
@@ -167,28 +167,3 @@ def test_batches_that_do_not_fit_are_refused():
         plan(batch_size=12, accumulation=2, world_size=4)
     with pytest.raises(ValueError, match=r"train.batch_size must be at most .* 50, got 51"):
         plan(batch_size=51)
-
-
-def test_random_numbers_belong_to_seed_epoch_and_sample():
-    keys = np.array([0, 1, 2**40])
-    draws = {tuple(row) for seed in range(3) for epoch in range(3) for row in random_numbers(seed, epoch, keys, 4)}
-    assert len(draws) == 27
-    np.testing.assert_array_equal(random_numbers(1, 2, keys[::-1], 4), random_numbers(1, 2, keys, 4)[::-1])
-
-
-def test_random_numbers_are_those_of_splitmix64():
-    """The first outputs of the published generator, started with 0."""
-    published = np.array([0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], dtype=np.uint64)
-    np.testing.assert_array_equal(random_numbers(0, 0, np.array([0]), 3)[0], (published >> np.uint64(11)) * 2.0**-53)
-
-
-def test_random_numbers_are_uniform_and_independent():
-    """Of neighbouring samples too: a chi-squared test on each number, and on pairs of them."""
-    numbers = random_numbers(7, 1, np.arange(20000), 8)
-    for column in range(8):
-        assert chisquare(np.bincount((numbers[:, column] * 20).astype(int), minlength=20)).pvalue > 1e-4
-        next_sample = np.roll(numbers[:, column], 1)
-        pairs = (numbers[:, column] * 10).astype(int) * 10 + (next_sample * 10).astype(int)
-        assert chisquare(np.bincount(pairs, minlength=100)).pvalue > 1e-4
-    correlation = np.corrcoef(numbers.T) - np.eye(8)
-    assert np.abs(correlation).max() < 5 / 20000**0.5

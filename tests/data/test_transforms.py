@@ -10,7 +10,7 @@ from ddetr.data.batch import collate
 from ddetr.data.boxes import cxcywh_to_xyxy
 from ddetr.data.categories import Categories
 from ddetr.data.config import DataConfig
-from ddetr.data.plan import random_numbers
+from ddetr.data.splitmix import random_numbers
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F

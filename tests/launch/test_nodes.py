@@ -203,7 +203,7 @@ def test_ray_goes_on_without_a_lost_node(
         wait_for(tmp_path / "run/checkpoints/step_00000002/checkpoint.json", process)
         other = psutil.Process(ray_nodes[SECOND].pid)
         family = [other, *other.children(recursive=True)]
-        (rank,) = (member for member in family if "ddetr.launch.rank" in member.cmdline())
+        (rank,) = (member for member in family if "ddetr.launch.lifeline" in member.cmdline())
         for member in family:
             if member not in (rank, *rank.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):

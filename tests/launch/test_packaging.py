@@ -54,7 +54,7 @@ def test_folders_import_only_what_they_may(folder: str) -> None:
 
 
 ROOMS = ("model", "checkpoint", "evaluation", "training")  # of core: each may import those before it
-CONFIGURATION = {"config", "overrides", "ownership"}
+CONFIGURATION = {"config", "mistakes", "overrides", "ownership", "sections"}
 
 
 def test_rooms_of_core_import_only_what_they_may() -> None:
@@ -72,6 +72,22 @@ def test_the_model_knows_no_process_group_and_no_deepspeed() -> None:
     for path in (REPOSITORY / "core/model").rglob("*.py"):
         for _, name in imports(path):
             assert not f"{name}.".startswith(("torch.distributed.", "deepspeed.", "safetensors.")), f"{path}: {name}"
+
+
+def test_no_circle_of_imports() -> None:
+    """Nested imports count: a circle that only runs late is one."""
+    paths = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
+    modules = {path.relative_to(REPOSITORY).with_suffix("").parts for path in paths}
+    left: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for path in paths:
+        module = path.relative_to(REPOSITORY).with_suffix("").parts
+        found = {(*module[:-level], *name.split(".")) for level, name in imports(path) if level}
+        left[module] = {
+            target for name in found for target in (name, (*name, "__init__")) if target in modules and target != module
+        }
+    while free := {module for module, wanted in left.items() if not wanted & left.keys()}:
+        left = {module: wanted for module, wanted in left.items() if module not in free}
+    assert not left, f"these import each other: {sorted(map('.'.join, left))}"
 
 
 def test_names_that_other_programs_import() -> None:

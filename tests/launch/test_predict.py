@@ -119,6 +119,14 @@ def test_boxes_are_drawn_where_they_are_in_their_colour() -> None:
     assert tuple(outside[498, 500]) == tuple(outside[250, 998]) == colour(4), "a box beyond the border stays visible"
 
 
+def test_no_name_hides_a_small_box() -> None:
+    image = Image.new("RGB", (1000, 500), "gray")
+    small, large = DrawnBox((230, 85, 242, 94), "", 1), DrawnBox((200, 100, 600, 400), "a name over the other", 4)
+    drawn = np.asarray(draw_boxes(image, [small, large]))
+    assert tuple(drawn[80, 420]) == colour(4), "the name lies there"
+    assert {tuple(drawn[y, x]) for y, x in ((85, 236), (94, 236), (90, 230), (90, 242))} == {colour(1)}
+
+
 def test_neighbouring_labels_have_different_colours() -> None:
     colours = np.array([colour(label) for label in range(12)], dtype=float)
     distance = np.linalg.norm(colours[:, None] - colours[None], axis=-1)

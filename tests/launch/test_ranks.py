@@ -72,7 +72,7 @@ def ranks_of(name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "ddetr.launch.rank" in process.cmdline() and process.environ().get("DDETR_TEST") == name:
+            if "ddetr.launch.lifeline" in process.cmdline() and process.environ().get("DDETR_TEST") == name:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
