@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..data.addresses import is_remote, shown
 from ..data.config import DataConfig
 from ..data.documents import MOST_BYTES, parse_yaml
+from ..data.location import Location
 from ..data.text import visible
 from .overrides import assign, read, switches_for_numbers
 from .ownership import ORDERS, check_own, is_shortened
@@ -117,12 +117,12 @@ class OptimConfig(_Section):
 class TrainConfig(_Section):
     """One training run and how DeepSpeed executes it."""
 
-    output: str = Field(default="runs", description="folder in which the run's own folder is made")
+    output: Location = Field(default=Location("runs"), description="folder in which the run's own folder is made")
     name: str | None = Field(default=None, description="the run's own folder; by default the time of its start")
     auto_resume: bool = Field(
         default=False, description="with name: continue the run of that name if it has a checkpoint; for launchers"
     )
-    initial_weights: str | None = Field(
+    initial_weights: Location | None = Field(
         default=None, description="checkpoint to start from: a run, a safetensors file or a published checkpoint"
     )
     new_class_head: bool = Field(
@@ -295,7 +295,8 @@ def without_logins(values: Any) -> Any:
         return {key: without_logins(value) for key, value in values.items()}
     if isinstance(values, list):
         return [without_logins(value) for value in values]
-    return shown(values) if isinstance(values, str) and is_remote(values) and is_shortened(values) else values
+    hides = isinstance(values, str) and Location(values).is_remote and is_shortened(values)
+    return Location(values).shown if hides else values
 
 
 def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:

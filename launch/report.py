@@ -11,6 +11,7 @@ import yaml
 
 from ..core.config import without_logins
 from ..data.documents import parse_yaml
+from ..data.files import write_whole
 from .charts import Line, chart, number
 from .console import brief
 from .page import date, duration, escaped, figure, page, picture, table, tile
@@ -62,11 +63,7 @@ def report(run_directory: Path) -> Path:
     body = [_head(run), _precision(run), _curves(run), _by_epoch(run), _pictures(Path(run_directory) / "eval")]
     body += [_events(run), _settings(run)]
     path = Path(run_directory) / "report.html"
-    unfinished = path.with_suffix(".html.unfinished")
-    unfinished.unlink(missing_ok=True)  # which may be a link, in a stranger's run
-    with unfinished.open("x", encoding="utf-8") as file:
-        file.write(page(f"{run.name} · ddetr", filter(None, body)))
-    unfinished.replace(path)
+    write_whole(path, page(f"{run.name} · ddetr", filter(None, body)).encode())
     return path
 
 

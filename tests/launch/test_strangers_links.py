@@ -10,8 +10,8 @@ import pytest
 from ddetr.core.checkpoint.manifest import record_evaluation, write_checkpoint
 from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.ownership import ForeignSettingError, check_links
-from ddetr.data.index import write_whole
-from ddetr.monitoring.exporter import write_targets
+from ddetr.data.files import write_whole
+from ddetr.launch.record import write_targets
 from PIL import Image
 
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
@@ -48,10 +48,9 @@ def test_files_are_written_aside_through_no_link(tmp_path: Path) -> None:
     victim.write_text("mine")
     checkpoint, pid = tmp_path / "run/checkpoints/step_00000001", os.getpid()
     checkpoint.mkdir(parents=True)
-    links = [checkpoint / ".evaluation.json", tmp_path / f"run/.config.yaml.{pid}.partial"]
-    links += [tmp_path / f"run/.targets.json.{pid}", tmp_path / "run/report.html.unfinished"]
-    for link in (*links, tmp_path / "run/checkpoints/.latest"):
-        link.symlink_to(victim)
+    names = [f"run/{name}" for name in ("config.yaml", "targets.json", "report.html", "checkpoints/latest")]
+    for path in (*(tmp_path / name for name in names), checkpoint / "evaluation.json"):
+        path.with_name(f".{path.name}.{pid}.partial").symlink_to(victim)
     record_evaluation(checkpoint, {"AP": 0.5})
     write_whole(tmp_path / "run/config.yaml", b"model: {}\n")
     write_targets(tmp_path / "run/targets.json", [])
