@@ -1,9 +1,10 @@
 """Locations for a process that Ray starts on some node in some folder."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
-from ddetr.core.config import load
+from ddetr.core.config import Config, changed, load
 from ddetr.data.location import Location
 from ddetr.data.sources import source_of
 from ddetr.launch.placement import from_anywhere
@@ -37,3 +38,15 @@ def test_paths_are_absolute_and_other_addresses_stay(tmp_path: Path) -> None:
     assert values["train"]["output"] == f"{tmp_path}/runs"
     assert values["train"]["initial_weights"] == "/models/first.pth"
     assert values["model"]["backbone"] == f"local-dir:{tmp_path}/work/models/own"
+
+
+def test_every_setting_that_is_a_location_is_moved_and_no_other(tmp_path: Path) -> None:
+    config, locations = load("tiny"), set()
+    for section, field in Config.model_fields.items():
+        for key, setting in field.annotation.model_fields.items():
+            if Location in (setting.annotation, *get_args(setting.annotation)):
+                locations.add(f"{section}.{key}")
+    assert locations == {"data.train", "data.validation", "data.cache", "train.output", "train.initial_weights"}
+    config = changed(config, [f"{setting}=some/{setting}" for setting in sorted(locations)], "the test")
+    moved = [f"{setting}={tmp_path}/some/{setting}" for setting in sorted(locations)]
+    assert from_anywhere(config, tmp_path) == changed(config, moved, "the test")
