@@ -239,10 +239,7 @@ class CachedStorage(LocalStorage):
 
     def ensure(self, shard: Shard) -> None:
         """Fetch a shard ahead of its use."""
-        os.close(self._cache.open(shard))
-
-    def anew(self) -> "CachedStorage":
-        return CachedStorage(self._cache)
+        os.close(self.open(shard))
 
 
 def open_shards(location: str, config: DataConfig) -> ShardIndex:

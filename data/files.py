@@ -1,6 +1,7 @@
-"""Files written whole or not at all: one has its name only when all of it is on the disk."""
+"""Files written whole or not at all: one has its name only when all of it is on the disk. Their checksums."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +16,18 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """Where to write what is called `path` after the block; a block that fails, or deletes it, leaves nothing.
 
-    Raises OSError that names `path`.
+    synced: it has that name only when it is on the disk, which takes milliseconds. Raises OSError that names `path`.
     """
     partial = path.with_name(file_name(f".{path.name}", f".{os.getpid()}.partial"))
     try:
         partial.unlink(missing_ok=True)
         yield partial
         if partial.exists():
-            sync(partial)
+            if synced:
+                sync(partial)
             partial.replace(path)
     except OSError as error:
         if error.errno is not None and (error.filename is None or str(error.filename) == str(partial)):
@@ -43,3 +45,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

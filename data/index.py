@@ -5,7 +5,6 @@ A folder holds `shard-000000.tar`, ... and `index.json`. A shard is an ordinary 
 its size and sha256, and every sample with its size in pixels and the places and checksums of its two members.
 """
 
-import hashlib
 import json
 import tarfile
 import zlib
@@ -298,8 +297,3 @@ def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         # tarfile computes with whatever numbers a header holds, and calls itself for each header that extends another.
         raise tarfile.ReadError(f"its headers cannot be read ({visible(str(error))})") from error
     return members
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,11 +23,11 @@ from webdataset.writer import TarWriter
 
 from .config import MOST_PIXELS
 from .documents import parse_json
-from .files import unfinished, write_whole
+from .files import file_sha256, unfinished, write_whole
 from .findings import Finding, summary
 from .formats import EVERYTHING, digest, read_annotations
 from .images import read_file
-from .index import ShardIndex, file_sha256, tar_members
+from .index import ShardIndex, tar_members
 from .inspection import inspect_file
 from .layout import INDEX_NAME, MOST_INDEX_BYTES, SAMPLE_DTYPE, Shard, sample_key
 from .parallel import ordered_map

@@ -1,5 +1,6 @@
 """Where the bytes of shards come from when they are read: files of this machine, or parts of files elsewhere."""
 
+import copy
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -20,12 +21,13 @@ class Storage(Protocol):
 
     def anew(self) -> Self:
         """The same for another reader."""
-        ...
+        return self
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of what is open."""
 
 
-class LocalStorage:
+class LocalStorage(Storage):
     """Shards on a disk; few of them are open at a time."""
 
     remote = False
@@ -35,7 +37,6 @@ class LocalStorage:
         self._files: OrderedDict[Path, int] = OrderedDict()  # shard -> descriptor, least recently used first
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of a shard's file."""
         return os.open(shard.path, os.O_RDONLY)
 
     def read(self, shard: Shard, begin: int, end: int) -> bytes:
@@ -47,14 +48,16 @@ class LocalStorage:
         return os.pread(self._files[shard.path], end - begin, begin)
 
     def anew(self) -> Self:
-        return type(self)()
+        other = copy.copy(self)
+        other._files = OrderedDict()
+        return other
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
 
 
-class RangedStorage:
+class RangedStorage(Storage):
     """Parts of the shards of a source, asked for each time; none is kept."""
 
     remote = True
@@ -67,9 +70,3 @@ class RangedStorage:
         size, attempts = shard.bytes, self._attempts
         fetch(self._source, shard.name, data.extend, size=size, offset=begin, end=end, attempts=attempts)
         return bytes(data)
-
-    def anew(self) -> Self:
-        return self
-
-    def close(self) -> None:
-        pass

@@ -16,7 +16,8 @@ import pytest
 import torch
 from ddetr.data.cache import FOLDER, open_shards
 from ddetr.data.config import DataConfig
-from ddetr.data.index import ShardIndex, file_sha256
+from ddetr.data.files import file_sha256
+from ddetr.data.index import ShardIndex
 from ddetr.data.sources import SourceError
 from ddetr.data.stream import TrainStream, evaluation_batches
 
