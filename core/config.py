@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..data.addresses import is_remote, shown
 from ..data.documents import MOST_BYTES, parse_yaml
+from ..data.location import Location
 from .mistakes import ConfigError, brief, described, listed
 from .overrides import assign, read, switches_for_numbers
 from .ownership import ORDERS, check_own, is_shortened
@@ -86,7 +86,8 @@ def without_logins(values: Any) -> Any:
         return {key: without_logins(value) for key, value in values.items()}
     if isinstance(values, list):
         return [without_logins(value) for value in values]
-    return shown(values) if isinstance(values, str) and is_remote(values) and is_shortened(values) else values
+    hides = isinstance(values, str) and Location(values).is_remote and is_shortened(values)
+    return Location(values).shown if hides else values
 
 
 def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:

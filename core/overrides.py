@@ -99,7 +99,8 @@ def _is_unicode(typed: str) -> bool:
 
 def _is_text(kinds: set[Any]) -> bool:
     return all(
-        kind is str or (get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)))
+        (isinstance(kind, type) and issubclass(kind, str))
+        or (get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)))
         for kind in kinds - {types.NoneType}
     )
 
@@ -114,6 +115,7 @@ def _text(typed: str, kinds: set[Any]) -> str | None:
 def in_one_line(value: Any) -> str:
     """YAML of a value; a text as it is where that reads back."""
     if isinstance(value, str) and value:
+        value = str(value)  # also of a location
         with contextlib.suppress(ValueError):
             if parse_yaml(value, aliases=True) == value:
                 return value

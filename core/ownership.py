@@ -19,7 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..data.addresses import is_remote, shown
+from ..data.addresses import shown
+from ..data.location import Location
 from ..data.text import visible
 from .overrides import written
 
@@ -64,7 +65,7 @@ def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict
 def _is_order(setting: str, value: Any) -> bool:
     """Of a value that is not the default: of these four only where it names something elsewhere."""
     if setting in ("data.train", "data.validation"):
-        return is_remote(value)
+        return Location(value).is_remote
     if setting == "train.initial_weights":
         return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value) is not None
     return setting != "model.backbone" or ":" in value or "/" in value

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.config import DataConfig
+from ..data.location import Location
 from ..data.text import visible
 
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
@@ -103,12 +104,12 @@ class OptimConfig(_Section):
 class TrainConfig(_Section):
     """One training run and how DeepSpeed executes it."""
 
-    output: str = Field(default="runs", description="folder in which the run's own folder is made")
+    output: Location = Field(default=Location("runs"), description="folder in which the run's own folder is made")
     name: str | None = Field(default=None, description="the run's own folder; by default the time of its start")
     auto_resume: bool = Field(
         default=False, description="with name: continue the run of that name if it has a checkpoint; for launchers"
     )
-    initial_weights: str | None = Field(
+    initial_weights: Location | None = Field(
         default=None, description="checkpoint to start from: a run, a safetensors file or a published checkpoint"
     )
     new_class_head: bool = Field(

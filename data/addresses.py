@@ -1,19 +1,13 @@
-"""Addresses of sources: which are remote, how they are told without their secrets, where a redirect may lead."""
+"""Addresses of sources: how they are told without their secrets, where a redirect may lead."""
 
 import re
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from .text import visible
 
-SCHEMES = ("http://", "https://", "s3://", "pipe:")
-
 # From where a scheme's characters begin, so that a long text of them is not looked through from each one again.
 _URL = re.compile(r"((?<![a-z0-9+.\-])[a-z0-9+.\-]+://|https?:/)(\S*)", re.IGNORECASE)
 _LOGIN = re.compile(r"[^\s:@/'\"=,]+:(?!/)[^\s@]+@")  # without a scheme, as a command may take it
-
-
-def is_remote(location: str) -> bool:
-    return location.startswith(SCHEMES)
 
 
 def shown(location: object) -> str:

@@ -20,14 +20,15 @@ import secrets
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 from .config import DataConfig
 from .folders import obstacle
 from .index import ShardIndex
 from .layout import INDEX_NAME, MOST_INDEX_BYTES, Shard
-from .sources import Source, SourceError, fetch, is_remote, source_of
+from .location import Location
+from .sources import Source, SourceError, fetch, source_of
+from .storage import LocalStorage, RangedStorage
 
 log = logging.getLogger("ddetr")
 
@@ -82,9 +83,6 @@ class ShardCache:
             except OSError as error:
                 raise SourceError(_unusable(self._folder.parent, str(error))) from error
         return descriptor
-
-    def ensure(self, shard: Shard) -> None:
-        os.close(self.open(shard))
 
     def _fetch(self, shard: Shard, path: Path) -> int:
         unfinished = path.with_suffix(".partial")
@@ -229,6 +227,21 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
+class CachedStorage(LocalStorage):
+    """The copies of shards in a cache. Raises what `ShardCache.open` raises."""
+
+    def __init__(self, cache: ShardCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def open(self, shard: Shard) -> int:
+        return self._cache.open(shard)
+
+    def ensure(self, shard: Shard) -> None:
+        """Fetch a shard ahead of its use."""
+        os.close(self.open(shard))
+
+
 def open_shards(location: str, config: DataConfig) -> ShardIndex:
     """The shards in a local folder, or wherever `data.train` and `data.validation` may say.
 
@@ -236,7 +249,7 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
     for a cache that cannot hold the largest of them, OSError for one that cannot be written, and SourceError when the
     source cannot be reached.
     """
-    if not is_remote(location):
+    if not Location(location).is_remote:
         return ShardIndex.load(location)
     source = source_of(location, config.fetch_timeout_seconds)
     text = bytearray()
@@ -252,8 +265,8 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
         check_room(list(index.shards), config.cache_bytes)
     index.check(source.sizes([shard.name for shard in index.shards]))
     if config.fetch == "samples":
-        index.part = partial(_part, source, config.fetch_attempts)
-        index.part(index.shards[0], 0, 1)  # whether the source gives parts of files at all
+        index.storage = RangedStorage(source, config.fetch_attempts)
+        index.storage.read(index.shards[0], 0, 1)  # whether the source gives parts of files at all
         return index
     total = sum(shard.bytes for shard in index.shards)
     if total > config.cache_bytes:
@@ -264,11 +277,5 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
         )
     cache = ShardCache(source, folder, config.cache_bytes, config.fetch_attempts)
     cache.check(index.shards)
-    index.open, index.fetch = cache.open, cache.ensure
+    index.storage = CachedStorage(cache)
     return index
-
-
-def _part(source: Source, attempts: int, shard: Shard, begin: int, end: int) -> bytes:
-    data = bytearray()
-    fetch(source, shard.name, data.extend, size=shard.bytes, offset=begin, end=end, attempts=attempts)
-    return bytes(data)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .categories import Categories
 from .documents import decoded, parse_json, parse_yaml
-from .files import files_in
+from .image_files import files_in
 from .images import read_file
 from .index import ShardIndex
 from .values import MOST_ID, as_whole, described

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .location import Location
+
 MOST_PIXELS = 250_000_000  # of an image; the largest real photograph tried has 182 million
 LONGEST_SIDE = 16384  # that a setting can ask for: the upper bounds below are for configurations of strangers
 
@@ -18,8 +20,8 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    train: str | None = None
-    validation: str | None = None
+    train: Location | None = None
+    validation: Location | None = None
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     validation_short_side: int = Field(default=800, gt=0, le=LONGEST_SIDE)
     long_side: int = Field(
@@ -57,7 +59,9 @@ class DataConfig(BaseModel):
         default="shards",
         description="from a remote source: whole shards into the cache; or each time the samples that a rank needs",
     )
-    cache: str = Field(default="~/.cache/ddetr/shards", description="folder for shards that are not on a disk")
+    cache: Location = Field(
+        default=Location("~/.cache/ddetr/shards"), description="folder for shards that are not on a disk"
+    )
     cache_bytes: int = Field(default=100 << 30, gt=0, le=1 << 60, description="most that folder holds")
     fetch_attempts: int = Field(
         default=8, gt=0, le=1000, description="in a row that bring nothing, before a source is given up"

@@ -15,9 +15,10 @@ from rich.progress import Progress
 
 from .annotations import box_fault
 from .config import MOST_PIXELS
+from .files import file_sha256
 from .findings import Finding
 from .formats import EVERYTHING, read_annotations
-from .index import SampleError, ShardIndex, ShardReader, file_sha256, tar_members
+from .index import SampleError, ShardIndex, ShardReader, tar_members
 from .inspection import inspect_file, inspect_image
 from .layout import Shard
 from .parallel import ordered_map

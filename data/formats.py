@@ -10,10 +10,10 @@ from rich.progress import Progress
 from .classes import NAME_FILES, keypoint_numbers, named_classes, read_classes
 from .coco import coco_set
 from .documents import parse_json
-from .files import IMAGE_SUFFIXES, ImageFiles, files_below, label_stem, stem_of
+from .files import file_sha256
 from .findings import Finding
 from .foreign import foreign
-from .index import file_sha256
+from .image_files import IMAGE_SUFFIXES, ImageFiles, files_below, label_stem, stem_of
 from .parts import find_parts
 from .sets import CocoSet, Part, Reading, Source
 from .voc import VocFiles, alphabetical, read_voc, voc_source

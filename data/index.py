@@ -5,12 +5,10 @@ A folder holds `shard-000000.tar`, ... and `index.json`. A shard is an ordinary 
 its size and sha256, and every sample with its size in pixels and the places and checksums of its two members.
 """
 
-import hashlib
 import json
-import os
 import tarfile
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .addresses import is_remote, shown
 from .categories import Categories
 from .documents import parse_json
+from .files import write_whole
 from .images import read_file
 from .layout import (
     INDEX_NAME,
@@ -32,7 +30,9 @@ from .layout import (
     check_own,
     entry_from_json,
 )
+from .location import Location
 from .parallel import threaded_map
+from .storage import LocalStorage, Storage
 from .text import visible
 from .values import described, member
 
@@ -49,10 +49,8 @@ class SampleError(ValueError):
 class ShardIndex:
     """All shards of a set, in order; samples are numbered through them.
 
-    location: their folder, as a message may tell it; real_location: as it was asked for. open: a descriptor of a
-    shard's file, or of a local copy of it. fetch: makes sure of the copy; None where there is none to make. part: the
-    bytes of a shard between two offsets, where they come from a remote source each time.
-    Raises nothing itself; `load` checks the files.
+    location: their folder, as a message may tell it; real_location: as it was asked for. storage: from where their
+    bytes are read. Raises nothing itself; `load` checks the files.
     """
 
     def __init__(
@@ -62,17 +60,15 @@ class ShardIndex:
         source: dict[str, Any],
         shards: Sequence[Shard],
     ) -> None:
-        self.real_location = str(location)
+        self.real_location = Location(location)
         self.categories = categories
         self.source = source  # what the shards were made from: name and digest of the json, counts
         self.shards = tuple(shards)
-        self.open: Callable[[Shard], int] = _open
-        self.fetch: Callable[[Shard], Any] | None = None
-        self.part: Callable[[Shard, int, int], bytes] | None = None
+        self.storage: Storage = LocalStorage()
 
     @property
     def location(self) -> str:
-        return shown(self.real_location)
+        return self.real_location.shown
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
@@ -92,7 +88,7 @@ class ShardIndex:
         path = folder / INDEX_NAME
         if not path.is_file():
             what = "no such folder" if not folder.exists() else f"no {INDEX_NAME} in it, so it is no folder of shards"
-            where = shown(folder)
+            where = Location(folder).shown
             raise FileNotFoundError(f"{where}: {what}. Make one with `ddetr data pack COCO_JSON IMAGES {where}`.")
         return cls.parse(read_file(path, MOST_INDEX_BYTES), folder, folder)
 
@@ -119,12 +115,12 @@ class ShardIndex:
                 raise ValueError("no categories in it")
             return cls(location, categories, source, shards)
         except ForeignIndexError as error:
-            raise ValueError(f"{shown(location)}/{INDEX_NAME}: {error}") from None
+            raise ValueError(f"{Location(location).shown}/{INDEX_NAME}: {error}") from None
         except (ValueError, MemoryError) as error:
             what = visible(str(error)) or "it takes more memory than there is"
             raise ValueError(
-                f"{shown(location)}/{INDEX_NAME}: not a usable index ({what}); copy the set again from where it is "
-                "from, or pack it into a new folder"
+                f"{Location(location).shown}/{INDEX_NAME}: not a usable index ({what}); copy the set again from "
+                "where it is from, or pack it into a new folder"
             ) from error
 
     def check(self, sizes: Mapping[str, int | None]) -> None:
@@ -159,7 +155,7 @@ class ShardIndex:
 
     def extra_shards(self) -> list[str]:
         """Tar files in a local folder that the index does not name; none of a remote source."""
-        if is_remote(self.real_location):
+        if self.real_location.is_remote:
             return []
         found = {path.name for path in Path(self.real_location).glob("*.tar")}
         return sorted(visible(name) for name in found - {shard.name for shard in self.shards})
@@ -211,13 +207,11 @@ class ShardIndex:
 
 
 class ShardReader:
-    """Reads single samples of an index by their place in the tar; keeps few files open."""
-
-    MOST_OPEN_FILES = 64
+    """Reads single samples of an index by their place in the tar."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
+        self._storage = index.storage.anew()
 
     def image(self, shard: int, row: int) -> bytes:
         """The original bytes of an image file."""
@@ -244,7 +238,7 @@ class ShardReader:
 
     def ahead(self, read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`read(item)` for each item in order; what comes from a remote source is asked for early, many at once."""
-        return threaded_map(read, items, threads=READS_AT_ONCE if self._index.part else 0, ahead=2 * READS_AT_ONCE)
+        return threaded_map(read, items, threads=READS_AT_ONCE if self._storage.remote else 0, ahead=2 * READS_AT_ONCE)
 
     def error(self, shard: int, row: int, what: object) -> SampleError:
         """The one message for a sample that cannot be used."""
@@ -256,16 +250,15 @@ class ShardReader:
         )
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._storage.close()
 
     def _read(self, shard: int, row: int, *members: str) -> list[bytes]:
         """The members of a sample, which lie side by side in the tar, in one read."""
         place = self._index.shards[shard].samples[row]
         spans = [(int(place[f"{member}_offset"]), int(place[f"{member}_bytes"])) for member in members]
         begin, end = min(offset for offset, _ in spans), max(offset + size for offset, size in spans)
-        for last in (self._index.part is None, True):  # bytes may be damaged on their way, too
-            data = self._bytes(shard, begin, end)
+        for last in (not self._storage.remote, True):  # bytes may be damaged on their way, too
+            data = self._storage.read(self._index.shards[shard], begin, end)
             if len(data) != end - begin:
                 raise self.error(shard, row, f"the shard ends {end - begin - len(data)} bytes early")
             parts = [data[offset - begin : offset - begin + size] for offset, size in spans]
@@ -280,26 +273,12 @@ class ShardReader:
                 raise self.error(shard, row, f"the {damaged[0]} in the shard is damaged (its checksum is wrong)")
         return parts
 
-    def _bytes(self, shard: int, begin: int, end: int) -> bytes:
-        if self._index.part:
-            return self._index.part(self._index.shards[shard], begin, end)
-        if shard not in self._files:
-            if len(self._files) >= self.MOST_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = self._index.open(self._index.shards[shard])
-        self._files.move_to_end(shard)
-        return os.pread(self._files[shard], end - begin, begin)
-
 
 def lack_of_objects(boxes: int, crowds: Any) -> str | None:
     """What a message says of a set with so many boxes, of which so many are crowds; None where there are others."""
     if not boxes:
         return "there is no box in it"
     return "every box in it is a crowd" if crowds == boxes else None
-
-
-def _open(shard: Shard) -> int:
-    return os.open(shard.path, os.O_RDONLY)
 
 
 def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -318,24 +297,3 @@ def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         # tarfile computes with whatever numbers a header holds, and calls itself for each header that extends another.
         raise tarfile.ReadError(f"its headers cannot be read ({visible(str(error))})") from error
     return members
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it has its name only when it is whole and on the disk."""
-    partial = partial_path(path)
-    partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:  # x: not through a link that a stranger left there
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def partial_path(path: Path) -> Path:
-    """Where this process writes what will be called `path` once whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -8,8 +8,8 @@ import contextlib
 from pathlib import Path
 
 from .documents import parse_json
-from .files import IMAGE_SUFFIXES, files_in, folders_in, is_inside
 from .foreign import foreign
+from .image_files import IMAGE_SUFFIXES, files_in, folders_in, is_inside
 from .images import read_file
 from .parts_coco import MOST_LOOKED_AT_BYTES, coco_parts, lone_coco
 from .parts_voc import voc_parts

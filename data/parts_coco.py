@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from .documents import parse_json
-from .files import files_below, folders_in, is_split
+from .image_files import files_below, folders_in, is_split
 from .images import read_file
 from .sets import Part
 from .text import visible

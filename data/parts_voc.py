@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .classes import LABEL_MAPS
 from .documents import decoded
-from .files import IMAGE_SUFFIXES, files_below, files_in, folders_in, is_split
+from .image_files import IMAGE_SUFFIXES, files_below, files_in, folders_in, is_split
 from .images import read_file
 from .sets import Part
 

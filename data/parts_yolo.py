@@ -8,7 +8,7 @@ from typing import Any
 
 from .classes import MOST_NAMES_BYTES, YAML_FILES
 from .documents import decoded, parse_yaml
-from .files import IMAGE_SUFFIXES, files_below, files_in, folders_in, is_inside, is_split
+from .image_files import IMAGE_SUFFIXES, files_below, files_in, folders_in, is_inside, is_split
 from .images import read_file
 from .sets import Part
 from .values import described

@@ -23,10 +23,11 @@ from webdataset.writer import TarWriter
 
 from .config import MOST_PIXELS
 from .documents import parse_json
+from .files import file_sha256, unfinished, write_whole
 from .findings import Finding, summary
 from .formats import EVERYTHING, digest, read_annotations
 from .images import read_file
-from .index import ShardIndex, file_sha256, partial_path, tar_members, write_whole
+from .index import ShardIndex, tar_members
 from .inspection import inspect_file
 from .layout import INDEX_NAME, MOST_INDEX_BYTES, SAMPLE_DTYPE, Shard, sample_key
 from .parallel import ordered_map
@@ -205,30 +206,23 @@ def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> tuple[Shard | 
     """Write one shard and its sidecar, and say what is worth a word of its images; nothing is left where one is bad."""
     findings: list[Finding] = []
     checksums: dict[int, tuple[int, int]] = {}
-    unfinished = partial_path(job.path)
-    try:
+    with unfinished(job.path) as tar_file:
         # mtime 0, fixed owner and mode: equal content gives equal bytes.
-        unfinished.unlink(missing_ok=True)
-        with unfinished.open("xb") as file:
-            with TarWriter(file, encoder=False, mtime=0.0) as tar:
-                for image, path in zip(job.images, job.files, strict=True):
-                    finding, suffix, data = inspect_file(image, path, most_pixels)
-                    findings += [finding] if finding else []
-                    if suffix is None:
-                        continue
-                    entry = _sample_json(image)
-                    tar.write({"__key__": image.key, suffix: data, "json": entry})
-                    checksums[image.image_id] = zlib.crc32(data), zlib.crc32(entry)
-            file.flush()
-            os.fsync(file.fileno())
+        with tar_file.open("xb") as file, TarWriter(file, encoder=False, mtime=0.0) as tar:
+            for image, path in zip(job.images, job.files, strict=True):
+                finding, suffix, data = inspect_file(image, path, most_pixels)
+                findings += [finding] if finding else []
+                if suffix is None:
+                    continue
+                entry = _sample_json(image)
+                tar.write({"__key__": image.key, suffix: data, "json": entry})
+                checksums[image.image_id] = zlib.crc32(data), zlib.crc32(entry)
         if len(checksums) < len(job.images):
+            tar_file.unlink()
             return None, findings
-        shard = replace(_describe(job, unfinished, checksums), path=job.path)
+        shard = replace(_describe(job, tar_file, checksums), path=job.path)
         write_whole(job.sidecar, json.dumps(shard.to_json()).encode())  # first: a shard without it is somebody else's
-        unfinished.rename(job.path)
-        return shard, findings
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return shard, findings
 
 
 def _is_droppable(finding: Finding) -> bool:

@@ -21,9 +21,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import urllib3
 
-from .addresses import is_remote, origin, redirected, shown, split
-
-__all__ = ["LostError", "Source", "SourceError", "fetch", "is_remote", "shown", "source_of"]
+from .addresses import origin, redirected, shown, split
 
 CHUNK_BYTES = 1 << 18
 MOST_REDIRECTS = 10

@@ -23,6 +23,7 @@ from webdataset import filters
 from webdataset.pipeline import DataPipeline
 
 from .batch import NOTHING_SIDE, Batch, PackedBatch, Sample, collate, nothing, packed_bytes
+from .cache import CachedStorage
 from .config import DataConfig
 from .images import load_image
 from .index import SampleError, ShardIndex, ShardReader
@@ -165,9 +166,10 @@ class TrainStream:
     def _open(self, epoch: int, first_step: int, stop: Callable[[], bool]) -> None:
         self.close()
         workers = self._config.workers
-        if fetch := self._index.fetch:
-            shards = self._index.shards
-            self._prefetch = Prefetch(self._plan.windows(epoch, first_step), lambda shard: fetch(shards[shard]))
+        shards, storage = self._index.shards, self._index.storage
+        if isinstance(storage, CachedStorage):
+            windows = self._plan.windows(epoch, first_step)
+            self._prefetch = Prefetch(windows, lambda shard: storage.ensure(shards[shard]))
         pipeline: Any = training_pipeline(self._index, self._plan, self._config, epoch, first_step)  # iterable
         loader: Loader[PackedBatch | OSError] = Loader(
             DataLoader(

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from rich.progress import Progress
 
 from .documents import parse_json
-from .index import partial_path, write_whole
+from .files import unfinished, write_whole
 from .parallel import ordered_map
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -302,9 +302,8 @@ def _write_image(folder: Path, size: int, classes: int, seed: int, number: int) 
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
     path, data = folder / _file_name(number), buffer.getvalue()
     if not path.exists():
-        partial = partial_path(path)
-        partial.write_bytes(data)
-        partial.rename(path)
+        with unfinished(path, synced=False) as image:  # of very many, each can be drawn again
+            image.write_bytes(data)
     elif path.read_bytes() != data:
         raise FileExistsError(f"{path}: an image that would be overwritten; choose another folder")
     return annotations

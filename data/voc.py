@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from .annotations import CROWD_FLAGS
-from .files import ImageFiles, stem_of
 from .findings import Finding
+from .image_files import ImageFiles, stem_of
 from .images import read_file
 from .sets import Source
 from .text import visible

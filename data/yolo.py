@@ -14,8 +14,8 @@ from typing import Any
 
 from .annotations import outline_corners
 from .documents import decoded
-from .files import ImageFiles, label_stem, plain, stem_of
 from .findings import Finding
+from .image_files import ImageFiles, label_stem, plain, stem_of
 from .images import read_file
 from .sets import Source
 from .values import as_number, as_whole

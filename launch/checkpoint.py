@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,7 +35,8 @@ from ..core.model.cost import OTHERS, PARTS, part_of
 from ..core.model.detector import Detector
 from ..data.batch import normalised
 from ..data.categories import Categories
-from ..data.text import file_name, visible
+from ..data.files import unfinished
+from ..data.text import visible
 from ..ops import reference
 from .console import Terminal, brief, say
 from .predict import category_names
@@ -107,12 +107,8 @@ def export(
         "published": _write_published,
         "onnx": lambda detector, file: _write_onnx(detector, file, image_size),
     }
-    partial = output.with_name(file_name(f".{output.stem}", f".{os.getpid()}{output.suffix}"))
-    try:
-        note = writers[format](detector, partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with unfinished(output) as file:
+        note = writers[format](detector, file)
     say(f"{output}: {_bytes(output.stat().st_size)}{note}")
 
 

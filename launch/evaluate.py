@@ -22,8 +22,9 @@ from ..core.ownership import ForeignSettingError, check_links, check_own
 from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.documents import as_json
-from ..data.index import ShardIndex, write_whole
-from ..data.sources import is_remote
+from ..data.files import write_whole
+from ..data.index import ShardIndex
+from ..data.location import Location
 from ..data.text import file_name
 from .console import Terminal, progress_bar
 
@@ -148,10 +149,10 @@ def _shards(data: str | Path | None, detector: TrainedDetector, overrides: list[
     config, file = detector.config, detector.path
     if data is None:
         check_own(config, ["data.validation"], overrides, file)
-    location = config.data.validation if data is None else str(data)
+    location = config.data.validation if data is None else Location(data)
     if location is None:
         raise ValueError(f"{file} names no shards to evaluate on: give --data SHARDS or data.validation=SHARDS")
-    if is_remote(location):
+    if location.is_remote:
         check_own(config, ["data.cache", "data.cache_bytes"], overrides, file)
     return open_shards(location, config.data)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data.documents import parse_json
-from ..data.index import write_whole
+from ..data.files import write_whole
 from ..data.text import visible
 
 log = logging.getLogger("ddetr")

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config
-from ..data.sources import is_remote
+from ..data.location import Location
 
 Bundle = dict[str, float]
-_PLACED = re.compile(r"pipe:\[ -d (.+?) \] && cd \1; ")
 RETRY_SECONDS = 1.0
-PATHS = (
-    ("data", "train"),
-    ("data", "validation"),
-    ("data", "cache"),
-    ("train", "output"),
-    ("train", "initial_weights"),
-)
 
 
 @dataclass(frozen=True)
@@ -80,35 +71,18 @@ def requested(config: Config, ranks: str | None) -> Request:
     return Request(least, most, resource, config.train.threads, config.train.batch_size // config.train.accumulation)
 
 
-def anywhere(config: Config, here: Path | None = None) -> dict[str, Any]:
-    """The values of `config` for a process that Ray starts on some node in some folder.
+def from_anywhere(config: Config, here: Path | None = None) -> Config:
+    """The same configuration for a process that Ray starts on some node in some folder.
 
     here: the folder that relative paths and commands mean, by default the one of this process.
     """
-    values = config.model_dump(mode="json")
-    here = here or Path.cwd()
-    for section, key in PATHS:
-        if (path := values[section][key]) is not None:
-            values[section][key] = from_anywhere(path, here)
-    scheme, colon, folder = values["model"]["backbone"].partition(":")
+    values, here = config.model_dump(), here or Path.cwd()
+    for section in values.values():
+        section |= {key: value.from_anywhere(here) for key, value in section.items() if isinstance(value, Location)}
+    scheme, colon, folder = config.model.backbone.partition(":")
     if colon and scheme.lower() == "local-dir":
-        values["model"]["backbone"] = f"{scheme}:{from_anywhere(folder, here)}"
-    return values
-
-
-def from_anywhere(location: str, here: Path) -> str:
-    """A path made absolute, a pipe's command made to run in the folder `here`; other addresses are the same everywhere.
-
-    On nodes without that folder a command runs where it is: it need not read anything there.
-    """
-    if _PLACED.match(location):  # of a run that goes on
-        return location
-    if location.startswith("pipe:"):
-        folder = shlex.quote(str(here)).replace("{}", "{''}")  # {} would be a file's name
-        return f"pipe:[ -d {folder} ] && cd {folder}; {location.removeprefix('pipe:')}"
-    if is_remote(location) or location.startswith("~"):  # ~ is of each node's own user
-        return location
-    return str((here / location).resolve())
+        values["model"]["backbone"] = f"{scheme}:{Location(folder).from_anywhere(here)}"
+    return Config.model_validate(values)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from ..core.model.postprocess import Detections, detections
 from ..core.training.world import device_for
 from ..data.batch import collate, normalised
 from ..data.documents import as_json
+from ..data.files import write_whole
 from ..data.images import load_upright, read_file
-from ..data.index import write_whole
 from ..data.text import file_name, visible
 from ..data.transforms import evaluation_sample
 from .console import brief, progress_bar, say

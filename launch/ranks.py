@@ -14,7 +14,7 @@ from ..core.config import Config, changed, dump
 from ..core.overrides import written
 from .cluster import cluster
 from .console import say
-from .placement import anywhere, placed, requested
+from .placement import from_anywhere, placed, requested
 from .rank import Place, Rank
 
 POLL_SECONDS = 0.5
@@ -43,7 +43,7 @@ def train_on_ray(
     Returns the exit status: 0, also for a run that was stopped and has saved; 1 after a loss; 130 if it was killed.
     Raises ValueError with the message of the rank that found a mistake of the user's.
     """
-    config = _everywhere(config, resume)
+    config = _resuming(from_anywhere(config), resume)
     with cluster(address), _stops() as stops:
         request = requested(config, ranks)
         for attempt in range(restarts + 1):
@@ -68,9 +68,8 @@ def train_on_ray(
     raise AssertionError("every attempt returns")
 
 
-def _everywhere(config: Config, resume: Path | None) -> Config:
-    """The configuration as a process on any node needs it: with absolute paths, and with the run to resume."""
-    config = Config.model_validate(anywhere(config))
+def _resuming(config: Config, resume: Path | None) -> Config:
+    """The configuration with the run to resume, which any rank finds by its name."""
     if resume is None:
         return config
     from ..core.checkpoint import find_checkpoint

@@ -1,10 +1,11 @@
 """What a run leaves for others to read: configuration, numbers, events, log, and the addresses of its ranks."""
 
 import contextlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,8 +21,7 @@ from ..core.training.reports import (
     StartReport,
     StepReport,
 )
-from ..data.index import write_whole
-from ..monitoring.exporter import write_targets
+from ..data.files import write_whole
 from .console import LogFormatter, say
 from .history import EVENTS, METRICS, evaluation_line, event_line, steps_line
 
@@ -41,6 +41,15 @@ def announced(addresses: list[str], run_directory: Path, run_label: str) -> Iter
     write_targets(targets, [])  # not after an error: Prometheus should report the ranks of a broken run as missing
 
 
+def write_targets(path: Path, targets: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    """Write (address, labels) pairs as a Prometheus file_sd file, of which Prometheus never reads half.
+
+    An empty list says that the run has ended: Prometheus forgets its ranks and does not report them missing.
+    """
+    groups = [{"targets": [address], "labels": dict(labels)} for address, labels in targets]
+    write_whole(path, json.dumps(groups, indent=2).encode() + b"\n")
+
+
 class Record:
     """config.yaml, metrics.jsonl, events.jsonl and log.txt of a run; only rank 0 writes them."""
 
@@ -48,10 +57,7 @@ class Record:
 
     def __init__(self, run_directory: Path, config: Config) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
-        try:
-            write_whole(run_directory / "config.yaml", dump(config).encode())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(run_directory / "config.yaml")) from error
+        write_whole(run_directory / "config.yaml", dump(config).encode())
         self._every = config.train.log_every_steps
         self._steps: list[StepReport] = []  # since the last line of metrics.jsonl
         self._metrics = self._open(run_directory / METRICS)

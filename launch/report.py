@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.evaluation.scores import PROTOCOLS, meanings
+from ..data.files import write_whole
 from . import history
 from .charts import Line, chart, number
 from .console import brief
@@ -50,11 +51,7 @@ def report(run_directory: Path) -> Path:
     body = [_head(run), _precision(run), _curves(run), _by_epoch(run), _pictures(Path(run_directory) / "eval")]
     body += [_events(run), _settings(run)]
     path = Path(run_directory) / "report.html"
-    unfinished = path.with_suffix(".html.unfinished")
-    unfinished.unlink(missing_ok=True)  # which may be a link, in a stranger's run
-    with unfinished.open("x", encoding="utf-8") as file:
-        file.write(page(f"{run.name} · ddetr", filter(None, body)))
-    unfinished.replace(path)
+    write_whole(path, page(f"{run.name} · ddetr", filter(None, body)).encode())
     return path
 
 

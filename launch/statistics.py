@@ -11,7 +11,6 @@ from rich.table import Table
 
 from ..core.config import Config, ConfigError, changed
 from ..core.overrides import read
-from ..data.addresses import is_remote
 from ..data.config import LONGEST_SIDE, DataConfig
 from ..data.index import ShardIndex, lack_of_objects
 from ..data.plan import StepPlan
@@ -204,7 +203,7 @@ def _is_trained_on(index: ShardIndex, config: Config) -> bool:
     """Not a set that is the configuration's for validation alone: what trains is another set's business."""
     train, validation = (
         location is not None
-        and not is_remote(location)
+        and not location.is_remote
         and Path(location).resolve() == Path(index.real_location).resolve()
         for location in (config.data.train, config.data.validation)
     )

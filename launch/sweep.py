@@ -33,6 +33,7 @@ from ..core.mistakes import ConfigError, brief, described, listed
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
 from ..data.documents import parse_yaml
+from ..data.location import Location
 
 RESERVED = ("train.output", "train.name")  # the sweep gives each trial its own directory
 DRAWS = 64  # combinations of the other keys' values among which one must make a value right
@@ -111,7 +112,7 @@ class Sweep(_Part):
     search: dict[str, Distribution] = Field(min_length=1)
     scheduler: Scheduler = Scheduler()
     seed: int = Field(0, ge=0)
-    output: str | None = None
+    output: Location | None = None
 
     @field_validator("metric")
     @classmethod

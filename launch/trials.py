@@ -16,7 +16,7 @@ from rich.text import Text
 from ..core.config import Config, without_logins
 from ..core.overrides import read, written
 from ..data.documents import as_json
-from ..data.index import write_whole
+from ..data.files import write_whole
 from .console import Terminal, brief, paragraph, say
 from .sweep import Sweep
 

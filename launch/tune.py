@@ -12,7 +12,7 @@ from ..core.overrides import written
 from ..core.training.reports import EvaluationReport, Report
 from .cluster import cluster
 from .console import say
-from .placement import anywhere
+from .placement import from_anywhere
 from .sweep import Sweep, read_sweep
 from .trials import Trials
 
@@ -99,7 +99,10 @@ def _run_trials(sweep: Sweep, base: Config, folder: Path, table: Trials) -> None
     logging.getLogger("ray.tune").setLevel(logging.WARNING)  # ray.init has set it to errors alone
     # With the first verbose=0 is silent; the second: a failed trial's traceback is in its error.txt.
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
-    trial = ray_tune.with_parameters(_trial, base=_placed(base, sweep), folder=str(folder), here=str(Path.cwd()))
+    # Its share of the CPUs, a free port.
+    settings = [f"train.threads={base.train.threads or sweep.cpus_per_trial}", "monitor.port=0"]
+    base = changed(base, settings, "the sweep")
+    trial = ray_tune.with_parameters(_trial, base=base, folder=folder, here=Path.cwd())
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trial, {"cpu": sweep.cpus_per_trial, "gpu": sweep.gpus_per_trial}),
         param_space={key: distribution.domain() for key, distribution in sweep.search.items()},
@@ -151,15 +154,7 @@ def _trial_name(trial: Any) -> str:
     return f"trial_{trial.trial_id.rsplit('_', 1)[-1]}"
 
 
-def _placed(base: Config, sweep: Sweep) -> dict[str, Any]:
-    """The base as a trial needs it: its share of the CPUs, a free port."""
-    values = base.model_dump(mode="json")
-    values["train"]["threads"] = base.train.threads or sweep.cpus_per_trial
-    values["monitor"]["port"] = 0
-    return values
-
-
-def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str, here: str) -> None:
+def _trial(parameters: dict[str, Any], *, base: Config, folder: Path, here: Path) -> None:
     """Runs in a Ray worker, in a folder of its own: the same training as `ddetr train`, reporting each evaluation.
 
     here: where the search was started, which relative paths mean.
@@ -171,8 +166,8 @@ def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str, her
     name = ray_tune.get_context().get_trial_name()
     assert name is not None, "inside a trial"
     overrides = [written(key, value) for key, value in parameters.items()]
-    overrides += [written("train.output", str(Path(folder) / "trials")), written("train.name", name)]
-    config = changed(Config.model_validate(base), overrides, name)
+    overrides += [written("train.output", str(folder / "trials")), written("train.name", name)]
+    config = from_anywhere(changed(base, overrides, name), here)
 
     def tell(report: Report) -> None:
         if not isinstance(report, EvaluationReport):
@@ -181,4 +176,4 @@ def _trial(parameters: dict[str, Any], *, base: dict[str, Any], folder: str, her
             raise FloatingPointError(f"step {report.step}: {without_score(report.result.num_not_finite)}")
         ray_tune.report({"epoch": report.epoch + 1, "step": report.step, **report.result.metrics})
 
-    run(Config.model_validate(anywhere(config, Path(here))), observers=[tell])
+    run(config, observers=[tell])

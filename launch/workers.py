@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..core.checkpoint import TrainedDetector
-from ..core.config import Config
 from ..core.evaluation.evaluator import ShardResult, evaluate_shard
 from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
-from .placement import anywhere, from_anywhere
+from ..data.location import Location
+from .placement import from_anywhere
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
@@ -30,6 +30,7 @@ class ShardWorker:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.images = 0  # of the shard at hand
+        self._opened: tuple[object, ShardIndex] | None = None  # of which evaluation, and its shards
 
     def place(self) -> tuple[str, int]:
         return socket.gethostname(), os.getpid()
@@ -37,19 +38,26 @@ class ShardWorker:
     def images_done(self) -> int:
         return self.images
 
-    def evaluate(self, detector: TrainedDetector, folder: str, shard: int) -> ShardResult:
+    def evaluate(self, detector: TrainedDetector, location: Location, shard: int) -> ShardResult:
         self.images = 0
         torch.set_num_threads(self.threads)
-        try:
-            index = open_shards(folder, detector.config.data)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"node {socket.gethostname()} cannot read the shards; every node of the cluster must see them "
-                f"under the same path. {error}"
-            ) from error
+        index = self._index(detector, location)
         device = device_for(detector.config.train, local_rank=0)
         detector.model.to(device)
         return evaluate_shard(detector, index, shard, device, self._count)
+
+    def _index(self, detector: TrainedDetector, location: Location) -> ShardIndex:
+        """Opened once for all shards of a checkpoint: opening asks a source about each of them."""
+        evaluation = (location, detector.config.data, detector.path)
+        if self._opened is None or self._opened[0] != evaluation:
+            try:
+                self._opened = evaluation, open_shards(location, detector.config.data)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"node {socket.gethostname()} cannot read the shards; every node of the cluster must see them "
+                    f"under the same path. {error}"
+                ) from error
+        return self._opened[1]
 
     def _count(self, images: int) -> None:
         self.images += images
@@ -69,14 +77,16 @@ class _Worker:
 class ShardWorkers:
     """A pool of ShardWorker actors over all nodes; `close` gives their resources back.
 
-    folder: the shards. most: no more workers than this. device: as in train.device. threads: of a worker on a CPU.
+    location: of the shards. most: no more workers than this. device: as in train.device. threads: of a worker on a CPU.
     report: prints one line.
     """
 
-    def __init__(self, folder: str | Path, most: int, device: str, threads: int, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, location: str | Path, most: int, device: str, threads: int, report: Callable[[str], None]
+    ) -> None:
         import ray
 
-        self._folder = from_anywhere(str(folder), Path.cwd())
+        self._location = Location(location).from_anywhere(Path.cwd())
         self._threads = threads
         self._report = report
         self._failed_starts = 0
@@ -106,8 +116,7 @@ class ShardWorkers:
         import ray
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
-        config = Config.model_validate(anywhere(detector.config))
-        weights = ray.put(replace(detector, config=config))
+        weights = ray.put(replace(detector, config=from_anywhere(detector.config)))
         queue = deque(range(len(index.shards)))
         lost = dict.fromkeys(queue, 0)
         results: list[ShardResult] = []
@@ -116,7 +125,7 @@ class ShardWorkers:
             while queue and self.idle:
                 worker, shard = self.idle.pop(), queue.popleft()
                 worker.images = 0
-                self.running[worker.actor.evaluate.remote(weights, self._folder, shard)] = (worker, shard)
+                self.running[worker.actor.evaluate.remote(weights, self._location, shard)] = (worker, shard)
             for future in ray.wait([*self.running, *self.starting], timeout=POLL_SECONDS)[0]:
                 if future in self.starting:
                     self._join(future)

@@ -1,12 +1,8 @@
-"""Serves the metrics of one process over HTTP, and tells Prometheus where."""
+"""Serves the metrics of one process over HTTP."""
 
 import errno
-import json
-import os
 import socket
 import threading
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -59,18 +55,3 @@ def serve(registry: CollectorRegistry, host: str, port: int) -> Exporter:
         raise OSError(f"cannot serve metrics on {host} port {port}: {error.strerror}; set monitor.host") from error
     name = socket.gethostname() if host in ALL_INTERFACES else host
     return Exporter(f"[{name}]:{server.server_port}" if ":" in name else f"{name}:{server.server_port}", server, thread)
-
-
-def write_targets(path: str | Path, targets: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Write (address, labels) pairs as a Prometheus file_sd file.
-
-    An empty list says that the run has ended: Prometheus forgets its ranks and does not report them missing.
-    The file is replaced as a whole, so Prometheus never reads half of it.
-    """
-    groups = [{"targets": [address], "labels": dict(labels)} for address, labels in targets]
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.unlink(missing_ok=True)
-    with unfinished.open("x") as file:  # x: not through a link that a stranger left there
-        file.write(json.dumps(groups, indent=2) + "\n")
-    unfinished.replace(path)

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ...data.documents import as_json, parse_json
+from ...data.files import sync, write_whole
 from ...data.text import LONGEST_FILE_NAME, visible
 from ...data.values import described, is_number, member, whole
 
@@ -46,11 +47,10 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
         write(unfinished)
         written = sorted(unfinished.iterdir())
         for path in written:
-            _sync(path)
+            sync(path)
         files = {path.name: _digest(path) for path in written}
         text = as_json({"version": _VERSION, **values, "files": files}, indent=1)
-        _write(unfinished / MANIFEST, text)
-        _sync(unfinished)
+        _replace(unfinished / MANIFEST, text)
         if final.exists():  # the same step once more, after a resume from before it
             final.rename(replaced)
         unfinished.rename(final)
@@ -62,7 +62,7 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
         if replaced.exists():
             replaced.rename(final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     _replace(final.parent / LATEST, final.name + "\n")
 
@@ -160,24 +160,6 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": checksum}
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("x") as file:  # x: not through a link that a stranger left there
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.unlink(missing_ok=True)
-    _write(unfinished, text)
-    unfinished.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(path, text.encode())
+    sync(path.parent)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...data.documents import as_json, parse_json
-from ...data.index import ShardIndex, file_sha256, write_whole
+from ...data.files import file_sha256, write_whole
+from ...data.index import ShardIndex
 from ...data.text import visible
 from ...data.values import described, is_number, member, whole
 from ..checkpoint.manifest import read_manifest

@@ -40,7 +40,7 @@ def snapshot(folder: Path) -> dict[str, tuple[float, bytes]]:
 def fetch_all(url: str, config: DataConfig) -> None:
     index = open_shards(url, config)
     for shard in index.shards:
-        os.close(index.open(shard))
+        index.storage.ensure(shard)
 
 
 def test_what_is_beside_the_caches_folder_is_not_touched(server, synthetic_shards, config):
@@ -106,7 +106,7 @@ def test_a_link_or_pipe_where_a_shard_should_be_is_refused(server, synthetic_sha
     else:
         place.mkdir()
     with pytest.raises(SourceError, match=rf"{place}: not an ordinary file"):
-        index.open(index.shards[0])
+        index.storage.ensure(index.shards[0])
     assert (outside.read_text(), outside.stat().st_mtime) == ("mine", 1)
     assert stat.S_IFMT(place.lstat().st_mode) != stat.S_IFREG
 
@@ -150,7 +150,7 @@ def test_a_shard_larger_than_the_cache_is_refused_before_anything_is_fetched_or_
     server, synthetic_shards, config
 ):
     index = open_shards(server.url, config)
-    os.close(index.open(index.shards[0]))
+    index.storage.ensure(index.shards[0])
     before = snapshot(Path(config.cache))
     server.requests.clear()
     small = config.model_copy(update={"cache_bytes": config.cache_bytes - 1})
@@ -170,6 +170,6 @@ def test_more_than_the_index_says_is_cut_off_and_not_stored(synthetic_shards, co
     index = open_shards(location, config)
     shard = index.shards[0]
     with pytest.raises(SourceError, match=rf"{shard.name}.* has more than the {shard.bytes} bytes of the index"):
-        index.open(shard)
+        index.storage.ensure(shard)
     stored = list((Path(config.cache) / FOLDER).glob("*.partial"))
     assert [path.stat().st_size <= shard.bytes for path in stored] == [True]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from ddetr.data.config import DataConfig
 from ddetr.data.doctor import check_shards
-from ddetr.data.index import SampleError, ShardIndex, ShardReader, file_sha256, tar_members
+from ddetr.data.files import file_sha256
+from ddetr.data.index import SampleError, ShardIndex, ShardReader, tar_members
 from ddetr.data.layout import INDEX_NAME
 from ddetr.data.statistics import read_objects
 from ddetr.data.stream import TrainStream, evaluation_batches

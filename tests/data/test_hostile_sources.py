@@ -119,5 +119,5 @@ def test_a_length_that_is_none_is_no_size(serve, synthetic_shards, config, lengt
             files(synthetic_shards)(handler)
 
     index = open_shards(serve(answer).url, config)
-    os.close(index.open(index.shards[0]))
+    index.storage.ensure(index.shards[0])
     assert len(list((Path(config.cache) / FOLDER).glob("*.tar"))) == 1

@@ -13,6 +13,7 @@ import pytest
 import webdataset as wds
 from ddetr.data.index import INDEX_NAME, ShardIndex, ShardReader
 from ddetr.data.shards import pack
+from ddetr.data.storage import LocalStorage
 from ddetr.data.synthetic import draw_set
 
 SHARD_BYTES = 16 << 10
@@ -61,7 +62,7 @@ def test_shards_are_ordinary_webdataset_tars_that_the_index_describes(coco_folde
 
 def test_the_reader_keeps_few_files_open(coco_folder, tmp_path, monkeypatch):
     index = pack_folder(coco_folder, tmp_path / "shards")
-    monkeypatch.setattr(ShardReader, "MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(LocalStorage, "MOST_OPEN_FILES", 2)
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(index)
     for number in [*range(len(index.shards))] * 2:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from ddetr.data.cache import FOLDER, open_shards
 from ddetr.data.config import DataConfig
-from ddetr.data.index import ShardIndex, file_sha256
+from ddetr.data.files import file_sha256
+from ddetr.data.index import ShardIndex
 from ddetr.data.sources import SourceError
 from ddetr.data.stream import TrainStream, evaluation_batches
 
@@ -294,7 +295,7 @@ def test_the_cache_keeps_to_its_limit(server, synthetic_shards, config):
     index = open_shards(server.url, small)
     for epoch in range(2):
         for number, shard in enumerate(index.shards):
-            os.close(index.open(shard))
+            index.storage.ensure(shard)
             assert sum(path.stat().st_size for path in cached(config)) <= limit
             assert any(path.stem == shard.sha256 for path in cached(config)), (epoch, number)
     assert_same_epoch(server.url, synthetic_shards, small)
@@ -304,7 +305,7 @@ def open_all(url: str, config: DataConfig, begin: "multiprocessing.synchronize.B
     index = open_shards(url, config)
     begin.wait()
     for shard in index.shards:
-        os.close(index.open(shard))
+        index.storage.ensure(shard)
 
 
 def test_many_processes_fetch_a_shard_once(server, synthetic_shards, config):

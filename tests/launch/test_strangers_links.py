@@ -11,8 +11,8 @@ from ddetr.core.checkpoint.manifest import write_checkpoint
 from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.evaluation import result
 from ddetr.core.ownership import ForeignSettingError, check_links
-from ddetr.data.index import write_whole
-from ddetr.monitoring.exporter import write_targets
+from ddetr.data.files import write_whole
+from ddetr.launch.record import write_targets
 from PIL import Image
 
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
@@ -49,10 +49,9 @@ def test_files_are_written_aside_through_no_link(tmp_path: Path) -> None:
     victim.write_text("mine")
     checkpoint, pid = tmp_path / "run/checkpoints/step_00000001", os.getpid()
     checkpoint.mkdir(parents=True)
-    links = [checkpoint / f".evaluation.json.{pid}.partial", tmp_path / f"run/.config.yaml.{pid}.partial"]
-    links += [tmp_path / f"run/.targets.json.{pid}", tmp_path / "run/report.html.unfinished"]
-    for link in (*links, tmp_path / "run/checkpoints/.latest"):
-        link.symlink_to(victim)
+    names = [f"run/{name}" for name in ("config.yaml", "targets.json", "report.html", "checkpoints/latest")]
+    for path in (*(tmp_path / name for name in names), checkpoint / "evaluation.json"):
+        path.with_name(f".{path.name}.{pid}.partial").symlink_to(victim)
     measure = result.Measure("0" * 64, "1" * 64)
     result.write(checkpoint, result.Result({"AP": 0.5}, "AP", 24, 0, 1.5, 1e9, None, measure))
     write_whole(tmp_path / "run/config.yaml", b"model: {}\n")

@@ -9,7 +9,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ddetr.monitoring.exporter import serve, write_targets
+from ddetr.launch.record import write_targets
+from ddetr.monitoring.exporter import serve
 from ddetr.monitoring.metrics import RunMetrics
 from prometheus_client.parser import text_string_to_metric_families
 from rank_process import step_report

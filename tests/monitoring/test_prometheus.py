@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ddetr.monitoring.exporter import write_targets
+from ddetr.launch.record import write_targets
 from ddetr.monitoring.metrics import METRICS
 
 HERE = Path(__file__).resolve().parent

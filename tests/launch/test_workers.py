@@ -1,0 +1,62 @@
+"""A Ray worker, without Ray around it: how much it asks of the server from which it reads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ddetr.core.checkpoint import load_detector
+from ddetr.core.config import changed
+from ddetr.core.evaluation.evaluator import evaluate_shard
+from ddetr.data.index import ShardIndex
+from ddetr.data.location import Location
+from ddetr.data.shards import pack
+from ddetr.launch.data import synth
+from ddetr.launch.evaluate import CPU_THREADS
+from ddetr.launch.workers import ShardWorker
+
+from tests.data.file_server import FileServer
+
+
+@pytest.mark.parametrize("fetch", ["shards", "samples"])
+def test_requests_grow_with_the_shards_and_not_with_their_square(
+    fetch: str, run_directory: Path, tmp_path: Path
+) -> None:
+    """Opening asks about each shard, reading for each of them or each image."""
+    synth(tmp_path / "coco", 16, 96, 3, 11)
+    settings = [f"data.cache={tmp_path}/cache", f"data.fetch={fetch}"]
+    detector = load_detector(run_directory, overrides=settings)
+    for shard_bytes in (64 << 10, 16 << 10, 4 << 10):
+        folder = tmp_path / f"shards-{shard_bytes}"
+        pack(tmp_path / "coco/annotations.json", tmp_path / "coco/images", folder, workers=1, shard_bytes=shard_bytes)
+        index = ShardIndex.load(folder)
+        count = len(index.shards)
+        server, worker = FileServer(folder), ShardWorker(CPU_THREADS)
+        try:
+            for shard in range(count):
+                result = worker.evaluate(detector, Location(server.url), shard)
+                assert result == evaluate_shard(detector, index, shard, "cpu")
+        finally:
+            server.close()
+        asked = [(method, name) for method, name, _ in server.requests]
+        assert asked.count(("GET", "index.json")) == 1
+        assert len([name for method, name in asked if method == "HEAD"]) == count
+        gets = count if fetch == "shards" else 1 + 16  # the one finds out whether parts are given at all
+        assert len(asked) == 1 + count + gets
+    assert count >= 8
+
+
+def test_a_worker_opens_the_shards_of_another_checkpoint_or_setting_anew(run_directory: Path, tmp_path: Path) -> None:
+    """They may have been packed again in the meantime, as the driver sees, which opens them again, too."""
+    shards = Path(str(load_detector(run_directory).config.data.validation))
+    server, worker = FileServer(shards), ShardWorker(CPU_THREADS)
+    steps = [run_directory / f"checkpoints/step_{step:08d}" for step in (10, 20)]
+    first, second = (load_detector(step, overrides=[f"data.cache={tmp_path}"]) for step in steps)
+    try:
+        for detector, opened in ((first, 1), (first, 1), (second, 2), (second, 2)):
+            worker.evaluate(detector, Location(server.url), 0)
+            assert [name for _, name, _ in server.requests].count("index.json") == opened
+        ranged = replace(second, config=changed(second.config, ["data.fetch=samples"], "the test"))
+        worker.evaluate(ranged, Location(server.url), 0)
+        assert [name for _, name, _ in server.requests].count("index.json") == 3
+    finally:
+        server.close()
