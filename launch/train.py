@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weights
+from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
+from ..core.checkpoint.codec import Checkpoint, Position
 from ..core.checkpoint.labels import check_evaluable, check_same
-from ..core.checkpoint.manifest import Position, is_evaluated, resumable, verify
+from ..core.checkpoint.manifest import is_evaluated, verify
 from ..core.config import Config, dump
 from ..core.evaluation.evaluator import without_ap
 from ..core.model import pretrained
@@ -293,18 +294,17 @@ def _beginning(
         return _Beginning(path, resumes=False)
     checkpoint = find_checkpoint(path)
     verify(checkpoint)
-    stored = resumable(checkpoint)
-    load_weights(model, checkpoint)
+    stored = Checkpoint.read(checkpoint)
+    stored.check_fit(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    check_trained(trained, stored.optimizer_steps, checkpoint)
-    if config.train.ema_decay is not None and not stored.moving_average:
+    check_trained(trained, stored.trained, checkpoint)
+    if config.train.ema_decay is not None and not stored.averaged:
         raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
-    found = contents(checkpoint)
-    check_same(found.categories, index.categories, checkpoint, index.location)
+    check_same(stored.categories, index.categories, checkpoint, index.location)
     timetable = Timetable.of(config.train, stream.steps_per_epoch, stored.position)
     unevaluated = bool(config.data.validation and config.train.evaluate_every_epochs) and not is_evaluated(checkpoint)
     over = None if unevaluated else nothing_left(stored.position, timetable)
-    told = told_of_changes(found.config, config, path, stored.position, stream.steps_per_epoch)
+    told = told_of_changes(stored.config, config, path, stored.position, stream.steps_per_epoch)
     return _Beginning(path, True, told, stored.position, over)
 
 

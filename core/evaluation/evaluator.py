@@ -19,7 +19,7 @@ from ...data.index import ShardIndex
 from ...data.parallel import until
 from ...data.stream import evaluation_batches
 from ..checkpoint.labels import check_evaluable
-from ..checkpoint.weights import TrainedDetector
+from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
 
 METRICS = (

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.text import visible
-from ..checkpoint.manifest import Position
+from ..checkpoint.codec import Position
 from ..config import Config, without_logins
 from ..overrides import in_one_line
 from .schedule import Timetable

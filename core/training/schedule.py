@@ -6,7 +6,7 @@ find another number of steps in an epoch: another batch size, or shards that wer
 
 from dataclasses import dataclass
 
-from ..checkpoint.manifest import Position
+from ..checkpoint.codec import Position
 from ..config import Config, OptimConfig, TrainConfig
 
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls

@@ -27,8 +27,10 @@ from ...data.categories import Categories
 from ...data.index import SampleError, ShardIndex
 from ...data.stream import STOP_SIGNALS, TrainStream
 from ...data.text import visible
+from ..checkpoint.codec import Checkpoint, Position
 from ..checkpoint.manifest import is_evaluated, record_evaluation
-from ..checkpoint.weights import find_checkpoint, load_detector, load_parameters, load_weights
+from ..checkpoint.trained import load_detector, load_weights
+from ..checkpoint.weights import find_checkpoint
 from ..config import Config
 from ..evaluation.evaluator import ShardResult, evaluate_shard, evaluation
 from ..model.criterion import criterion
@@ -123,8 +125,7 @@ def train(
     FileNotFoundError when train.initial_weights cannot be loaded.
     """
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    engine, checkpoint = _engine(config, run_directory, world, categories, resume)
-    done_before = engine.load(checkpoint) if checkpoint else None
+    engine, checkpoint, done_before = _engine(config, run_directory, world, categories, resume)
     timetable = Timetable.of(config.train, stream.steps_per_epoch, done_before)
     step = saved_step = done_before.step if done_before else 0
     last_step = timetable.last_step
@@ -253,16 +254,16 @@ def train(
 
 def _engine(
     config: Config, run_directory: Path, world: World, categories: Categories, resume: bool
-) -> tuple[Engine, Path | None]:
-    """The model in its engine, with the weights of the returned checkpoint or the ones that the configuration names."""
+) -> tuple[Engine, Path | None, Position | None]:
+    """The model in its engine, with the checkpoint that it goes on from, loaded, or the weights that are configured."""
     checkpoint = world.agree(lambda: find_checkpoint(run_directory), Path) if resume else None
+    stored = Checkpoint.read(checkpoint) if checkpoint else None
     model_config = config.model
-    if checkpoint or config.train.initial_weights:  # nothing to fetch that is not overwritten
+    if stored or config.train.initial_weights:  # nothing to fetch that is not overwritten
         model_config = model_config.model_copy(update={"pretrained_backbone": False})
     model = build(model_config)
-    if checkpoint:
-        load_weights(model, checkpoint)
-        model.load_state_dict(load_parameters(checkpoint, "weights"), strict=False)
+    if stored:
+        stored.fill(model)
     elif config.train.initial_weights:
         anew = load_weights(
             model,
@@ -274,7 +275,8 @@ def _engine(
         if world.rank == 0:
             started_anew = f"; started anew: {', '.join(anew)}" if anew else ""
             log.info("weights of %s%s", config.train.initial_weights, started_anew)
-    return Engine(model.train(), config, world), checkpoint
+    engine = Engine(model.train(), config, world)
+    return engine, checkpoint, engine.load(stored) if stored else None
 
 
 def _evaluate(

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ddetr.core.checkpoint.manifest import is_evaluated
-from ddetr.core.checkpoint.weights import load_detector
+from ddetr.core.checkpoint.trained import load_detector
 from ddetr.core.training.heartbeat import TRY_AGAIN
 
 from tests.core.runs import SMALL, collect, command, free_port, kill, succeeded, wait_for

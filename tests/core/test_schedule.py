@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from ddetr.core.checkpoint.manifest import Position
+from ddetr.core.checkpoint.codec import Position
 from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
 from ddetr.core.training.changes import told_of_changes
 from ddetr.core.training.schedule import Timetable, nothing_left, other_plan

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.manifest import EVALUATION, write_checkpoint
-from ddetr.core.checkpoint.weights import (
-    TRAINING,
-    WEIGHTS,
-    save_weights,
-)
+from ddetr.core.checkpoint.codec import Checkpoint, Position
+from ddetr.core.checkpoint.manifest import EVALUATION
 from ddetr.core.config import Config, dump, load
 from ddetr.core.model.detector import build
-from safetensors.torch import save_file
 
 from tests.core.runs import SMALL
 from tests.fuzz.checkpoint_files import CATEGORIES, STEP
@@ -42,20 +37,20 @@ def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     weights = build(config.model).state_dict()
     trained = [name for name in weights if name.startswith("class_embed")]
-    kept = {f"{kind}/{name}": torch.ones_like(weights[name]) for kind in ("exp_avg", "exp_avg_sq") for name in trained}
-    values = {"step": 20, "epoch": 2, "step_in_epoch": 0, "steps_per_epoch": 10, "order": "", "ranks": 1}
-    values |= {
-        "zero_stage": 1,
-        "optimizer_steps": dict.fromkeys(trained, 20),
-        "loss_scale": {},
-        "moving_average": False,
-    }
-
-    def write(folder: Path) -> None:
-        save_weights(folder / WEIGHTS, weights, config, CATEGORIES, 20, 2)
-        save_file(kept, folder / TRAINING)
-
-    write_checkpoint(run / STEP, 0, write, values)
+    checkpoint = Checkpoint(
+        folder=run / STEP,
+        position=Position(step=20, epoch=2, step_in_epoch=0, steps_per_epoch=10),
+        config=config,
+        categories=CATEGORIES,
+        weights=weights,
+        averaged=False,
+        slots={slot: {name: torch.ones_like(weights[name]) for name in trained} for slot in ("exp_avg", "exp_avg_sq")},
+        trained=dict.fromkeys(trained, 20),
+        loss_scale={},
+        ranks=1,
+        zero_stage=1,
+    )
+    checkpoint.write()
     (run / STEP / EVALUATION).write_text('{"AP": 0.25, "AP50": 0.5}')
     (run / "eval/step_00000020").mkdir(parents=True)
     (run / "eval/step_00000020/metrics.json").write_text('{"AP": 0.25, "AP50": 0.5, "AP75": 0.125}')
