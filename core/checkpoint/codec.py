@@ -107,6 +107,8 @@ class Checkpoint:
                 raise ValueError(f"'model' is {described(kind)}")
             if bad := [slot for slot in member(values, "slots", list) if not isinstance(slot, str)]:
                 raise ValueError(f"'slots' holds {described(bad[0])}")
+            if kind == "average" and "weights" not in values["slots"]:
+                raise ValueError("'slots' lists no 'weights' to train on with, and 'model' is their average")
             trained = {name: whole(counts, name) for name in counts}
             ranks, zero_stage = whole(values, "ranks"), whole(values, "zero_stage")
         except ValueError as error:

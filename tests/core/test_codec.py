@@ -95,7 +95,7 @@ def test_another_architecture_is_named_without_reading_a_tensor(tmp_path: Path) 
     replace(written, weights=spoiled).write()
     found = Checkpoint.read(written.folder)
     with torch.device("meta"):
-        same, other = (build(found.config.model.model_copy(update={"queries": queries})) for queries in (12, 9))
+        same, other = (build(found.config.model.model_copy(update={"decoder_layers": number})) for number in (2, 3))
     found.check_fit(same)
     with pytest.raises(ValueError, match=rf"{WEIGHTS}: holds another architecture"):
         found.check_fit(other)

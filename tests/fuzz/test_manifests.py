@@ -148,6 +148,7 @@ MANIFESTS = [
     {"loss_scale": {"cur_scale": "text"}},
     {"model": 1},
     {"model": "other"},
+    {"model": "average"},
     {"version": "1"},
     {"version": 0},
     {"version": 3},
