@@ -25,6 +25,7 @@ from ..core.checkpoint import (
     read_newest,
     save_weights,
 )
+from ..core.checkpoint.codec import Checkpoint
 from ..core.checkpoint.manifest import verify
 from ..core.config import dump
 from ..core.evaluation import result
@@ -225,11 +226,11 @@ def _scores(found: Result) -> str:
 def _resumable(folder: Path) -> str:
     """Whether training can go on from it, or why not."""
     try:
-        values = verify(folder)
+        values, stored = verify(folder), Checkpoint.read(folder)
     except ValueError as error:
         return f"no: {error}"
     total = sum(file["bytes"] for file in values["files"].values())
-    by = f"{values.get('ranks')} rank(s), ZeRO {values.get('zero_stage')}"
+    by = f"{stored.ranks} rank(s), ZeRO {stored.zero_stage}"
     return f"{_bytes(total)} in all, checksums right; written by {by}"
 
 

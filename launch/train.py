@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.checkpoint import checkpoints, contents, find_checkpoint, load_weights
+from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
+from ..core.checkpoint.codec import Checkpoint
 from ..core.checkpoint.labels import check_evaluable, check_same
-from ..core.checkpoint.manifest import Position, resumable, verify
+from ..core.checkpoint.manifest import verify
 from ..core.config import Config, dump
 from ..core.evaluation.evaluator import without_score_of
 from ..core.evaluation.result import Measure, is_evaluated
@@ -24,6 +25,7 @@ from ..core.model import pretrained
 from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
 from ..core.ownership import check_links, remember
+from ..core.progress import Position
 from ..core.training.changes import told_of_changes
 from ..core.training.engine import deepspeed_config
 from ..core.training.heartbeat import TRY_AGAIN
@@ -290,20 +292,19 @@ def _beginning(
         return _Beginning(path, resumes=False)
     checkpoint = find_checkpoint(path)
     verify(checkpoint)
-    stored = resumable(checkpoint)
-    load_weights(model, checkpoint)
+    stored = Checkpoint.read(checkpoint)
+    stored.check_fit(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    check_trained(trained, stored.optimizer_steps, checkpoint)
-    if config.train.ema_decay is not None and not stored.moving_average:
+    check_trained(trained, stored.trained, checkpoint)
+    if config.train.ema_decay is not None and not stored.averaged:
         raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
-    found = contents(checkpoint)
-    check_same(found.categories, index.categories, checkpoint, index.location)
+    check_same(stored.categories, index.categories, checkpoint, index.location)
     schedule = Schedule.of(config.train, stream.steps_per_epoch, stored.position)
     unevaluated = False
     if validation_index and config.train.evaluate_every_epochs:
         unevaluated = not is_evaluated(checkpoint, Measure.of(config, validation_index))
     over = None if unevaluated else nothing_left(stored.position, schedule)
-    told = told_of_changes(found.config, config, path, stored.position, stream.steps_per_epoch)
+    told = told_of_changes(stored.config, config, path, stored.position, stream.steps_per_epoch)
     return _Beginning(path, True, told, stored.position, over)
 
 

@@ -1,17 +1,9 @@
 """Checkpoints: weights and training state on disk, ours and the published ones."""
 
-from .weights import (
-    Contents,
-    TrainedDetector,
-    checkpoints,
-    contents,
-    export_published,
-    find_checkpoint,
-    load_detector,
-    load_weights,
-    read_newest,
-    save_weights,
-)
+from .description import Contents, contents
+from .published import export_published
+from .trained import TrainedDetector, load_detector, load_weights
+from .weights import checkpoints, find_checkpoint, read_newest, save_weights
 
 __all__ = [
     "Contents",

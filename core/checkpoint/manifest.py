@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from safetensors import SafetensorError
 from ...data.documents import as_json, parse_json
 from ...data.files import sync, write_whole
 from ...data.text import LONGEST_FILE_NAME, visible
-from ...data.values import described, is_number, member, whole
+from ...data.values import described, member, whole
 
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
-_VERSION = 1
+_VERSION = 2  # what of a checkpoint is listed: codec.py
 
 
 def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], None], values: Mapping[str, Any]) -> None:
@@ -77,8 +76,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: no {MANIFEST} in it, so it can be evaluated but not resumed")
     try:
         values = parse_json(path.read_bytes())
-        if (version := whole(values, "version")) != _VERSION:
-            raise ValueError(f"version {version}, this release reads {_VERSION}")
+        if not 1 <= (version := whole(values, "version")) <= _VERSION:
+            raise ValueError(f"version {version}, this release reads 1 to {_VERSION}")
         files = member(values, "files", dict)
         for name in files:
             if Path(name).name != name or name != visible(name) or len(name.encode()) > LONGEST_FILE_NAME:
@@ -101,49 +100,6 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         if _digest(checkpoint / name) != entry:
             raise ValueError(damaged(checkpoint, f"the checksum of {name} is wrong"))
     return values
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run has come, as a checkpoint keeps it.
-
-    steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes when.
-    """
-
-    step: int
-    epoch: int
-    step_in_epoch: int
-    steps_per_epoch: int
-    order: str = ""
-
-
-@dataclass(frozen=True)
-class Resumable:
-    """What the manifest keeps for a run that goes on. optimizer_steps: of each trained parameter."""
-
-    position: Position
-    optimizer_steps: dict[str, int]
-    loss_scale: dict[str, Any]
-    moving_average: bool
-
-
-def resumable(checkpoint: Path) -> Resumable:
-    """What a run goes on from. Raises ValueError as `read_manifest`, and that names what a manifest lacks."""
-    values = {"order": "", **read_manifest(checkpoint)}
-    try:
-        step, epoch, in_epoch = (whole(values, name) for name in ("step", "epoch", "step_in_epoch"))
-        if "steps_per_epoch" not in values:  # of versions whose steps were always whole epochs
-            values["steps_per_epoch"] = (step - in_epoch) // epoch if epoch else 0
-        per_epoch, order = whole(values, "steps_per_epoch"), member(values, "order", str)
-        counts, loss_scale = (member(values, name, dict) for name in ("optimizer_steps", "loss_scale"))
-        if bad := [value for value in loss_scale.values() if not (type(value) is bool or is_number(value))]:
-            raise ValueError(f"'loss_scale' holds {described(bad[0])}")
-        steps = {name: whole(counts, name) for name in counts}
-        position = Position(step, epoch, in_epoch, per_epoch, order)
-        return Resumable(position, steps, loss_scale, member(values, "moving_average", bool))
-    except ValueError as error:
-        what = f"{MANIFEST} lacks what a resume needs ({visible(str(error))})"
-        raise ValueError(damaged(checkpoint, what)) from error
 
 
 def damaged(checkpoint: Path, what: str) -> str:

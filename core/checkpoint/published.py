@@ -63,6 +63,14 @@ def published_arguments(model: Detector) -> dict[str, Any]:
     }
 
 
+def export_published(model: Detector, path: str | Path) -> None:
+    """Write the published layout, in which heads that are one here stand once per layer.
+
+    That is {"model": state_dict, "args": dictionary}, the arguments those that no tensor's shape tells.
+    """
+    torch.save({"model": to_published(model), "args": published_arguments(model)}, path)
+
+
 @dataclass(frozen=True)
 class Published:
     """weights: under the names they came with. taken: which of several state dicts they are, if any."""

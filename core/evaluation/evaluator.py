@@ -17,7 +17,7 @@ from ...data.index import ShardIndex
 from ...data.parallel import until
 from ...data.stream import evaluation_batches
 from ..checkpoint.labels import check_evaluable
-from ..checkpoint.weights import TrainedDetector
+from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
 from .result import Measure, Result, weights_digest
 from .scores import headline, scored

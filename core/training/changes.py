@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data.text import visible
-from ..checkpoint.manifest import Position
 from ..config import Config, without_logins
 from ..overrides import in_one_line
+from ..progress import Position
 from .schedule import Schedule
 
 # The weights are there already, and the run stays where it is.

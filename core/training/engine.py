@@ -3,24 +3,23 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.categories import Categories
-from ..checkpoint.manifest import Position, resumable, write_checkpoint
-from ..checkpoint.weights import TRAINING, WEIGHTS, load_parameters, save_weights, step_directory
+from ..checkpoint.codec import Checkpoint
+from ..checkpoint.weights import step_directory
 from ..config import Config
 from ..model.detector import Detector
 from ..model.transformer import TransformerLayer
+from ..progress import Position
 from .average import MovingAverage
 from .optimizer import adamw, check_trained, freeze_without_rate
-from .state import AVERAGES, TrainingState
+from .state import TrainingState
 from .world import World
 
 log = logging.getLogger("ddetr")
@@ -114,7 +113,7 @@ class Engine:
         self.run, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=deepspeed_config(config))
         self._state = TrainingState(self.run, self._optimizer, self._names, trained, config.train.zero_stage, world)
         if exact:
-            self._state.deal(exact, self._state.masters)
+            self._state.deal(exact.items(), self._state.masters)
         decay = config.train.ema_decay
         self._average = MovingAverage(self._state.masters, decay) if decay is not None else None
 
@@ -167,53 +166,50 @@ class Engine:
                 f"before it are unharmed. Resume with a lower optim.learning_rate, or with optim.clip_norm"
             )
         gathered = {kind: state.gather(tensors) for kind, tensors in beside.items()}
-        values = {
-            **asdict(position),
-            "optimizer_steps": state.steps,
-            "moving_average": self._average is not None,
-            "loss_scale": {name: value for name, value in vars(self._scaler).items() if name in LOSS_SCALE},
-            "ranks": self.world.size,
-            "zero_stage": self.config.train.zero_stage,
-        }
-        final, constant = step_directory(run_directory, position.step), self._constant
-
-        def write(folder: Path) -> None:
-            training = {f"{key}/{name}": value for key in AVERAGES for name, value in gathered[key].whole().items()}
-            weights = gathered["weights"].whole()
-            if self._average is not None:  # what is evaluated and exported, but not what training goes on with
-                training |= {f"weights/{name}": value for name, value in weights.items()}
-                weights = gathered["average"].whole()
-            weights |= {name: value.cpu() for name, value in constant.items()}
-            save_weights(folder / WEIGHTS, weights, self.config, categories, position.step, position.epoch)
-            save_file(training, folder / TRAINING)
-
-        needed = sum(values.nbytes for values in (*gathered.values(), *constant.values()))
+        steps, averaged, constant = state.steps, self._average is not None, self._constant
+        loss_scale = {name: value for name, value in vars(self._scaler).items() if name in LOSS_SCALE}
 
         def written() -> Path:
-            write_checkpoint(final, needed, write, values)
-            return final
+            slots = {kind: values.whole() for kind, values in gathered.items()}
+            weights = slots.pop("average" if averaged else "weights")
+            checkpoint = Checkpoint(
+                folder=step_directory(run_directory, position.step),
+                position=position,
+                config=self.config,
+                categories=categories,
+                weights=weights | {name: value.cpu() for name, value in constant.items()},
+                averaged=averaged,
+                slots=slots,
+                trained=steps,
+                loss_scale=loss_scale,
+                ranks=self.world.size,
+                zero_stage=self.config.train.zero_stage,
+            )
+            checkpoint.write()
+            return checkpoint.folder
 
         return written
 
-    def load(self, checkpoint: Path) -> Position:
-        """The optimizer's state, the float32 weights, their average and the loss scale; returns the position.
+    def load(self, stored: Checkpoint) -> Position:
+        """What `stored` has beside the weights, which the model brought along: the optimizer's state, the moving
+        average and the loss scale; returns the position.
 
         It may have been written by another number of ranks and another ZeRO stage. Raises ValueError when it is of
         other parameters.
         """
-        stored = resumable(checkpoint)
         state = self._state
-        check_trained(state.trained, stored.optimizer_steps, checkpoint)
-        for key, tensors in self._beside.items():
-            state.deal(load_parameters(checkpoint, key), tensors)
-        state.set_steps(stored.optimizer_steps)
+        check_trained(state.trained, stored.trained, stored.folder)
+        for kind, tensors in self._beside.items():
+            if kind != "weights":
+                state.deal(stored.beside(kind), tensors)
+        state.set_steps(stored.trained)
         vars(self._scaler).update({n: v for n, v in stored.loss_scale.items() if n in vars(self._scaler)})
         return stored.position
 
     @property
     def _beside(self) -> dict[str, list[Tensor]]:
         """All that a checkpoint holds of the trained parameters: of each kind a tensor beside each master."""
-        beside = {"weights": self._state.masters} | {key: self._state.averages(key) for key in AVERAGES}
+        beside = {"weights": self._state.masters} | self._state.slots
         return beside if self._average is None else beside | {"average": self._average.values}
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config, OptimConfig
 
@@ -68,6 +68,20 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def state_of(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """What it keeps of a float32 weight: "step", and slots of the weight's shape by name.
+
+    Where no step has been taken yet it is made as AdamW makes it: averages of the gradient and of its square.
+    """
+    state = optimizer.state[master]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        state |= {
+            slot: torch.zeros_like(master, memory_format=torch.preserve_format) for slot in ("exp_avg", "exp_avg_sq")
+        }
+    return state
 
 
 def rate_advice(config: Config) -> str | None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from ..checkpoint.manifest import Position
 from ..config import Config, OptimConfig, TrainConfig
+from ..progress import Position
 
 LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
 

@@ -1,20 +1,19 @@
 """What training keeps of each parameter, whole and by name, wherever ZeRO has put its fragments.
 
 DeepSpeed gives each rank a share of the float32 weights ("masters"), flat and several parameters in one, and the
-optimizer keeps two averages of the same shape beside each. Here they come together and are dealt out again, so a
+optimizer keeps tensors of the same shape beside each, its slots. Here they come together and are dealt out again, so a
 checkpoint depends on neither the number of ranks nor the ZeRO stage.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .optimizer import state_of
 from .world import World
-
-AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, of the gradient and of its square
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Gathered:
 
 
 class TrainingState:
-    """The masters of a model in a DeepSpeed engine, and AdamW's state of them. Collective to make.
+    """The masters of a model in a DeepSpeed engine, and the optimizer's state of them. Collective to make.
 
     parameters: all of the model, by name. trained: those that the optimizer had before the engine took it, in its
     order.
@@ -59,7 +58,7 @@ class TrainingState:
     def __init__(
         self,
         engine: Any,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         parameters: Mapping[str, nn.Parameter],
         trained: Sequence[nn.Parameter],
         stage: int,
@@ -71,6 +70,7 @@ class TrainingState:
         # A parameter under stage 3 has no element of its own.
         self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
+        self._fragments_of = {name: [f for f in self._fragments if f.name == name] for name in self._shapes}
         self._everyones = world.to_first(self._fragments, list[Fragment]) if stage > 0 else []
         if self._everyones:  # on rank 0
             found = sum(fragment.numel for fragments in self._everyones for fragment in fragments)
@@ -87,14 +87,16 @@ class TrainingState:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [master for group in self._optimizer.param_groups for master in group["params"]]
 
-    def averages(self, key: str) -> list[Tensor]:
-        """One of AVERAGES, beside each master."""
-        return [self._state(master)[key] for master in self.masters]
+    @property
+    def slots(self) -> dict[str, list[Tensor]]:
+        """By name, the optimizer's tensors beside each master."""
+        states = [state_of(self._optimizer, master) for master in self.masters]
+        return {slot: [state[slot] for state in states] for slot in states[0] if slot != "step"}
 
     @property
     def steps(self) -> dict[str, int]:
-        """How many steps AdamW has taken for each parameter; it makes up for the averages' beginning at zero."""
-        taken = [int(self._state(master)["step"]) for master in self.masters]
+        """How many steps the optimizer has taken for each parameter; it makes up for slots that begin at zero."""
+        taken = [int(state_of(self._optimizer, master)["step"]) for master in self.masters]
         if self._stage == 0:
             return {fragment.name: taken[fragment.master] for fragment in self._fragments}
         return dict.fromkeys(self._shapes, max(taken))
@@ -103,10 +105,10 @@ class TrainingState:
         masters = self.masters
         if self._stage == 0:
             for fragment in self._fragments:
-                self._state(masters[fragment.master])["step"].fill_(steps[fragment.name])
+                state_of(self._optimizer, masters[fragment.master])["step"].fill_(steps[fragment.name])
         else:
             for master in masters:
-                self._state(master)["step"].fill_(max(steps.values()))
+                state_of(self._optimizer, master)["step"].fill_(max(steps.values()))
 
     def not_finite(self, beside: Sequence[Tensor]) -> list[str]:
         """Parameters of which this rank holds a value that is not finite in `beside`: a tensor beside each master."""
@@ -124,10 +126,11 @@ class TrainingState:
         lengths = [sum(fragment.numel for fragment in fragments) for fragments in self._everyones]
         return Gathered(self._shapes, self._everyones, self._world.collect(mine, lengths))
 
-    def deal(self, whole: Mapping[str, Tensor], beside: Sequence[Tensor]) -> None:
-        """Fill `beside`, a tensor beside each master, with this rank's fragments of each trained parameter."""
-        for f in self._fragments:
-            _run(beside[f.master], f.offset, f.numel).copy_(_run(whole[f.name], f.start, f.numel))
+    def deal(self, whole: Iterable[tuple[str, Tensor]], beside: Sequence[Tensor]) -> None:
+        """Fill `beside`, a tensor beside each master, with this rank's fragments of trained parameters by name."""
+        for name, values in whole:
+            for f in self._fragments_of.get(name, ()):
+                _run(beside[f.master], f.offset, f.numel).copy_(_run(values, f.start, f.numel))
 
     # Where the fragments are: under stage 0, in stages 1 and 2, and in stage 3.
 
@@ -152,14 +155,6 @@ class TrainingState:
             start = self._world.rank * padded
             if (numel := min(padded, self._shapes[name].numel() - start)) > 0:
                 yield Fragment(name, start, master, offset, numel)
-
-    def _state(self, master: Tensor) -> dict[str, Tensor]:
-        """AdamW's own, made as AdamW makes it where no step has been taken yet."""
-        state = self._optimizer.state[master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            state |= {key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in AVERAGES}
-        return state
 
 
 def _run(tensor: Tensor, start: int, numel: int) -> Tensor:

@@ -19,12 +19,13 @@ from ...data.index import SampleError, ShardIndex
 from ...data.stream import TrainStream
 from ...data.text import visible
 from ..checkpoint import find_checkpoint, load_weights
-from ..checkpoint.weights import load_parameters
+from ..checkpoint.codec import Checkpoint
 from ..config import Config
 from ..evaluation import result
 from ..evaluation.result import Measure
 from ..model.detector import build
 from ..model.transfer import to_device
+from ..progress import Position
 from .engine import Engine
 from .heartbeat import Watch
 from .limits import Limits
@@ -83,8 +84,7 @@ class Trainer:
         self.config, self.world, self.stream, self.index = config, world, stream, validation_index
         self.run_directory, self.categories = run_directory, categories
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-        self.engine, self.checkpoint = _engine(config, run_directory, world, categories, resume)
-        done = self.engine.load(self.checkpoint) if self.checkpoint else None
+        self.engine, self.checkpoint, done = _engine(config, run_directory, world, categories, resume)
         evaluates = validation_index is not None
         self.schedule = Schedule.of(config.train, stream.steps_per_epoch, done, evaluates=evaluates)
         self.step = self.saved_step = done.step if done else 0
@@ -241,16 +241,16 @@ class Trainer:
 
 def _engine(
     config: Config, run_directory: Path, world: World, categories: Categories, resume: bool
-) -> tuple[Engine, Path | None]:
-    """The model in its engine, with the weights of the returned checkpoint or the ones that the configuration names."""
+) -> tuple[Engine, Path | None, Position | None]:
+    """The model in its engine, with the checkpoint that it goes on from, loaded, or the weights that are configured."""
     checkpoint = world.agree(lambda: find_checkpoint(run_directory), Path) if resume else None
+    stored = Checkpoint.read(checkpoint) if checkpoint else None
     model_config = config.model
-    if checkpoint or config.train.initial_weights:  # nothing to fetch that is not overwritten
+    if stored or config.train.initial_weights:  # nothing to fetch that is not overwritten
         model_config = model_config.model_copy(update={"pretrained_backbone": False})
     model = build(model_config)
-    if checkpoint:
-        load_weights(model, checkpoint)
-        model.load_state_dict(load_parameters(checkpoint, "weights"), strict=False)
+    if stored:
+        stored.fill(model)
     elif config.train.initial_weights:
         anew = load_weights(
             model,
@@ -262,7 +262,8 @@ def _engine(
         if world.rank == 0:
             started_anew = f"; started anew: {', '.join(anew)}" if anew else ""
             log.info("weights of %s%s", config.train.initial_weights, started_anew)
-    return Engine(model.train(), config, world), checkpoint
+    engine = Engine(model.train(), config, world)
+    return engine, checkpoint, engine.load(stored) if stored else None
 
 
 def _of_all_ranks(

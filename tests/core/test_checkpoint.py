@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint import weights as checkpoint
-from ddetr.core.checkpoint.weights import (
-    WEIGHTS,
-    find_checkpoint,
-    load_detector,
-    load_weights,
-    read_newest,
-    save_weights,
-    step_directory,
-)
+from ddetr.core.checkpoint import published as checkpoint
+from ddetr.core.checkpoint.trained import load_detector, load_weights
+from ddetr.core.checkpoint.weights import WEIGHTS, find_checkpoint, read_newest, save_weights, step_directory
 from ddetr.core.config import Config, ModelConfig
 from ddetr.core.model.detector import Detector, build
 from ddetr.data.categories import Categories

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import TrainedDetector
+from ddetr.core.checkpoint.trained import TrainedDetector
 from ddetr.core.config import load
 from ddetr.core.evaluation.coco import MEANINGS, coco_metrics
 from ddetr.core.evaluation.evaluator import (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ddetr.core.checkpoint.weights import load_detector
+from ddetr.core.checkpoint.trained import load_detector
 from ddetr.core.evaluation import result
 from ddetr.core.training.heartbeat import TRY_AGAIN
 

@@ -8,7 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint import weights as checkpoint
+from ddetr.core import checkpoint
+from ddetr.core.checkpoint.published import to_published
 from ddetr.core.config import ModelConfig, OptimConfig
 from ddetr.core.model.criterion import Losses, criterion
 from ddetr.core.model.detector import DeformableDetr
@@ -72,7 +73,7 @@ def published_weights(case: dict, model: DeformableDetr, hashinit: ModuleType) -
     """The weights under their published names, checked against the stored sums."""
     config = model.config
     weights = {}
-    for name, tensor in checkpoint.to_published(model).items():
+    for name, tensor in to_published(model).items():
         canonical = hashinit.canonical(name, config.box_refine)
         value = hashinit.value_for(canonical, tuple(tensor.shape), config.two_stage, config.heads)
         shape, total, norm = case["state_spec"][canonical]
@@ -189,7 +190,7 @@ def test_losses_and_matching_agree(case: dict, model: DeformableDetr, images: tu
 def published_names(model: DeformableDetr) -> dict[str, str]:
     """Our parameter name for each published one; copies of a head name the same parameter."""
     ours = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
-    published = checkpoint.to_published(model)
+    published = to_published(model)
     return {name: ours[tensor.data_ptr()] for name, tensor in published.items() if tensor.data_ptr() in ours}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import WEIGHTS, load_detector, load_weights, save_weights
+from ddetr.core.checkpoint.trained import load_detector, load_weights
+from ddetr.core.checkpoint.weights import WEIGHTS, save_weights
 from ddetr.core.config import ModelConfig, load
 from ddetr.core.model.detector import build
 from ddetr.core.model.finite import finite_or_poison, first_not_finite

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from ddetr.core.checkpoint.labels import check_same, label_map
-from ddetr.core.checkpoint.published import published_categories
-from ddetr.core.checkpoint.weights import WEIGHTS, export_published, load_weights, save_weights
+from ddetr.core.checkpoint.published import export_published, published_categories
+from ddetr.core.checkpoint.trained import load_weights
+from ddetr.core.checkpoint.weights import WEIGHTS, save_weights
 from ddetr.core.config import Config, ModelConfig
 from ddetr.core.model.detector import Detector, build
 from ddetr.data.categories import Categories

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import load_detector
+from ddetr.core.checkpoint.trained import load_detector
 from ddetr.core.model.detector import build
 from safetensors.torch import load_file
 

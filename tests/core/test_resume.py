@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddetr.core.checkpoint.codec import TRAINING, Checkpoint
 from ddetr.core.checkpoint.manifest import (
     LATEST,
     MANIFEST,
-    resumable,
     verify,
     write_checkpoint,
 )
-from ddetr.core.checkpoint.weights import TRAINING, WEIGHTS, checkpoints, find_checkpoint, step_directory
+from ddetr.core.checkpoint.weights import WEIGHTS, checkpoints, find_checkpoint, step_directory
 from ddetr.core.evaluation import result
 from ddetr.core.evaluation.result import EVALUATION
 from ddetr.core.training.saving import prune
@@ -122,11 +122,10 @@ def test_every_stage_writes_what_stage_0_writes(train: Train, stage: int) -> Non
         difference = sum(float((found[key] - expected[key]).square().sum()) for key in expected) ** 0.5
         size = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
         assert difference < 1e-3 * size
-    steps = [
-        json.loads((find_checkpoint(folder) / MANIFEST).read_text())["optimizer_steps"] for folder in (plain, other)
-    ]
-    assert steps[0] == steps[1]
-    assert set(steps[0].values()) == {STEPS}
+    listed = [json.loads((find_checkpoint(folder) / MANIFEST).read_text()) for folder in (plain, other)]
+    assert [values["slots"] for values in listed] == [["exp_avg", "exp_avg_sq"]] * 2
+    assert listed[0]["trained"] == listed[1]["trained"]
+    assert set(listed[0]["trained"].values()) == {STEPS}
 
 
 def test_a_damaged_checkpoint_is_named_with_the_way_on(train: Train, tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ def test_a_manifest_without_what_a_resume_needs_is_named(tmp_path: Path, damage:
     if damage is not None:
         (path / MANIFEST).write_bytes(damage)
     with pytest.raises(ValueError, match="step_00000004"):
-        resumable(path)
+        Checkpoint.read(path)
 
 
 @pytest.mark.parametrize("side", ["file", "folder"])

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from ddetr.core.checkpoint.manifest import Position
 from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
+from ddetr.core.progress import Position
 from ddetr.core.training.changes import told_of_changes
 from ddetr.core.training.schedule import Schedule, nothing_left, other_plan
 

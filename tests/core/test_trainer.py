@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import find_checkpoint, load_detector
+from ddetr.core.checkpoint.trained import load_detector
+from ddetr.core.checkpoint.weights import find_checkpoint
 from ddetr.core.model.detector import DeformableDetr
 from safetensors.torch import load_file
 

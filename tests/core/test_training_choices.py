@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import (
-    TRAINING,
-    WEIGHTS,
-    export_published,
-    find_checkpoint,
-    load_detector,
-    step_directory,
-)
+from ddetr.core.checkpoint.codec import TRAINING, Checkpoint
+from ddetr.core.checkpoint.published import export_published
+from ddetr.core.checkpoint.trained import load_detector
+from ddetr.core.checkpoint.weights import WEIGHTS, find_checkpoint, step_directory
 from ddetr.core.config import load, preset_names
 from ddetr.core.model.detector import build
 from ddetr.core.training.optimizer import rate_advice
@@ -67,9 +63,9 @@ FROZEN = ("model.dropout=0", "optim.clip_norm=0", "optim.backbone_multiplier=0",
 def test_a_backbone_without_a_rate_has_no_share_in_the_gradient_norm(train: Train) -> None:
     """After one step AdamW's average is a tenth of the gradient: so the run that trains everything tells each part."""
     whole = succeeded(train(1, "train.zero_stage=1", *FROZEN[:2], steps=1))
-    average = load_file(find_checkpoint(whole.directory) / TRAINING)
-    gradients = {name: 10 * value for name, value in average.items() if name.startswith("exp_avg/")}
-    rest = [value.norm() for name, value in gradients.items() if not name.startswith("exp_avg/backbone.")]
+    average = Checkpoint.read(find_checkpoint(whole.directory)).slots["exp_avg"]
+    gradients = {name: 10 * value for name, value in average.items()}
+    rest = [value.norm() for name, value in gradients.items() if not name.startswith("backbone.")]
     assert 0 < len(rest) < len(gradients)
     frozen = succeeded(train(1, "train.zero_stage=1", *FROZEN))
     assert frozen.losses[0] == whole.losses[0]

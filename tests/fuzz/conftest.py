@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddetr.core.checkpoint.manifest import write_checkpoint
-from ddetr.core.checkpoint.weights import (
-    TRAINING,
-    WEIGHTS,
-    save_weights,
-)
+from ddetr.core.checkpoint.codec import Checkpoint
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.config import Config, dump, load
 from ddetr.core.evaluation import result
 from ddetr.core.model.detector import build
-from safetensors.torch import save_file
+from ddetr.core.progress import Position
 
 from tests.core.runs import SMALL
 from tests.fuzz.checkpoint_files import CATEGORIES, STEP
@@ -43,23 +39,23 @@ def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     weights = build(config.model).state_dict()
     trained = [name for name in weights if name.startswith("class_embed")]
-    kept = {f"{kind}/{name}": torch.ones_like(weights[name]) for kind in ("exp_avg", "exp_avg_sq") for name in trained}
-    values = {"step": 20, "epoch": 2, "step_in_epoch": 0, "steps_per_epoch": 10, "order": "", "ranks": 1}
-    values |= {
-        "zero_stage": 1,
-        "optimizer_steps": dict.fromkeys(trained, 20),
-        "loss_scale": {},
-        "moving_average": False,
-    }
-
-    def write(folder: Path) -> None:
-        save_weights(folder / WEIGHTS, weights, config, CATEGORIES, 20, 2)
-        save_file(kept, folder / TRAINING)
-
-    write_checkpoint(run / STEP, 0, write, values)
+    checkpoint = Checkpoint(
+        folder=run / STEP,
+        position=Position(step=20, epoch=2, step_in_epoch=0, steps_per_epoch=10),
+        config=config,
+        categories=CATEGORIES,
+        weights=weights,
+        averaged=False,
+        slots={slot: {name: torch.ones_like(weights[name]) for name in trained} for slot in ("exp_avg", "exp_avg_sq")},
+        trained=dict.fromkeys(trained, 20),
+        loss_scale={},
+        ranks=1,
+        zero_stage=1,
+    )
+    checkpoint.write()
     scores = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
-    measure, weights = result.Measure("0" * 64, "1" * 64), result.weights_digest(run / STEP / WEIGHTS)
-    result.write(run / STEP, result.Result(scores, "AP", 24, 0, 1.5, 1796045817.5, weights, measure))
+    measure, digest = result.Measure("0" * 64, "1" * 64), result.weights_digest(run / STEP / WEIGHTS)
+    result.write(run / STEP, result.Result(scores, "AP", 24, 0, 1.5, 1796045817.5, digest, measure))
     (run / "config.yaml").write_text(dump(config))
     return run
 

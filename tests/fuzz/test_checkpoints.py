@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from ddetr.core.checkpoint.codec import TRAINING, Checkpoint
+from ddetr.core.checkpoint.description import contents
+from ddetr.core.checkpoint.manifest import MANIFEST
 from ddetr.core.checkpoint.published import read_published
-from ddetr.core.checkpoint.weights import (
-    TRAINING,
-    WEIGHTS,
-    contents,
-    load_detector,
-    load_parameters,
-    load_weights,
-)
+from ddetr.core.checkpoint.trained import load_detector, load_weights
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.config import Config
 from ddetr.core.model.detector import build
 from hypothesis import strategies as st
@@ -98,20 +95,29 @@ def test_what_training_keeps_is_read_or_refused(effort: Effort, run_directory: P
     folder = run_directory / STEP
     good = (folder / TRAINING).read_bytes()
     header = header_of(good)
+    shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
     def holds(data: bytes) -> None:
-        (folder / TRAINING).write_bytes(data)
+        rewrite(folder, data)
         for kind in ("weights", "average", "exp_avg", "exp_avg_sq"):
             with watched():
-                found = outcome(lambda kind=kind: load_parameters(folder, kind), folder)
+                found = outcome(lambda kind=kind: dict(Checkpoint.read(folder).beside(kind)), folder)
             if found is not None:
-                said = {name for name in header_of(data) if name.startswith("exp_avg/")}
-                assert {f"exp_avg/{name}" for name in found} == said
-                assert said
+                said = header_of(data)
+                assert {name: said[name]["shape"] for name in shapes} == shapes
+                assert {f"exp_avg/{name}" for name in found} == {name for name in shapes if name.startswith("exp_avg/")}
                 assert all(tensor.isfinite().all() for tensor in found.values())
 
     headers = changed(header).map(lambda values: with_header(good, json.dumps(values).encode()))
     effort(holds, headers | DAMAGES.map(lambda damage: damaged(good, damage)))
+
+
+def rewrite(folder: Path, data: bytes) -> None:
+    """What training keeps, of the size that the manifest states: so nothing but the bytes tells."""
+    (folder / TRAINING).write_bytes(data)
+    values = json.loads((folder / MANIFEST).read_text())
+    values["files"][TRAINING]["bytes"] = len(data)
+    (folder / MANIFEST).write_text(json.dumps(values))
 
 
 def test_damaged_weights_make_a_sound_detector_or_none(effort: Effort, run_directory: Path) -> None:
@@ -179,11 +185,12 @@ def test_a_file_of_torch_gives_plain_tensors_or_is_refused(effort: Effort, tmp_p
     effort(holds, st.integers(0, 1), DAMAGES)
 
 
-def test_training_state_without_an_average_is_damage(run_directory: Path) -> None:
-    save_file({"weights/a": torch.ones(1)}, run_directory / STEP / TRAINING)
-    for kind in ("weights", "exp_avg"):
-        with pytest.raises(ValueError, match=rf"{STEP} is damaged: {TRAINING} has no state of the optimizer"):
-            load_parameters(run_directory / STEP, kind)
+def test_training_state_without_an_average_is_damage(run_directory: Path, tmp_path: Path) -> None:
+    folder = run_directory / STEP
+    save_file({"weights/a": torch.ones(1)}, tmp_path / TRAINING)
+    rewrite(folder, (tmp_path / TRAINING).read_bytes())
+    with pytest.raises(ValueError, match=rf"{STEP} is damaged: {TRAINING} has no exp_avg/class_embed\.0\.\S+ of shape"):
+        Checkpoint.read(folder)
 
 
 @pytest.mark.parametrize("step", ["-5", "", "1.5", "9" * 4000])

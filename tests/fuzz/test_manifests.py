@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddetr.core.checkpoint.manifest import MANIFEST, read_manifest, resumable, verify
-from ddetr.core.checkpoint.weights import (
-    TRAINING,
-    WEIGHTS,
-    load_parameters,
-)
+from ddetr.core.checkpoint.codec import TRAINING, Checkpoint
+from ddetr.core.checkpoint.manifest import MANIFEST, read_manifest, verify
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.evaluation.result import EVALUATION
 from ddetr.core.training.saving import prune
 from ddetr.data.text import visible
@@ -29,7 +26,8 @@ def test_damage_of_a_checkpoint_is_found(effort: Effort, run_directory: Path) ->
     folder = run_directory / STEP
     files = {name: (folder / name).read_bytes() for name in (WEIGHTS, TRAINING, MANIFEST)}
     assert verify(folder)["step"] == 20
-    assert load_parameters(folder, "exp_avg").keys() == resumable(folder).optimizer_steps.keys()
+    stored = Checkpoint.read(folder)
+    assert [dict(stored.beside(slot)).keys() for slot in stored.slots] == [stored.trained.keys()] * 2
 
     def holds(name: str, damage: Damage | None) -> None:
         for file, data in files.items():
@@ -42,7 +40,7 @@ def test_damage_of_a_checkpoint_is_found(effort: Effort, run_directory: Path) ->
         before = listing(run_directory)
         with watched():
             checked = outcome(lambda: verify(folder), folder)
-            outcome(lambda: resumable(folder), folder)
+            outcome(lambda: Checkpoint.read(folder), folder, lines=True)
         assert listing(run_directory) == before
         if name != MANIFEST:
             assert (checked is not None) == whole
@@ -50,7 +48,7 @@ def test_damage_of_a_checkpoint_is_found(effort: Effort, run_directory: Path) ->
     effort(holds, st.sampled_from(sorted(files)), st.none() | DAMAGES)
 
 
-MANIFEST_READERS: tuple[Callable[[Path], Any], ...] = (read_manifest, verify, resumable)
+MANIFEST_READERS: tuple[Callable[[Path], Any], ...] = (read_manifest, verify, Checkpoint.read)
 
 
 def test_a_manifest_is_right_or_refused(effort: Effort, run_directory: Path) -> None:
@@ -70,7 +68,7 @@ def test_a_manifest_is_right_or_refused(effort: Effort, run_directory: Path) -> 
             position = found.position
             numbers = (position.step, position.epoch, position.step_in_epoch, position.steps_per_epoch)
             assert all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-            assert all(type(count) is int and 0 <= count < 2**63 for count in found.optimizer_steps.values())
+            assert all(type(count) is int and 0 <= count < 2**63 for count in found.trained.values())
 
     texts = changed(values).map(lambda document: json.dumps(document).encode())
     effort(holds, texts | DAMAGES.map(lambda damage: damaged(good, damage)))
@@ -145,14 +143,23 @@ MANIFESTS = [
     {"epoch": 10**400},
     {"steps_per_epoch": True},
     {"order": 1},
-    {"optimizer_steps": {"a": "20"}},
+    {"trained": {"a": "20"}},
+    {"trained": {"a": 20}},
+    {"slots": "exp_avg"},
+    {"slots": [1]},
+    {"slots": ["exp_avg", "momentum"]},
     {"loss_scale": {"cur_scale": "text"}},
-    {"moving_average": 1},
+    {"model": 1},
+    {"model": "other"},
+    {"model": "average"},
     {"version": "1"},
+    {"version": 0},
+    {"version": 3},
     {"files": {"a\nb": {"bytes": 1}}},
     {"files": {"x" * 5000: {"bytes": 1}}},
     {"files": {"\ud800": {"bytes": 1}}},
     {"files": {WEIGHTS: [1]}},
+    {"files": {}},
 ]
 
 
@@ -161,9 +168,9 @@ def test_a_manifest_of_wrong_types_is_one_line(change: dict[str, Any], run_direc
     folder = run_directory / STEP
     values = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**values, **change}))
-    assert outcome(lambda: resumable(folder), folder) is None
-    with pytest.raises(ValueError, match=r"checkpoint\.json"):
-        resumable(folder)
+    assert outcome(lambda: Checkpoint.read(folder), folder) is None
+    with pytest.raises(ValueError, match=r"checkpoint\.json|safetensors has no (a|momentum/\S+)"):
+        Checkpoint.read(folder)
 
 
 @pytest.mark.parametrize("text", ['{"AP": false}', '{"AP": "0.1"}', '{"AP": 1' + "0" * 400 + "}", '{"AP": Infinity}'])

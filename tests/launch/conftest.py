@@ -62,7 +62,7 @@ def make_run() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path]) -> Path:
     """Two checkpoints, steps 10 and 20. The objects in the shards are some of what step 20 detects, moved a little."""
-    from ddetr.core.checkpoint.weights import load_detector
+    from ddetr.core.checkpoint.trained import load_detector
     from ddetr.core.evaluation.evaluator import evaluate_shard
     from ddetr.data.index import ShardIndex
     from ddetr.data.shards import pack
@@ -101,7 +101,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
 @pytest.fixture
 def stranger(run_directory: Path, tmp_path: Path) -> Callable[..., Path]:
     """As `Stranger` of tests/launch/strangers.py says."""
-    from ddetr.core.checkpoint.weights import load_detector
+    from ddetr.core.checkpoint.trained import load_detector
     from ddetr.core.config import changed, dump
 
     def make(*overrides: str) -> Path:

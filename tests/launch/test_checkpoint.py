@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddetr.core.checkpoint.codec import TRAINING
 from ddetr.core.checkpoint.manifest import MANIFEST
-from ddetr.core.checkpoint.weights import TRAINING, WEIGHTS, load_detector, load_weights
+from ddetr.core.checkpoint.trained import load_detector, load_weights
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.evaluation import result
 from ddetr.core.model.detector import DeformableDetr
 from ddetr.launch.checkpoint import FixedSizeDetector, export, inspect

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from ddetr.core.checkpoint.weights import WEIGHTS, load_detector
+from ddetr.core.checkpoint.trained import load_detector
+from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.config import ConfigError
 from ddetr.core.evaluation import result
 from ddetr.core.evaluation.coco import MEANINGS

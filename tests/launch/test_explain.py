@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import TrainedDetector, load_detector
+from ddetr.core.checkpoint.trained import TrainedDetector, load_detector
 from ddetr.core.model.attention import MultiScaleDeformableAttention
 from ddetr.data.transforms import load_image
 from ddetr.launch.explain import Explanation, explain, explained

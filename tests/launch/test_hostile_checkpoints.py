@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from ddetr.core.checkpoint.weights import WEIGHTS, load_detector
+from ddetr.core.checkpoint.trained import load_detector
+from ddetr.core.checkpoint.weights import WEIGHTS
 from safetensors import safe_open
 
 from tests.launch.strangers import Stranger, rewritten, run

@@ -54,7 +54,7 @@ def test_folders_import_only_what_they_may(folder: str) -> None:
 
 
 ROOMS = ("model", "checkpoint", "evaluation", "training")  # of core: each may import those before it
-CONFIGURATION = {"config", "mistakes", "overrides", "ownership", "sections"}
+CONFIGURATION = {"config", "mistakes", "overrides", "ownership", "progress", "sections"}
 
 
 def test_rooms_of_core_import_only_what_they_may() -> None:
@@ -88,6 +88,12 @@ def test_no_circle_of_imports() -> None:
     while free := {module for module, wanted in left.items() if not wanted & left.keys()}:
         left = {module: wanted for module, wanted in left.items() if module not in free}
     assert not left, f"these import each other: {sorted(map('.'.join, left))}"
+
+
+def test_what_is_due_is_decided_without_torch() -> None:
+    script = "import sys, ddetr.core.training.schedule, ddetr.core.training.limits; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
 
 
 def test_names_that_other_programs_import() -> None:

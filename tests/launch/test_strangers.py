@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ddetr.core.checkpoint.weights import WEIGHTS, load_detector, save_weights
+from ddetr.core.checkpoint.trained import load_detector
+from ddetr.core.checkpoint.weights import WEIGHTS, save_weights
 from ddetr.core.config import changed, dump, load
 from ddetr.core.ownership import ORDERS, ForeignSettingError, check_own, own_settings_file, remember
 

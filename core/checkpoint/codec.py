@@ -1,0 +1,171 @@
+"""What a run goes on from as one value, and the files that hold it.
+
+A checkpoint's folder has model.safetensors, the whole model as it is evaluated, in float32; training.safetensors, what
+training keeps of each trained parameter beside that, as SLOT/PARAMETER; and checkpoint.json, the manifest, which lists
+what is in these two. Tensors are whole and by parameter, whatever number of ranks and ZeRO stage wrote them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...data.categories import Categories
+from ...data.text import visible
+from ...data.values import described, is_number, member, whole
+from ..config import Config
+from ..model.detector import Detector
+from ..model.finite import check_finite
+from ..progress import Position
+from .description import contents
+from .fit import check_fit
+from .manifest import MANIFEST, damaged, read_manifest, write_checkpoint
+from .weights import WEIGHTS, StoredTensors, save_weights, shapes_of
+
+TRAINING = "training.safetensors"
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Configuration, weights and position of a run, and what its training keeps beside them.
+
+    weights: the whole model as it is evaluated. averaged: they hold the moving average of what is trained; the weights
+    that training goes on with are then the slot "weights". slots: by name, the tensors that are kept beside each
+    trained parameter, of its shape. trained: those parameters, and the optimizer's steps of each. loss_scale: of fp16.
+    ranks, zero_stage: of the run that wrote it, 0 where that is not known.
+    """
+
+    folder: Path
+    position: Position
+    config: Config
+    categories: Categories
+    weights: Tensors
+    averaged: bool
+    slots: Mapping[str, Tensors]
+    trained: Mapping[str, int]
+    loss_scale: Mapping[str, Any]
+    ranks: int
+    zero_stage: int
+
+    def write(self) -> None:
+        """Whole or, with an OSError, not at all."""
+        position = self.position
+        kept = {f"{slot}/{name}": tensor for slot, tensors in self.slots.items() for name, tensor in tensors.items()}
+
+        def write(folder: Path) -> None:
+            save_weights(folder / WEIGHTS, self.weights, self.config, self.categories, position.step, position.epoch)
+            save_file(kept, folder / TRAINING)
+
+        values = asdict(position) | {
+            "model": "average" if self.averaged else "weights",
+            "slots": list(self.slots),
+            "trained": dict(self.trained),
+            "loss_scale": dict(self.loss_scale),
+            "ranks": self.ranks,
+            "zero_stage": self.zero_stage,
+        }
+        needed = sum(tensor.nbytes for tensor in (*self.weights.values(), *kept.values()))
+        write_checkpoint(self.folder, needed, write, values)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """What manifest and headers say; a tensor is read when it is asked for.
+
+        Raises ValueError as `read_manifest` and `contents` do, and that names what the manifest or a file lacks.
+        """
+        values = read_manifest(folder)
+        if unlisted := [name for name in (WEIGHTS, TRAINING) if name not in values["files"]]:
+            raise ValueError(damaged(folder, f"{MANIFEST} does not list {unlisted[0]}"))
+        kept = StoredTensors(folder / TRAINING)
+        try:
+            if values["version"] == 1:
+                values = _as_listed_now(values, kept)
+            numbers = {name: whole(values, name) for name in ("step", "epoch", "step_in_epoch", "steps_per_epoch")}
+            position = Position(**numbers, order=member(values, "order", str))
+            counts, loss_scale = (member(values, name, dict) for name in ("trained", "loss_scale"))
+            if bad := [value for value in loss_scale.values() if not (type(value) is bool or is_number(value))]:
+                raise ValueError(f"'loss_scale' holds {described(bad[0])}")
+            if (kind := member(values, "model", str)) not in ("weights", "average"):
+                raise ValueError(f"'model' is {described(kind)}")
+            if bad := [slot for slot in member(values, "slots", list) if not isinstance(slot, str)]:
+                raise ValueError(f"'slots' holds {described(bad[0])}")
+            if kind == "average" and "weights" not in values["slots"]:
+                raise ValueError("'slots' lists no 'weights' to train on with, and 'model' is their average")
+            trained = {name: whole(counts, name) for name in counts}
+            ranks, zero_stage = whole(values, "ranks"), whole(values, "zero_stage")
+        except ValueError as error:
+            what = f"{MANIFEST} lacks what a resume needs ({visible(str(error))})"
+            raise ValueError(damaged(folder, what)) from error
+        slots = {slot: kept.under(f"{slot}/") for slot in values["slots"]}
+        found = contents(folder / WEIGHTS)
+        if found.categories is None:
+            raise ValueError(damaged(folder, f"{WEIGHTS} was not written by ddetr"))
+        for name in trained:
+            if (shape := found.shapes.get(name)) is None:
+                raise ValueError(damaged(folder, f"{WEIGHTS} has no {visible(name)}, which was trained"))
+            if bad := [slot for slot, tensors in slots.items() if tensors.shapes.get(name) != shape]:
+                raise ValueError(damaged(folder, f"{TRAINING} has no {visible(f'{bad[0]}/{name}')} of shape {shape}"))
+        return cls(
+            folder=folder,
+            position=position,
+            config=found.config,
+            categories=found.categories,
+            weights=found.weights,
+            averaged=kind == "average",
+            slots=slots,
+            trained=trained,
+            loss_scale=loss_scale,
+            ranks=ranks,
+            zero_stage=zero_stage,
+        )
+
+    def check_fit(self, model: Detector) -> None:
+        """Raises ValueError that lists what differs when it is of another architecture. No tensor is read."""
+        shapes = self.weights.shapes if isinstance(self.weights, StoredTensors) else shapes_of(self.weights)
+        check_fit(model, shapes, self.folder / WEIGHTS)
+
+    def fill(self, model: Detector) -> None:
+        """With the weights that training goes on with. Raises ValueError as `check_fit`, and for one not finite."""
+        self.check_fit(model)
+        constant = {name: self.weights[name] for name in model.state_dict() if name not in self.trained}
+        check_finite(constant, self.folder / WEIGHTS)
+        model.load_state_dict(constant | dict(self.beside("weights")))
+
+    def beside(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """What is kept of each trained parameter: the "weights" that training goes on with, their "average", or a slot.
+
+        One tensor is read at a time. Raises ValueError for a kind that it has not, and a value that is not finite.
+        """
+        in_model = kind == ("average" if self.averaged else "weights")
+        if not in_model and kind not in self.slots:
+            raise ValueError(
+                f"{self.folder} has no {kind!r} of its trained parameters, only {described(list(self.slots))}; start "
+                f"from its weights instead: train.initial_weights={self.folder}"
+            )
+        tensors = self.weights if in_model else self.slots[kind]
+        for name in self.trained:
+            tensor = tensors[name]
+            check_finite({name: tensor}, self.folder / (WEIGHTS if in_model else TRAINING))
+            yield name, tensor
+
+
+def _as_listed_now(values: Mapping[str, Any], kept: StoredTensors) -> dict[str, Any]:
+    """The manifest of version 1, of the first release. Its slots are what the names of the tensors begin with.
+
+    Raises ValueError that names what it lacks.
+    """
+    slots = list(dict.fromkeys(name.partition("/")[0] for name in kept.shapes))
+    if not slots:
+        raise ValueError(f"{TRAINING} has no state of the optimizer")
+    trained, average = member(values, "optimizer_steps", dict), member(values, "moving_average", bool)
+    model = "average" if average else "weights"
+    now = {"order": "", "ranks": 0, "zero_stage": 0, **values, "model": model, "slots": slots, "trained": trained}
+    if "steps_per_epoch" not in values:  # before steps could be parts of an epoch
+        step, epoch, in_epoch = (whole(values, name) for name in ("step", "epoch", "step_in_epoch"))
+        now["steps_per_epoch"] = (step - in_epoch) // epoch if epoch else 0
+    return now
