@@ -87,6 +87,7 @@ def criterion(
     micro-batches) that it is divided in, of which this batch is one: with them, the mean of the parts' gradients is
     the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
     objects than there are queries; num_images, how many images of the step are real. Both matter to softmax alone.
+    Losses of an output whose matches have each object several times are means over those.
     Outputs whose labels are "objects" have label 0 for every object: proposals are matched without regard to classes
     (section 4.2).
 
@@ -120,7 +121,9 @@ def criterion(
             queries = images * stack.boxes.shape[2]
             class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * with_object
         of_class = (of_none + of_class) / class_normaliser
-        columns.append(torch.stack([of_class, *(values / normaliser for values in of_boxes)]))
+        # Matches known beforehand may have each object several times.
+        repeats = max(1, each // max(1, len(batch.labels))) if stacked.matches else 1
+        columns.append(torch.stack([of_class, *(values / normaliser for values in of_boxes)]) / repeats)
         pairs |= {name: matched[layer * each : (layer + 1) * each] for layer, name in enumerate(names)}
     return Losses(
         torch.cat(columns, dim=1),

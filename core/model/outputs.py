@@ -19,7 +19,8 @@ class Output:
     """One prediction a query.
 
     labels: what the classes tell apart: the categories, or objects from nothing (every object has label 0 then).
-    matches: image by image, where they are known beforehand; otherwise the queries are matched by their costs.
+    matches: image by image, where they are known beforehand, each object as often as every other; otherwise the queries
+    are matched by their costs.
     """
 
     name: str

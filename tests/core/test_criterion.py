@@ -1,13 +1,15 @@
 """Matching and losses against plain loops, where the reference outputs do not reach."""
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ddetr.core.config import OptimConfig
 from ddetr.core.model.criterion import criterion
 from ddetr.core.model.matcher import Matches, Matching, Stack
-from ddetr.core.model.outputs import Predictions
+from ddetr.core.model.outputs import Output, Predictions
 from ddetr.data.batch import Batch
 from ddetr.data.boxes import cxcywh_to_xyxy
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
@@ -111,6 +113,34 @@ def test_losses_equal_a_loop_over_images(counts: list[int]) -> None:
         focal = float(sigmoid_focal_loss(logits, wanted, CONFIG.focal_alpha, CONFIG.focal_gamma, reduction="sum"))
         expected = [focal / 2.5, l1 / 2.5, giou / 2.5]
         assert losses.values[:, column].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_known_matches_are_taken_as_they_are() -> None:
+    """Outputs of one shape, one of them matched beforehand: as denoising queries are."""
+    torch.manual_seed(3)
+    batch = random_batch([3, 0, 2])
+    layers = [(torch.randn(3, QUERIES, CLASSES), random_boxes(3, QUERIES)) for _ in range(2)]
+    plain = criterion(Predictions.of(layers), batch, CONFIG, 5.0)
+    found = match(*(part[None] for part in layers[1]), batch.labels, batch)[0]
+    known = Output("known", *layers[1], matches=found)
+    losses = criterion(Predictions(Predictions.of(layers).decoder, (known,)), batch, CONFIG, 5.0)
+    assert losses.layers == ("0", "1", "known")
+    torch.testing.assert_close(losses.values[:, 2], losses.values[:, 1])
+    torch.testing.assert_close(losses.values[:, :2], plain.values)
+    assert losses.class_error == plain.class_error
+
+    other = [(queries[::-1].copy(), objects) for queries, objects in found]  # no best assignment any more
+    losses = criterion(
+        Predictions(Predictions.of(layers).decoder, (replace(known, matches=other),)), batch, CONFIG, 5.0
+    )
+    assert losses.values[1, 2] > losses.values[1, 1]
+
+    # Twice as many queries, each object matched in both halves: the mean of two equal halves.
+    twice = [(np.concatenate([queries, queries + QUERIES]), np.tile(objects, 2)) for queries, objects in found]
+    logits, boxes = (torch.cat([part, part], dim=1) for part in layers[1])
+    doubled = Output("doubled", logits, boxes, matches=twice)
+    losses = criterion(Predictions(Predictions.of(layers).decoder, (doubled,)), batch, CONFIG, 5.0)
+    torch.testing.assert_close(losses.values[:, 2], losses.values[:, 1])
 
 
 def test_without_objects_every_parameter_still_gets_a_gradient() -> None:
