@@ -10,8 +10,10 @@ import pytest
 import torch
 from ddetr.core.checkpoint import checkpoints
 from ddetr.core.checkpoint.codec import TRAINING, Checkpoint
-from ddetr.core.checkpoint.manifest import MANIFEST, prune
+from ddetr.core.checkpoint.manifest import MANIFEST
+from ddetr.core.evaluation import result
 from ddetr.core.progress import Position
+from ddetr.core.training.saving import prune
 from ddetr.data.shards import pack
 from ddetr.launch.data import synth
 from safetensors.torch import load_file, save_file
@@ -63,7 +65,7 @@ def test_an_old_run_goes_on_as_its_release_took_it_on(name: str, old_runs: Path,
 
     before, newest = checkpoints(directory)[:-1], checkpoints(directory)[-1]
     assert (newest.name, before[-1].name) == ("step_00000012", "step_00000008")
-    scores = {path: json.loads((path / "evaluation.json").read_text())["AP"] for path in (*before, newest)}
+    scores = {path: result.read(path)[-1].score for path in (*before, newest)}
     best = max(scores, key=lambda path: scores[path])
     assert prune(checkpoints(directory), 1) == [path for path in before if path != best]
 
@@ -121,7 +123,8 @@ def test_an_old_run_is_shown_reported_and_evaluated(name: str, old_runs: Path, s
     assert "checksums right; written by 1 rank(s), ZeRO " in shown
     ddetr("report", directory)
     assert "<html" in (directory / "report.html").read_text()
+    checkpoint = directory / "checkpoints/step_00000008"
+    recorded = json.loads((checkpoint / "evaluation.json").read_text())
     ddetr("eval", directory, "--data", shards)
-    scores = json.loads((directory / "eval/step_00000008/metrics.json").read_text())
-    recorded = json.loads((directory / "checkpoints/step_00000008/evaluation.json").read_text())
-    assert scores["AR100"] == pytest.approx(recorded["AR100"])  # the others depend on the order of near-equal scores
+    old, new = (found.metrics["AR100"] for found in result.read(checkpoint))  # the others depend on near-equal scores
+    assert old == recorded["AR100"] == pytest.approx(new)
