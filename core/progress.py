@@ -7,11 +7,12 @@ from dataclasses import dataclass
 class Position:
     """How far a run has come.
 
-    steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes when.
+    epochs: whole ones, all done. steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes
+    when.
     """
 
     step: int
-    epoch: int
+    epochs: int
     step_in_epoch: int
     steps_per_epoch: int
     order: str = ""

@@ -73,7 +73,7 @@ def inspect(path: Path) -> None:
 def _facts(file: Path) -> tuple[Contents, dict[str, str]]:
     found = contents(file)
     facts = {
-        "position": "published weights" if found.step is None else f"step {found.step}, epoch {found.epoch}",
+        "position": "published weights" if found.step is None else f"step {found.step}, {found.epochs} epoch(s) done",
         "stored as": _stored_types(file),
         "categories": _categories(found),
         "evaluated": _evaluated(file) or "not yet (ddetr eval)",
@@ -138,7 +138,7 @@ def _write_safetensors(detector: TrainedDetector, file: Path) -> str:
     names = category_names(detector)
     categories = detector.categories or Categories(tuple(range(len(names))), names)
     save_weights(
-        file, detector.model.state_dict(), detector.config, categories, detector.step or 0, detector.epoch or 0
+        file, detector.model.state_dict(), detector.config, categories, detector.step or 0, detector.epochs or 0
     )
     return ""
 

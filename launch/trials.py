@@ -54,17 +54,17 @@ class Trials:
         """A trial starts, if it has not already."""
         row: Row = {"trial": name, "state": "running"}
         row |= {"parameters": {key: parameters.get(key) for key in self._sweep.search}}
-        row |= {"best": None, "best_epoch": None, "epochs": None, "stopped_early": False, "error": None}
+        row |= {"best": None, "best_after_epochs": None, "epochs": None, "stopped_early": False, "error": None}
         self._rows.setdefault(name, row)
         self._write_again()
 
-    def add(self, name: str, epoch: int, score: float) -> None:
-        """An evaluation. epoch: how many the trial has taken."""
+    def add(self, name: str, epochs: int, score: float) -> None:
+        """An evaluation. epochs: how many the trial has taken."""
         row = self._rows[name]
-        row["epochs"] = epoch
+        row["epochs"] = epochs
         sign = -1 if self._sweep.mode == "max" else 1
         if math.isfinite(score) and (row["best"] is None or sign * score < sign * row["best"]):
-            row["best"], row["best_epoch"] = score, epoch
+            row["best"], row["best_after_epochs"] = score, epochs
         self._write_again()
 
     def end(self, name: str, error: str | None = None) -> None:
@@ -96,7 +96,7 @@ class Trials:
         content = {"metric": sweep.metric, "mode": sweep.mode, "sweep": _shown(sweep), "trials": rows}
         write_whole(self._folder / "results.json", as_json(content, indent=1).encode())
         text = io.StringIO()
-        columns = ["best", "best_epoch", "epochs", "stopped_early", "error", "run_directory"]
+        columns = ["best", "best_after_epochs", "epochs", "stopped_early", "error", "run_directory"]
         writer = csv.DictWriter(text, ["trial", "state", *sweep.search, *columns], extrasaction="ignore")
         writer.writeheader()
         writer.writerows({**row, **row["parameters"]} for row in rows)
@@ -106,13 +106,15 @@ class Trials:
         sweep, rows, folder = self._sweep, self.rows, self._folder
         names = [key.rpartition(".")[2] for key in sweep.search]
         titles = [name if names.count(name) == 1 else key for name, key in zip(names, sweep.search, strict=True)]
-        table = Table("trial", *titles, sweep.metric, "at epoch", "ended", title=f"{len(rows)} trials, the best first")
+        table = Table(
+            "trial", *titles, sweep.metric, "after epochs", "ended", title=f"{len(rows)} trials, the best first"
+        )
         for column in table.columns:
             column.no_wrap = True
         for row in rows:
             values = [_short(row["parameters"].get(key)) for key in sweep.search]
-            best = ["-", "-"] if row["best"] is None else [f"{row['best']:.4f}", str(row["best_epoch"])]
-            ended = f"{'stopped at' if row['stopped_early'] else 'epoch'} {row['epochs']}"
+            best = ["-", "-"] if row["best"] is None else [f"{row['best']:.4f}", str(row["best_after_epochs"])]
+            ended = f"{'stopped after' if row['stopped_early'] else 'after'} {row['epochs']} epoch(s)"
             ended = ended if row["state"] == "ended" else row["state"]
             table.add_row(row["trial"].removeprefix("trial_"), *values, *best, ended)
         console = Terminal()

@@ -78,8 +78,8 @@ def _run_trials(sweep: Sweep, base: Config, folder: Path, table: Trials) -> None
             table.begin(str(trial), trial.config)
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-            table.add(str(trial), result["epoch"], result[sweep.metric])
-            say(f"{trial} epoch {result['epoch']}: {sweep.metric} {result[sweep.metric]:.4f}")
+            table.add(str(trial), result["epochs"], result[sweep.metric])
+            say(f"{trial} after {result['epochs']} epoch(s): {sweep.metric} {result[sweep.metric]:.4f}")
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             table.end(str(trial))
@@ -94,7 +94,7 @@ def _run_trials(sweep: Sweep, base: Config, folder: Path, table: Trials) -> None
     if asha := sweep.scheduler.asha:
         longest = max(base.train.epochs, asha.grace_epochs)
         scheduler = ASHAScheduler(
-            time_attr="epoch", max_t=longest, grace_period=asha.grace_epochs, reduction_factor=asha.reduction_factor
+            time_attr="epochs", max_t=longest, grace_period=asha.grace_epochs, reduction_factor=asha.reduction_factor
         )
     logging.getLogger("ray.tune").setLevel(logging.WARNING)  # ray.init has set it to errors alone
     # With the first verbose=0 is silent; the second: a failed trial's traceback is in its error.txt.
@@ -130,8 +130,8 @@ def _take(table: Trials, result: Any, metric: str) -> None:
     name, history = Path(result.path).name, result.metrics_dataframe
     table.begin(name, result.config or {})
     if history is not None and metric in history:
-        for epoch, score in zip(history["epoch"], history[metric], strict=True):
-            table.add(name, int(epoch), float(score))
+        for epochs, score in zip(history["epochs"], history[metric], strict=True):
+            table.add(name, int(epochs), float(score))
     table.end(name, _error(result.error) if result.error else None)
 
 
@@ -174,6 +174,6 @@ def _trial(parameters: dict[str, Any], *, base: Config, folder: Path, here: Path
             return
         if report.result.num_not_finite:  # no scheduler may compare it
             raise FloatingPointError(f"step {report.step}: {without_score(report.result.num_not_finite)}")
-        ray_tune.report({"epoch": report.epoch + 1, "step": report.step, **report.result.metrics})
+        ray_tune.report({"epochs": report.epoch + 1, "step": report.step, **report.result.metrics})
 
     run(config, observers=[tell])

@@ -58,7 +58,7 @@ class Checkpoint:
         kept = {f"{slot}/{name}": tensor for slot, tensors in self.slots.items() for name, tensor in tensors.items()}
 
         def write(folder: Path) -> None:
-            save_weights(folder / WEIGHTS, self.weights, self.config, self.categories, position.step, position.epoch)
+            save_weights(folder / WEIGHTS, self.weights, self.config, self.categories, position.step, position.epochs)
             save_file(kept, folder / TRAINING)
 
         values = asdict(position) | {
@@ -85,7 +85,7 @@ class Checkpoint:
         try:
             if values["version"] == 1:
                 values = _as_listed_now(values, kept)
-            numbers = {name: whole(values, name) for name in ("step", "epoch", "step_in_epoch", "steps_per_epoch")}
+            numbers = {name: whole(values, name) for name in ("step", "epochs", "step_in_epoch", "steps_per_epoch")}
             position = Position(**numbers, order=member(values, "order", str))
             counts, loss_scale = (member(values, name, dict) for name in ("trained", "loss_scale"))
             if bad := [value for value in loss_scale.values() if not (type(value) is bool or is_number(value))]:
@@ -164,8 +164,9 @@ def _as_listed_now(values: Mapping[str, Any], kept: StoredTensors) -> dict[str, 
         raise ValueError(f"{TRAINING} has no state of the optimizer")
     trained, average = member(values, "optimizer_steps", dict), member(values, "moving_average", bool)
     model = "average" if average else "weights"
-    now = {"order": "", "ranks": 0, "zero_stage": 0, **values, "model": model, "slots": slots, "trained": trained}
+    epochs = whole(values, "epoch")
+    now = {"order": "", "ranks": 0, "zero_stage": 0, **values, "epochs": epochs}
     if "steps_per_epoch" not in values:  # before steps could be parts of an epoch
-        step, epoch, in_epoch = (whole(values, name) for name in ("step", "epoch", "step_in_epoch"))
-        now["steps_per_epoch"] = (step - in_epoch) // epoch if epoch else 0
-    return now
+        step, in_epoch = whole(values, "step"), whole(values, "step_in_epoch")
+        now["steps_per_epoch"] = (step - in_epoch) // epochs if epochs else 0
+    return now | {"model": model, "slots": slots, "trained": trained}

@@ -31,7 +31,7 @@ class Contents:
     config: Config
     categories: Categories | None
     step: int | None
-    epoch: int | None
+    epochs: int | None  # that were done
     shapes: Shapes
     weights: Mapping[str, Tensor]
 
@@ -57,13 +57,13 @@ def contents_of(file: Path, overrides: Sequence[str]) -> Contents:
             log.warning("%s", published.taken)
         model_config = published_config(named, published.arguments, file)
         top_k = min(EvalConfig().top_k, model_config.queries * model_config.num_classes)
-        stored, categories, step, epoch = Config(model=model_config, eval=EvalConfig(top_k=top_k)), None, None, None
+        stored, categories, step, epochs = Config(model=model_config, eval=EvalConfig(top_k=top_k)), None, None, None
         weights: Mapping[str, Tensor] = from_published(named)
         shapes = shapes_of(weights)
     else:
         settings = [override for override in overrides if not override.strip().startswith("model.")]
         weights, shapes, metadata = opened, opened.shapes, opened.metadata
-        stored, categories, step, epoch = described_by(
+        stored, categories, step, epochs = described_by(
             file,
             lambda: (
                 _with_logins(parse(member(metadata, "config", str), str(file), settings), file),
@@ -76,7 +76,7 @@ def contents_of(file: Path, overrides: Sequence[str]) -> Contents:
     fixed = [f"model.{name}" for name, value in stored.model if getattr(config.model, name) != value]
     if fixed:
         raise ConfigError(f"{', '.join(fixed)}: the weights in {file} fix the model; leave the override out")
-    return Contents(file, config, categories, step, epoch, shapes, weights)
+    return Contents(file, config, categories, step, epochs, shapes, weights)
 
 
 def _with_logins(stored: Config, file: Path) -> Config:

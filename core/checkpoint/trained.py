@@ -33,7 +33,7 @@ class TrainedDetector:
     config: Config
     categories: Categories | None  # None: published weights, whose label is the COCO category id itself
     step: int | None
-    epoch: int | None
+    epochs: int | None  # that were done
     path: Path
 
 
@@ -66,7 +66,7 @@ def _loaded(file: Path, device: str | torch.device, overrides: Sequence[str], co
     check_finite(weights, found.file)
     model.load_state_dict(weights)
     model.to(device).eval().requires_grad_(False)
-    return TrainedDetector(model, config, found.categories, found.step, found.epoch, found.file)
+    return TrainedDetector(model, config, found.categories, found.step, found.epochs, found.file)
 
 
 def load_weights(

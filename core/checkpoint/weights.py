@@ -1,7 +1,7 @@
 """Weights on disk: which file is meant, and tensors under our names, whoever wrote them.
 
 A run directory holds checkpoints/step_00001234/, each with model.safetensors: the whole model in float32 under
-our names, with configuration, categories, step and epoch in its metadata. Nothing here executes a pickle.
+our names, with configuration, categories, step and epochs in its metadata. Nothing here executes a pickle.
 """
 
 import contextlib
@@ -70,15 +70,18 @@ def read_newest(path: str | Path, read: Callable[[Path], Found]) -> Found:
 
 
 def save_weights(
-    path: Path, weights: Mapping[str, Tensor], config: Config, categories: Categories, step: int, epoch: int
+    path: Path, weights: Mapping[str, Tensor], config: Config, categories: Categories, step: int, epochs: int
 ) -> None:
-    """Write a file of weights that says what they are, and no login of the addresses that they were trained from."""
+    """Write a file of weights that says what they are, and no login of the addresses that they were trained from.
+
+    epochs: how many are done.
+    """
     metadata = {
         "format": "ddetr",
         "config": dump(config, for_others=True),
         "categories": json.dumps(categories.to_json()),
         "step": str(step),
-        "epoch": str(epoch),
+        "epoch": str(epochs),  # the first release calls it so
     }
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata=metadata)
 

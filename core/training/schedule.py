@@ -71,7 +71,7 @@ class Schedule:
         shift = 0
         if done is not None:
             step_in_epoch = done.step_in_epoch * per_epoch // (done.steps_per_epoch or per_epoch)
-            shift = done.step - (done.epoch * per_epoch + step_in_epoch)
+            shift = done.step - (done.epochs * per_epoch + step_in_epoch)
         return cls(per_epoch, train.epochs, train.max_steps, shift, every)
 
     @property
@@ -131,12 +131,12 @@ def other_plan(done: Position, schedule: Schedule, order: str) -> str | None:
     if done.steps_per_epoch not in (0, schedule.per_epoch):
         return (
             f"an epoch has {schedule.per_epoch} steps now, and had {done.steps_per_epoch} until step {done.step}: "
-            f"{done.epoch} epoch(s) and {done.step_in_epoch} of {done.steps_per_epoch} steps are done, so it goes on "
-            f"at step {in_epoch} of {schedule.per_epoch} of epoch {done.epoch + 1}{again}"
+            f"{done.epochs} epoch(s) and {done.step_in_epoch} of {done.steps_per_epoch} steps are done, so it goes on "
+            f"at step {in_epoch} of {schedule.per_epoch} of epoch {done.epochs + 1}{again}"
         )
     if done.step_in_epoch and done.order and done.order != order:
         return (
-            f"epoch {done.epoch + 1} has another order of images now, because its shards, train.seed or settings of "
+            f"epoch {done.epochs + 1} has another order of images now, because its shards, train.seed or settings of "
             f"data changed; it goes on at step {in_epoch} of {schedule.per_epoch}{again}"
         )
     return None
@@ -149,7 +149,7 @@ def nothing_left(done: Position, schedule: Schedule) -> str | None:
     by_steps = schedule.max_steps is not None and done.step >= schedule.max_steps
     limit = f"train.max_steps={schedule.max_steps}" if by_steps else f"train.epochs={schedule.epochs}"
     return (
-        f"nothing is left to do: {done.epoch} epoch(s), {done.step} steps are done, and {limit} asks for no more; "
+        f"nothing is left to do: {done.epochs} epoch(s), {done.step} steps are done, and {limit} asks for no more; "
         f"to go on, set a larger {limit.partition('=')[0]}"
     )
 

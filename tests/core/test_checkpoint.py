@@ -62,7 +62,7 @@ def test_newest_complete_checkpoint_is_found_and_describes_itself(written: tuple
     assert find_checkpoint(run_directory) == step_directory(run_directory, 12)
     for path in (run_directory, step_directory(run_directory, 12), step_directory(run_directory, 12) / WEIGHTS):
         detector = load_detector(path)
-        assert (detector.step, detector.epoch, detector.categories) == (12, 1, CATEGORIES)
+        assert (detector.step, detector.epochs, detector.categories) == (12, 1, CATEGORIES)
         assert detector.config == configuration()
         assert not detector.model.training
         assert_same_weights(detector.model, model)

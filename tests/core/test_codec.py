@@ -36,7 +36,7 @@ def checkpoint(folder: Path, averaged: bool) -> tuple[Checkpoint, Detector]:
     slots = {"momentum": momentum} | ({"weights": {name: weights[name] for name in trained}} if averaged else {})
     stored = Checkpoint(
         folder=folder,
-        position=Position(step=7, epoch=1, step_in_epoch=1, steps_per_epoch=6, order="abc"),
+        position=Position(step=7, epochs=1, step_in_epochs=1, steps_per_epoch=6, order="abc"),
         config=config,
         categories=Categories((1, 5, 9), ("a", "b", "c")),
         weights=weights | ({name: average.state_dict()[name] for name in trained} if averaged else {}),

@@ -87,7 +87,7 @@ def test_an_old_checkpoint_is_read_as_its_files_say(name: str, old_runs: Path) -
 def test_an_old_manifest_may_lack_what_a_resume_can_do_without(lost: str, old_runs: Path) -> None:
     folder = changed(old_runs, lost)
     position = Checkpoint.read(folder).position
-    assert (position.step, position.epoch, position.steps_per_epoch) == (8, 2, 4)
+    assert (position.step, position.epochs, position.steps_per_epoch) == (8, 2, 4)
 
 
 @pytest.mark.parametrize("lost", ["step", "epoch", "step_in_epoch", "optimizer_steps", "moving_average", "loss_scale"])
@@ -119,7 +119,7 @@ def changed(old_runs: Path, lost: str) -> Path:
 def test_an_old_run_is_shown_reported_and_evaluated(name: str, old_runs: Path, shards: Path) -> None:
     directory = old_runs / name
     shown = ddetr("checkpoint", "inspect", directory)
-    assert "step 8, epoch 2" in shown
+    assert "step 8, 2 epoch(s) done" in shown
     assert "checksums right; written by 1 rank(s), ZeRO " in shown
     ddetr("report", directory)
     assert "<html" in (directory / "report.html").read_text()

@@ -200,7 +200,7 @@ def test_another_batch_size_goes_on_with_the_next_epoch(train: Train, tmp_path: 
     )
     assert "without effect, the run goes on with its weights in its folder: train.name" in told.output
     position = json.loads((find_checkpoint(run) / MANIFEST).read_text())
-    assert [position[key] for key in ("step", "epoch", "step_in_epoch", "steps_per_epoch")] == [12, 3, 0, 6]
+    assert [position[key] for key in ("step", "epochs", "step_in_epoch", "steps_per_epoch")] == [12, 3, 0, 6]
 
 
 @pytest.fixture

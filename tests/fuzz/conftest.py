@@ -41,7 +41,7 @@ def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = [name for name in weights if name.startswith("class_embed")]
     checkpoint = Checkpoint(
         folder=run / STEP,
-        position=Position(step=20, epoch=2, step_in_epoch=0, steps_per_epoch=10),
+        position=Position(step=20, epochs=2, step_in_epoch=0, steps_per_epoch=10),
         config=config,
         categories=CATEGORIES,
         weights=weights,

@@ -49,8 +49,8 @@ def test_a_header_of_weights_is_what_it_says_or_refused(effort: Effort, weights_
             return
         said = header_of(data)
         assert found.shapes == {name: tuple(entry["shape"]) for name, entry in said.items() if name != "__metadata__"}
-        assert (found.step, found.epoch) == (int(said["__metadata__"]["step"]), int(said["__metadata__"]["epoch"]))
-        assert all(number is not None and number >= 0 for number in (found.step, found.epoch))
+        assert (found.step, found.epochs) == (int(said["__metadata__"]["step"]), int(said["__metadata__"]["epoch"]))
+        assert all(number is not None and number >= 0 for number in (found.step, found.epochs))
         assert found.categories is not None
         assert found.categories.to_json() == json.loads(said["__metadata__"]["categories"])
 

@@ -66,7 +66,7 @@ def test_a_manifest_is_right_or_refused(effort: Effort, run_directory: Path) -> 
             assert all((folder / name).stat().st_size == entry["bytes"] for name, entry in read["files"].items())
         if found is not None:
             position = found.position
-            numbers = (position.step, position.epoch, position.step_in_epoch, position.steps_per_epoch)
+            numbers = (position.step, position.epochs, position.step_in_epoch, position.steps_per_epoch)
             assert all(type(number) is int and 0 <= number < 2**63 for number in numbers)
             assert all(type(count) is int and 0 <= count < 2**63 for count in found.trained.values())
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_a_stranger_is_described_or_refused(
         assert listing(run_directory) == before
         printed = capsys.readouterr().out
         assert all(visible(line) == line for line in printed.split("\n"))
-        assert "position  step 20, epoch 2" in printed
+        assert "position  step 20, 2 epoch(s) done" in printed
 
     damage = st.tuples(st.sampled_from(places), DAMAGES).map(lambda p: (p[0], damaged(files[p[0]], p[1])))
     documents = [
@@ -139,8 +139,8 @@ def _average_precision(data: bytes) -> float | None:
 MANIFESTS = [
     {"step": 20.0},
     {"step": -1},
-    {"epoch": None},
-    {"epoch": 10**400},
+    {"epochs": None},
+    {"epochs": 10**400},
     {"steps_per_epoch": True},
     {"order": 1},
     {"trained": {"a": "20"}},

@@ -30,7 +30,13 @@ def outputs(model: DeformableDetr) -> tuple[torch.Tensor, torch.Tensor]:
 def test_inspect_tells_what_is_inside(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(run_directory)
     text = capsys.readouterr().out
-    for expected in ("step 20, epoch 2", "disc (1), triangle (23), cross (56)", "hidden_dim: 64", "tensors F32", "MiB"):
+    for expected in (
+        "step 20, 2 epoch(s) done",
+        "disc (1), triangle (23), cross (56)",
+        "hidden_dim: 64",
+        "tensors F32",
+        "MiB",
+    ):
         assert expected in text
     model = load_detector(run_directory).model
     assert f"{sum(tensor.numel() for tensor in model.state_dict().values()):,}" in text
