@@ -151,7 +151,7 @@ class TrainConfig(_Section):
     )
     checkpoint_every_steps: int | None = Field(default=None, gt=0, description="within an epoch")
     keep_checkpoints: int = Field(
-        default=0, ge=0, description="newest ones that stay, besides the one with the best AP; 0 keeps all"
+        default=0, ge=0, description="newest ones that stay, besides the one with the best score (AP); 0 keeps all"
     )
     evaluate_every_epochs: int = Field(default=1, ge=0, description="0 never evaluates while training")
     log_every_steps: int = Field(default=10, gt=0)

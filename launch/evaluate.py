@@ -4,8 +4,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,8 +16,15 @@ from rich.text import Text
 from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
-from ..core.evaluation.evaluator import ShardResult, check_categories, evaluate_shard, evaluation, without_score_of
-from ..core.evaluation.result import EVALUATION, Result, without_score
+from ..core.evaluation.evaluator import (
+    Evaluation,
+    ShardResult,
+    check_categories,
+    evaluate_shard,
+    evaluation,
+    without_score_of,
+)
+from ..core.evaluation.result import EVALUATION, Result, weights_digest, without_score
 from ..core.ownership import ForeignSettingError, check_links, check_own
 from ..core.training.world import device_for
 from ..data.cache import open_shards
@@ -66,18 +73,14 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         evaluators: dict[str, EvaluateShards] = {}  # by where the shards are
         for detector in detectors:
+            weights = weights_digest(detector.path)  # now: the run may delete it during the evaluation
             index = _shards(data, detector, overrides)
             check_categories(detector, index)
             if index.lack and index.real_location not in evaluators:
                 console.print(without_score_of(index), soft_wrap=True)
-            folder = _output_folder(detector.path, output, each=all_checkpoints)
-            in_run = output is None and detector.path.parent.parent.name == "checkpoints"
-            beside = detector.path.parent if in_run else folder  # where the result goes
-            if output is None:
-                own = detector.path.parents[2] if in_run else detector.path.parent
-                check_links(own, folder, *[folder.parent, beside.parent, beside] * in_run)
+            places = _places(detector.path, output, each=all_checkpoints)
             try:
-                result.read(beside)
+                result.read(places.result)
             except ValueError as error:  # before the work that it would be in the way of
                 if not all_checkpoints:
                     raise
@@ -91,12 +94,10 @@ def evaluate(
             began = time.perf_counter()
             with _progress(console, detector, index) as advance:
                 results = evaluators[index.real_location](detector, index, advance)
-            found = evaluation(detector, index, results, began)
+            found = evaluation(detector, index, results, weights, began)
             metrics = found.result.metrics
-            _write(folder, {"detections.json": found.detections, "ground_truth.json": found.ground_truth})
-            if beside.exists():  # the run may have deleted the checkpoint meanwhile
-                result.write(beside, found.result)
-            _print(console, detector, index, found.result, [folder, *[beside / EVALUATION] * in_run])
+            _write(places, found)
+            _print(console, detector, index, found.result, places)
             if found.result.num_not_finite:
                 without.append(f"{detector.path}: {without_score(found.result.num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
@@ -194,22 +195,38 @@ def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) ->
         yield lambda images: progress.advance(task, images)
 
 
-def _output_folder(file: Path, output: Path | None, each: bool) -> Path:
-    """Where the results of the checkpoint whose weights are `file` go."""
-    step = file.parent
-    in_run = step.parent.name == "checkpoints"
+@dataclass(frozen=True)
+class _Places:
+    """Folders: of detections and ground truth, and of the result."""
+
+    folder: Path
+    result: Path
+
+
+def _places(file: Path, output: Path | None, each: bool) -> _Places:
+    """Where what is found of the checkpoint whose weights are `file` goes. Raises ForeignSettingError for links."""
+    step, run_directory = file.parent, file.parent.parent.parent
     if output is not None:
-        return output / step.name if each else output
-    return step.parent.parent / "eval" / step.name if in_run else file.parent / file_name(file.stem, "_eval")
+        folder = output / step.name if each else output
+        return _Places(folder, folder)
+    if step.parent.name != "checkpoints":
+        folder = file.parent / file_name(file.stem, "_eval")
+        check_links(file.parent, folder)
+        return _Places(folder, folder)
+    folder = run_directory / "eval" / step.name
+    check_links(run_directory, folder, folder.parent, step, step.parent)
+    return _Places(folder, step)
 
 
-def _write(folder: Path, contents: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_whole(folder / name, as_json(content).encode())
+def _write(places: _Places, found: Evaluation) -> None:
+    places.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("detections", found.detections), ("ground_truth", found.ground_truth)):
+        write_whole(places.folder / f"{name}.json", as_json(content).encode())
+    if places.result.exists():  # the run may have deleted the checkpoint meanwhile
+        result.write(places.result, found.result)
 
 
-def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Result, places: list[Path]) -> None:
+def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Result, places: _Places) -> None:
     console.print(f"{detector.path} on {index.num_samples} images of {index.location}", soft_wrap=True)
     table = Table()
     table.add_column("metric")
@@ -217,4 +234,5 @@ def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found
     for name, value in found.metrics.items():
         table.add_row(name, "not finite" if math.isnan(value) else f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)
-    console.print(f"Written to {' and '.join(map(str, places))}", soft_wrap=True)
+    beside = "" if places.result == places.folder else f" and {places.result / EVALUATION}"
+    console.print(f"Written to {places.folder}{beside}", soft_wrap=True)

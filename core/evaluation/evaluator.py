@@ -19,7 +19,7 @@ from ...data.stream import evaluation_batches
 from ..checkpoint.labels import check_evaluable
 from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
-from .result import Measure, Result, weights_digest
+from .result import Measure, Result
 from .scores import headline, scored
 
 
@@ -99,9 +99,12 @@ def merge(results: Iterable[ShardResult]) -> list[dict]:
 
 
 def evaluation(
-    detector: TrainedDetector, index: ShardIndex, results: Iterable[ShardResult], began: float
+    detector: TrainedDetector, index: ShardIndex, results: Iterable[ShardResult], weights: str, began: float
 ) -> Evaluation:
-    """The results of all shards as one, scored against the shards' annotations. began: by time.perf_counter."""
+    """The results of all shards as one, scored against the shards' annotations.
+
+    weights: their digest, as in the result. began: by time.perf_counter.
+    """
     results, ground_truth = list(results), index.ground_truth()
     found, num_not_finite = merge(results), sum(result.num_not_finite for result in results)
     result = Result(
@@ -111,7 +114,7 @@ def evaluation(
         num_not_finite=num_not_finite,
         seconds=time.perf_counter() - began,
         time=time.time(),
-        weights=weights_digest(detector.path),
+        weights=weights,
         measure=Measure.of(detector.config, index),
     )
     return Evaluation(ground_truth, found, result)

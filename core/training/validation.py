@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ...data.index import ShardIndex
 from ..checkpoint import load_detector
+from ..checkpoint.weights import WEIGHTS
 from ..config import Config
 from ..evaluation import result
 from ..evaluation.evaluator import ShardResult, evaluate_shard, evaluation
-from ..evaluation.result import Result
+from ..evaluation.result import Result, weights_digest
 from .heartbeat import Watch
 from .world import World
 
@@ -44,7 +45,8 @@ def evaluate(
     gathered = [world.to_first([_told(shard) for shard in mine[i : i + 1]], list[_Told]) for i in rounds]
 
     def scored() -> Result:
-        found = evaluation(detector, index, (_heard(told) for told in chain(*chain(*gathered))), began).result
+        heard, digest = (_heard(told) for told in chain(*chain(*gathered))), weights_digest(checkpoint / WEIGHTS)
+        found = evaluation(detector, index, heard, digest, began).result
         try:
             result.write(checkpoint, found)
         except (OSError, ValueError) as error:  # the disk is full: the report has the numbers
