@@ -23,7 +23,6 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
-    "brief",
     "came_with_weights",
     "changed",
     "dump",

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..data.text import visible
+from ..data.text import shortened
 from .overrides import model_at
 
 LONGEST_MISTAKE = 1200  # characters
@@ -32,8 +32,7 @@ def described(error: ValidationError, configuration: type[BaseModel], *, as_path
 
 def brief(mistake: str) -> str:
     """A mistake on one line, however long the value is that it repeats."""
-    mistake = visible(mistake[: LONGEST_MISTAKE + 1])
-    return mistake if len(mistake) <= LONGEST_MISTAKE else f"{mistake[:LONGEST_MISTAKE]}..."
+    return shortened(mistake, LONGEST_MISTAKE)
 
 
 def _described(item: Any, configuration: type[BaseModel], as_paths: bool) -> str:

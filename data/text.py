@@ -30,6 +30,12 @@ def visible(text: str) -> str:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """The text visible, and no longer than `most` characters: the end of a longer one is an ellipsis."""
+    text = visible(text[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def file_name(stem: str, ending: str) -> str:
     """`stem` and `ending` together, the stem cut where a file system takes no name as long."""
     while len(os.fsencode(stem + ending)) > LONGEST_FILE_NAME:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from ..data.text import visible
+from ..data.text import shortened, visible
 
 NAME_LENGTH = 60  # characters of a name in a table, a list or a picture
 
@@ -46,9 +46,8 @@ def say(line: str, file: TextIO | None = None) -> None:
 
 
 def brief(text: str, most: int = NAME_LENGTH) -> str:
-    """The text visible, and no longer than `most` characters: the end of a longer one is an ellipsis."""
-    text = visible(text[: most + 1])
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """`shortened`, to the length of a name."""
+    return shortened(text, most)
 
 
 def paragraph(text: str) -> str:

@@ -171,17 +171,24 @@ def _precision(run: RunLog) -> str:
     )
 
 
-def _charts(run: RunLog) -> list[tuple[str, list[str], str]]:
+def _charts(run: RunLog) -> list[tuple[str, Sequence[str], str]]:
     """Title, scores and note of each chart: the headline's family, its sizes, then what else there is."""
     first, *others = _names(run)
     sizes = [name for name in others if name.startswith(f"{first}_")]
     family = [name for name in others if name.startswith(first) and name not in sizes]
-    found = [(f"{first} over epochs", [first, *family][:COLOURS], "percent, by the overlap that counts as found")]
-    found += [(f"{first} by object size", sizes[:COLOURS], "percent, classes of area as in COCO")] if sizes else []
     known = {name for protocol in PROTOCOLS if first in protocol.meanings for name in protocol.meanings}
     rest = [name for name in others if name not in {*sizes, *family, *known}]
-    found += [("Other scores", rest[:COLOURS], "percent")] if rest else []
-    return found
+    drawn = [(f"{first} over epochs", [first, *family], "percent, by the overlap that counts as found")]
+    drawn += [
+        (f"{first} by object size", sizes, "percent, classes of area as in COCO"),
+        ("Other scores", rest, "percent"),
+    ]
+    return [(title, few, note) for title, names, note in drawn for few in _few(names)]
+
+
+def _few(names: Sequence[str]) -> list[Sequence[str]]:
+    """As many together as lines of a chart can be told apart."""
+    return [names[start : start + COLOURS] for start in range(0, len(names), COLOURS)]
 
 
 def _curves(run: RunLog) -> str:
@@ -199,12 +206,14 @@ def _curves(run: RunLog) -> str:
     def loss(part: str) -> Line:
         return Line(part, x, [_finite(record["losses"].get(part)) for record in run.steps])
 
-    parts = _parts(run)[:COLOURS]
     step_time = [of("step_seconds", "step"), of("data_wait_seconds", "data wait")]
     memory = [of("memory_bytes", "memory", 2**-30)]
     charts = [
         curve("Loss", "weighted sum over all layers", [loss("total")], from_zero=True),
-        curve("Parts of the loss", "weighted, summed over layers", [loss(part) for part in parts], from_zero=True),
+        *(
+            curve("Parts of the loss", "weighted, summed over layers", [loss(part) for part in few], from_zero=True)
+            for few in _few(_parts(run))
+        ),
         curve("Learning rate", "of the transformer", [of("learning_rate", "rate")], from_zero=True),
         curve("Gradient norm", "before clipping; logarithmic", [of("gradient_norm", "norm")], log=True),
         curve("Step time", "seconds, and how many of them were spent waiting for data", step_time, from_zero=True),

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...data.categories import Categories
 from ...data.documents import parse_json
 from ...data.values import member, whole
-from ..config import Config, ConfigError, EvalConfig, brief, changed, parse, without_logins
+from ..config import Config, ConfigError, EvalConfig, changed, parse, without_logins
+from ..mistakes import brief
 from .published import Published, from_published, is_published, published_config, read_published, unwrapped
 from .weights import Shapes, StoredTensors, read_newest, shapes_of
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...data.categories import Categories
 from ...data.text import visible
-from ..config import ModelConfig, brief
+from ..config import ModelConfig
+from ..mistakes import brief
 from ..model.detector import Detector
 
 log = logging.getLogger("ddetr")

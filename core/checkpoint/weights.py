@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.categories import Categories
-from ..config import Config, brief, dump
+from ..config import Config, dump
+from ..mistakes import brief
 from .manifest import damaged
 
 WEIGHTS = "model.safetensors"
