@@ -28,7 +28,7 @@ from .verdict import (
     Beats,
     Finding,
     Identity,
-    Limits,
+    Patience,
     Quiet,
     States,
     described,
@@ -63,7 +63,7 @@ class Watch:
         self, world: World, config: TrainConfig, tell: Callable[[str], None], finish: Callable[[float], object]
     ) -> None:
         self._world, self._tell, self._finish = world, tell, finish
-        self._limits = Limits(config.rank_timeout_seconds, config.collective_timeout_seconds)
+        self._limits = Patience(config.rank_timeout_seconds, config.collective_timeout_seconds)
         self._every = min(_BEAT_SECONDS, self._limits.silence / 4)
         self._thread = threading.get_ident()
         self._stop, self._ended, self._judged = False, threading.Event(), threading.Lock()

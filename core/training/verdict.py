@@ -65,7 +65,7 @@ class Quiet:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Patience:
     """From how many seconds on a silence is a finding."""
 
     silence: float  # of the store or a rank
@@ -81,21 +81,21 @@ class Finding:
 
 
 def judge(
-    identities: Sequence[Identity], states: States, beats: Beats, quiet: Quiet, limits: Limits, store: str
+    identities: Sequence[Identity], states: States, beats: Beats, quiet: Quiet, patience: Patience, store: str
 ) -> Finding | None:
     """What is wrong, the surest first; None as long as nothing is. store: its address."""
     if dead := [rank for rank, state in states.items() if state in (None, "Z", "X")]:
         return Finding(f"{named(dead, identities)} died", dead)
-    seconds = f"{limits.silence:.0f} s"
-    if quiet.store > limits.silence:
+    seconds = f"{patience.silence:.0f} s"
+    if quiet.store > patience.silence:
         silent = f"the store at {store}, where the ranks met, has not answered for {seconds}"
         return Finding(f"{silent}: its host is gone or stopped, or the network between is cut", [])
-    if silent := [rank for rank, since in quiet.ranks.items() if since > limits.silence]:
+    if silent := [rank for rank, since in quiet.ranks.items() if since > patience.silence]:
         return Finding(f"nothing was heard of {named(silent, identities)} for {seconds}", silent)
     if beats.foreign is not None:
         return Finding(f"in the store at {store}, where the ranks met, {beats.foreign}", [])
-    if quiet.moves > limits.stall:
-        return Finding(f"no rank got any further for {limits.stall:.0f} s", None)
+    if quiet.moves > patience.stall:
+        return Finding(f"no rank got any further for {patience.stall:.0f} s", None)
     return None
 
 

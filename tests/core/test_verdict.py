@@ -9,7 +9,7 @@ from ddetr.core.training.verdict import (
     Beats,
     Finding,
     Identity,
-    Limits,
+    Patience,
     Quiet,
     States,
     described,
@@ -21,7 +21,7 @@ from ddetr.core.training.verdict import (
 
 HOSTS = ("a", "a", "b", "b")
 IDENTITIES = [Identity(host, 100 + rank, f"machine {host}") for rank, host in enumerate(HOSTS)]
-LIMITS = Limits(silence=60, stall=1800)
+LIMITS = Patience(silence=60, stall=1800)
 STORE = "10.0.0.1:29500"
 WAITING = ["trainer.py:9 train", "torch/distributed/distributed_c10d.py:1 all_reduce"]
 LOADING = ["trainer.py:5 train", "stream.py:8 next"]
