@@ -63,8 +63,8 @@ class Watch:
         self, world: World, config: TrainConfig, tell: Callable[[str], None], finish: Callable[[float], object]
     ) -> None:
         self._world, self._tell, self._finish = world, tell, finish
-        self._limits = Patience(config.rank_timeout_seconds, config.collective_timeout_seconds)
-        self._every = min(_BEAT_SECONDS, self._limits.silence / 4)
+        self._patience = Patience(config.rank_timeout_seconds, config.collective_timeout_seconds)
+        self._every = min(_BEAT_SECONDS, self._patience.silence / 4)
         self._thread = threading.get_ident()
         self._stop, self._ended, self._judged = False, threading.Event(), threading.Lock()
         self._moves: list[int] = []
@@ -111,7 +111,7 @@ class Watch:
                 dist.barrier()
             elif from_a_collective(trace):  # the judge will say which rank is the cause, and end this one
                 log.error("step %d: %s; looking for the rank that is lost", self._place[1], error)
-                time.sleep(self._limits.silence + 4 * self._every + 2 * _PUBLISH_SECONDS)
+                time.sleep(self._patience.silence + 4 * self._every + 2 * _PUBLISH_SECONDS)
             self._ended.set()
             if error is not None:
                 self._publish(failure(self._world.rank, self._place[1], error, self._identities))
@@ -163,12 +163,12 @@ class Watch:
             ranks={rank: now - heard for rank, (_, heard) in self._heard.items()},
             moves=now - self._moved if self._world.rank == 0 else 0.0,  # the others do not hear of all
         )
-        return judge(self._identities, self._states(), beats, quiet, self._limits, self._address)
+        return judge(self._identities, self._states(), beats, quiet, self._patience, self._address)
 
     def _publish(self, found: Finding) -> str:
         """What all ranks shall say: the first text that reaches the store, or ours where none answers."""
         texts = [self._described(found, {rank: word for rank, (word, _) in self._heard.items()})]
-        if time.monotonic() - self._exchanged > self._limits.silence:
+        if time.monotonic() - self._exchanged > self._patience.silence:
             return texts[0]
 
         def publish() -> None:
@@ -204,7 +204,7 @@ class Watch:
         speaker.join(_LAST_WORDS_SECONDS)
         if speaker.is_alive():
             os.write(2, f"stopping, and the log cannot be written: {said}\n".encode())
-        self._finish(self._limits.silence)
+        self._finish(self._patience.silence)
         if concluded:
             self._let_others_read()
         os._exit(TRY_AGAIN)
@@ -239,7 +239,7 @@ class Watch:
 
     def _connected(self) -> dist.Store:
         """A connection of its own: one that waits for an answer holds up whoever shares it."""
-        timeout = datetime.timedelta(seconds=self._limits.silence)
+        timeout = datetime.timedelta(seconds=self._patience.silence)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore(self._prefix, dist.TCPStore(host, port, is_master=False, timeout=timeout))
 

@@ -21,7 +21,7 @@ from ddetr.core.training.verdict import (
 
 HOSTS = ("a", "a", "b", "b")
 IDENTITIES = [Identity(host, 100 + rank, f"machine {host}") for rank, host in enumerate(HOSTS)]
-LIMITS = Patience(silence=60, stall=1800)
+PATIENCE = Patience(silence=60, stall=1800)
 STORE = "10.0.0.1:29500"
 WAITING = ["trainer.py:9 train", "torch/distributed/distributed_c10d.py:1 all_reduce"]
 LOADING = ["trainer.py:5 train", "stream.py:8 next"]
@@ -38,7 +38,7 @@ def quiet(store: float = 1, ranks: dict[int, float] | None = None, moves: float 
 def judged(states: States | None = None, beats: Beats | None = None, silences: Quiet | None = None) -> Finding | None:
     """By a rank 0 on host a, where all is well but for what is given."""
     beats = beats or Beats({rank: beat() for rank in range(4)})
-    return judge(IDENTITIES, {1: "S"} if states is None else states, beats, silences or quiet(), LIMITS, STORE)
+    return judge(IDENTITIES, {1: "S"} if states is None else states, beats, silences or quiet(), PATIENCE, STORE)
 
 
 def stacks_in(text: str) -> list[str]:
