@@ -21,6 +21,7 @@ from ddetr.core.evaluation import result
 from ddetr.core.evaluation.coco import MEANINGS
 from ddetr.core.evaluation.evaluator import merge
 from ddetr.data.index import ShardIndex
+from ddetr.launch import history
 from ddetr.launch.cluster import cluster
 from ddetr.launch.evaluate import CPU_THREADS, evaluate
 from ddetr.launch.explain import explain
@@ -82,6 +83,8 @@ def test_every_checkpoint_is_evaluated_into_the_run(run_directory: Path, local: 
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["step_00000010", "step_00000020"]
     assert written(run / "eval/step_00000020") == written(local)
     assert newest == metrics_of(local) == metrics_of(run / "checkpoints/step_00000020")
+    found = {record["step"]: record["metrics"] for record in history.read(run).evaluations}  # as the report has them
+    assert found == {step: metrics_of(run / f"checkpoints/step_{step:08d}") for step in (10, 20)}
     assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
 
 
