@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,17 @@ class Result:
 
 
 def write(folder: Path, result: Result) -> None:
-    """Put a result into the file in `folder`, in the place of an older one of the same measure.
+    """Put a result into the file in `folder`, in the place of an older one of the same measure, whose other scores stay.
 
     Raises OSError when it cannot be written, and ValueError when what is there is none of ours.
     """
-    others = [other for other in _read(folder / EVALUATION) if other.measure != result.measure]
+    others = []
+    for other in _read(folder / EVALUATION):
+        if other.measure != result.measure:
+            others.append(other)
+        elif other.weights == result.weights:  # perhaps by a program with protocols of its own
+            kept = {name: score for name, score in other.metrics.items() if name not in result.metrics}
+            result = replace(result, metrics=result.metrics | kept)
     values = {"version": _VERSION, "results": [other.to_json() for other in (*others, result)]}
     write_whole(folder / EVALUATION, as_json(values, indent=1).encode())
 

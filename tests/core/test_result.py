@@ -45,6 +45,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert result.read(checkpoint)[-1] == again
 
 
+def test_scores_that_a_later_evaluation_does_not_compute_stay(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, 1)
+    result.write(checkpoint, found(checkpoint, 0.25, metrics={"AP": 0.25, "hits": 0.5}))
+    result.write(checkpoint, found(checkpoint, 0.125))
+    assert result.read(checkpoint)[0].metrics == {"AP": 0.125, "AP50": 0.5, "hits": 0.5}
+
+
 def test_a_result_of_other_weights_is_none(tmp_path: Path) -> None:
     """As after a resume from an earlier step, which saves the step anew."""
     checkpoint = saved(tmp_path, 1)
