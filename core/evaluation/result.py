@@ -67,7 +67,7 @@ class Result:
 
 
 def write(folder: Path, result: Result) -> None:
-    """Put a result into the file in `folder`, in the place of an older one of the same measure, whose other scores stay.
+    """Put a result into the file in `folder`, in the place of one of the same measure, whose other scores stay.
 
     Raises OSError when it cannot be written, and ValueError when what is there is none of ours.
     """
