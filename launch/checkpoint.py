@@ -211,7 +211,7 @@ def _categories(found: Contents) -> str:
 def _evaluated(file: Path) -> str | None:
     """The scores of this checkpoint, of each set and settings that it was evaluated on and with."""
     try:
-        return "; ".join(map(_scores, result.read(file.parent))) or None
+        return "; ".join(map(_scores, result.known(file))) or None
     except ValueError as error:
         return str(error)
 

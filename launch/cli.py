@@ -228,7 +228,7 @@ def evaluate(
         bool, typer.Option("--all", help="Evaluate every checkpoint of the run, not only the newest.")
     ] = False,
 ) -> None:
-    """Compute the twelve COCO numbers (AP, AR). The batch size and the number of workers do not change them.
+    """Compute scores: COCO's twelve numbers (AP, AR). Batch size and number of workers do not change them.
 
     Examples:
 
@@ -299,7 +299,7 @@ def tune(
 
 @checkpoint_app.command("inspect")
 def checkpoint_inspect(path: CheckpointPath) -> None:
-    """Print what a checkpoint holds: step, size of each part, categories, AP if it was evaluated, configuration."""
+    """Print what a checkpoint holds: step, size of each part, categories, scores if it was evaluated, configuration."""
     from .checkpoint import inspect
 
     inspect(path)
@@ -333,7 +333,7 @@ def checkpoint_export(
 
 @app.command()
 def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
-    """Write RUN_DIR/report.html: one self-contained page with curves, AP, events and settings of a run."""
+    """Write RUN_DIR/report.html: one self-contained page with curves, scores, events and settings of a run."""
     from .report import report as write_report
 
     say(str(write_report(run_directory)))

@@ -3,8 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
-from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector
+from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detector, read_newest
+from ..core.checkpoint.manifest import MANIFEST
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
 from ..core.evaluation.evaluator import (
@@ -24,7 +24,8 @@ from ..core.evaluation.evaluator import (
     evaluation,
     without_score_of,
 )
-from ..core.evaluation.result import EVALUATION, Result, weights_digest, without_score
+from ..core.evaluation.result import Result, weights_digest, without_score
+from ..core.evaluation.scores import check_protocols
 from ..core.ownership import ForeignSettingError, check_links, check_own
 from ..core.training.world import device_for
 from ..data.cache import open_shards
@@ -32,7 +33,6 @@ from ..data.documents import as_json
 from ..data.files import write_whole
 from ..data.index import ShardIndex
 from ..data.location import Location
-from ..data.text import file_name
 from .console import Terminal, progress_bar
 
 CPU_THREADS = 2  # of every process that evaluates on a CPU, here or in a Ray worker, so that sums are the same
@@ -56,32 +56,29 @@ def evaluate(
     data: the shards to evaluate on, in place of the configuration's data.validation.
     ray_address: an address as `cluster` takes it; None evaluates in this process.
     output: folder for detections.json, ground_truth.json and the result, evaluation.json; with `all_checkpoints` for
-    one folder a step. Without it the result goes beside the checkpoint, where the run finds it, and the others into
-    the run's `eval/step_XXXXXXXX`.
+    one folder a step. Without it they go into the run's `eval/step_XXXXXXXX`, and the result beside the checkpoint,
+    too, where its run finds it.
     Returns the numbers of the last checkpoint. Raises ValueError in the end that names the damaged ones, and
     FloatingPointError that names those which gave numbers that are not finite and so have no score.
     """
+    check_protocols()
     console = Terminal()
     damaged: dict[Path, str] = {}
-    detectors = (
-        _every_detector(path, overrides, console, damaged)
-        if all_checkpoints
-        else [load_detector(path, overrides=overrides)]
-    )
+    one = [] if all_checkpoints else [read_newest(path, lambda file: _loaded(file, overrides))]
     metrics: dict[str, float] = {}
     without: list[str] = []
     with contextlib.ExitStack() as stack:
         evaluators: dict[str, EvaluateShards] = {}  # by where the shards are
-        for detector in detectors:
-            weights = weights_digest(detector.path)  # now: the run may delete it during the evaluation
+        for detector, weights in one or _every_detector(path, overrides, console, damaged):
             index = _shards(data, detector, overrides)
             check_categories(detector, index)
             if index.lack and index.real_location not in evaluators:
                 console.print(without_score_of(index), soft_wrap=True)
             places = _places(detector.path, output, each=all_checkpoints)
             try:
-                result.read(places.result)
-            except ValueError as error:  # before the work that it would be in the way of
+                for place in places:  # before the work that they would be in the way of
+                    result.read(place)
+            except ValueError as error:
                 if not all_checkpoints:
                     raise
                 damaged[detector.path.parent] = str(error)
@@ -96,8 +93,8 @@ def evaluate(
                 results = evaluators[index.real_location](detector, index, advance)
             found = evaluation(detector, index, results, weights, began)
             metrics = found.result.metrics
-            _write(places, found)
-            _print(console, detector, index, found.result, places)
+            _print(console, detector, index, found.result)
+            _write(console, places, found)
             if found.result.num_not_finite:
                 without.append(f"{detector.path}: {without_score(found.result.num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
@@ -110,10 +107,17 @@ def evaluate(
     return metrics
 
 
+def _loaded(path: Path, overrides: Sequence[str]) -> tuple[TrainedDetector, str]:
+    """With the digest of its weights: a run that goes on may delete the file at any moment."""
+    detector = load_detector(path, overrides=overrides)
+    return detector, weights_digest(detector.path)
+
+
 def _every_detector(
     run_directory: Path, overrides: list[str], console: Console, damaged: dict[Path, str]
-) -> Iterator[TrainedDetector]:
-    """Those of a run, oldest first, until none is new. Says which are gone; what is wrong with others is in `damaged`.
+) -> Iterator[tuple[TrainedDetector, str]]:
+    """Those of a run, `_loaded`, oldest first, until none is new. Says which are gone; `damaged` has what is wrong with
+    others.
 
     Raises FileNotFoundError without any, and what is wrong with the overrides.
     """
@@ -123,7 +127,7 @@ def _every_detector(
     while waiting := [checkpoint for checkpoint in checkpoints(run_directory) if checkpoint not in done]:
         for checkpoint in waiting:
             try:
-                detector = load_detector(checkpoint, overrides=overrides)
+                loaded = _loaded(checkpoint, overrides)
             except (OSError, ValueError) as error:
                 if not checkpoint.exists():
                     console.print(f"{checkpoint} was deleted meanwhile: left out", soft_wrap=True)
@@ -133,7 +137,7 @@ def _every_detector(
                 damaged[checkpoint] = str(error)
                 console.print(f"{checkpoint} cannot be evaluated, the others go on: {error}", soft_wrap=True)
             else:
-                yield detector
+                yield loaded
             done.add(checkpoint)
 
 
@@ -195,38 +199,38 @@ def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) ->
         yield lambda images: progress.advance(task, images)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Folders: of detections and ground truth, and of the result."""
+def _places(file: Path, output: Path | None, each: bool) -> list[Path]:
+    """The folders that get what is found of a file of weights: all of it, then, of a checkpoint, the result.
 
-    folder: Path
-    result: Path
-
-
-def _places(file: Path, output: Path | None, each: bool) -> _Places:
-    """Where what is found of the checkpoint whose weights are `file` goes. Raises ForeignSettingError for links."""
-    step, run_directory = file.parent, file.parent.parent.parent
+    Raises ForeignSettingError for links.
+    """
+    checkpoint = file.parent
     if output is not None:
-        folder = output / step.name if each else output
-        return _Places(folder, folder)
-    if step.parent.name != "checkpoints":
-        folder = file.parent / file_name(file.stem, "_eval")
-        check_links(file.parent, folder)
-        return _Places(folder, folder)
-    folder = run_directory / "eval" / step.name
-    check_links(run_directory, folder, folder.parent, step, step.parent)
-    return _Places(folder, step)
+        return [output / checkpoint.name if each else output]
+    in_run = checkpoint.parent.name == "checkpoints"
+    is_one = in_run or (checkpoint / MANIFEST).is_file()
+    places = [result.folder_of(file), *[checkpoint] * is_one]
+    own = checkpoint.parent.parent if in_run else checkpoint
+    check_links(own, *places, *[place.parent for place in places] * in_run)
+    return places
 
 
-def _write(places: _Places, found: Evaluation) -> None:
-    places.folder.mkdir(parents=True, exist_ok=True)
+def _write(console: Console, places: list[Path], found: Evaluation) -> None:
+    folder, *checkpoints = places
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("detections", found.detections), ("ground_truth", found.ground_truth)):
-        write_whole(places.folder / f"{name}.json", as_json(content).encode())
-    if places.result.exists():  # the run may have deleted the checkpoint meanwhile
-        result.write(places.result, found.result)
+        write_whole(folder / f"{name}.json", as_json(content).encode())
+    result.write(folder, found.result)
+    console.print(f"Written to {folder}", soft_wrap=True)
+    for checkpoint in checkpoints:
+        try:
+            result.write(checkpoint, found.result)
+        except OSError as error:
+            if checkpoint.exists():  # its run may have deleted it meanwhile
+                console.print(f"not beside the checkpoint: {error.filename}: {error.strerror}", soft_wrap=True)
 
 
-def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Result, places: _Places) -> None:
+def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Result) -> None:
     console.print(f"{detector.path} on {index.num_samples} images of {index.location}", soft_wrap=True)
     table = Table()
     table.add_column("metric")
@@ -234,5 +238,3 @@ def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found
     for name, value in found.metrics.items():
         table.add_row(name, "not finite" if math.isnan(value) else f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)
-    beside = "" if places.result == places.folder else f" and {places.result / EVALUATION}"
-    console.print(f"Written to {places.folder}{beside}", soft_wrap=True)

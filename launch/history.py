@@ -3,17 +3,16 @@
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.checkpoint import checkpoints
+from ..core.checkpoint.weights import STEP, WEIGHTS
 from ..core.evaluation import result
-from ..core.evaluation.result import EVALUATION
 from ..core.training.reports import EvaluationReport, StepReport
 from ..data import documents
+from ..data.text import visible
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 SUMMED = ("images", "step_seconds", "data_wait_seconds")  # over the steps that a line stands for
@@ -22,9 +21,10 @@ FIRST_PARTS, FIRST_HEADLINE = ["class", "l1", "giou"], "AP"  # of lines of the f
 COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have, beside their time
 AMOUNTS = ("learning_rate", "gradient_norm", "loss_scale", "memory_bytes")
 SPANS = ("step_seconds", "data_wait_seconds")
+MOST_PARTS, MOST_LOSSES = 32, 4096  # of a loss, and its parts in all layers
 LATEST = 4e9  # seconds since 1970: what is later is no time of a run
 
-Record = dict[str, Any]
+Entry = dict[str, Any]
 
 
 def evaluation_line(report: EvaluationReport) -> str:
@@ -52,121 +52,128 @@ class History:
     other settings. unreadable: "FILE line N" of what is no record, as half a line that a killed run left.
     """
 
-    steps: list[Record]
-    evaluations: list[Record]
-    events: list[Record]
+    steps: list[Entry]
+    evaluations: list[Entry]
+    events: list[Entry]
     others: int
     unreadable: list[str]
 
 
 def read(run_directory: Path) -> History:
-    """The records of a run. A resumed run repeats steps: what comes later replaces what it went back over."""
+    """The entries of a run. A resumed run repeats steps: what comes later replaces what it went back over."""
     unreadable: list[str] = []
-    steps: list[Record] = []
-    evaluations: list[Record] = []
-    for record in _lines(run_directory / METRICS, _is_metric, unreadable):
-        if record.get("kind") == "step":
-            begin = record["step"] - record.get("since_last_line", {"steps": 1})["steps"]
+    steps: list[Entry] = []
+    evaluations: list[Entry] = []
+    for entry in _lines(run_directory / METRICS, _is_metric, unreadable):
+        if entry.get("kind") == "step":
+            begin = entry["step"] - entry.get("since_last_line", {"steps": 1})["steps"]
             if steps and begin < steps[-1]["step"]:
                 steps = [earlier for earlier in steps if earlier["step"] <= begin]
                 evaluations = [earlier for earlier in evaluations if earlier["step"] <= begin]
-            steps.append(_with_sums(record, steps[-1]["step"] if steps else 0))
-        elif record.get("kind") == "evaluation":
-            evaluations = [earlier for earlier in evaluations if earlier["step"] < record["step"]]
-            evaluations.append({"headline": FIRST_HEADLINE, **record})
-    own = _measure(evaluations[-1]) if evaluations else None
-    found = _of_checkpoints(run_directory, steps, unreadable)
-    chosen, others = _of_one_measure(evaluations, found, own)
+            steps.append(_with_sums(entry, steps[-1]["step"] if steps else 0))
+        elif entry.get("kind") == "evaluation":
+            evaluations = [earlier for earlier in evaluations if earlier["step"] < entry["step"]]
+            evaluations.append({"headline": FIRST_HEADLINE, **entry})
+    chosen, others = _of_one_measure(evaluations, _results(run_directory, steps, unreadable))
     return History(steps, chosen, _lines(run_directory / EVENTS, _has_time, unreadable), others, unreadable)
 
 
-def _of_checkpoints(run_directory: Path, steps: Sequence[Record], unreadable: list[str]) -> list[Record]:
-    """The results beside the checkpoints that are still there."""
+def _results(run_directory: Path, steps: Sequence[Entry], unreadable: list[str]) -> list[Entry]:
+    """What is known of the checkpoints, also of those that are deleted."""
     found = []
-    for checkpoint in checkpoints(run_directory):
-        step = int(checkpoint.name.removeprefix("step_"))
+    folders = [*run_directory.glob("checkpoints/step_*"), *run_directory.glob("eval/step_*")]
+    for name in sorted({folder.name for folder in folders if STEP.fullmatch(folder.name)}):
         try:
-            results = result.read(checkpoint)
-        except ValueError:
-            unreadable.append(f"{checkpoint.name}/{EVALUATION}")
+            results = result.known(run_directory / "checkpoints" / name / WEIGHTS)
+        except (OSError, ValueError) as error:  # deleted meanwhile, or not ours to read
+            unreadable.append(f"results of {name} ({visible(str(error))})")
             continue
-        epoch = next((record["epoch"] for record in steps if record["step"] >= step), 0)
-        records = (_evaluation(step, epoch, item) for item in results)
-        found += [record for record in records if _is_evaluation(record)]
+        step = int(name.removeprefix("step_"))
+        for item in results:
+            before = max(0, (item.epochs or 1) - 1)
+            epoch = next((entry["epoch"] for entry in steps if entry["step"] >= step), before)
+            if _is_evaluation(entry := _evaluation(step, epoch, item)):
+                found.append(entry)
     return found
 
 
-def _of_one_measure(lines: list[Record], found: list[Record], own: tuple | None) -> tuple[list[Record], int]:
-    """The evaluations that may be compared: those of the run's own measure, or else of the most frequent one.
+def _of_one_measure(lines: list[Entry], found: list[Entry]) -> tuple[list[Entry], int]:
+    """The evaluations that are compared, one a step, and how many others there are.
 
-    Of one step the result beside the checkpoint counts before the line. Returns also how many others there are.
+    A result counts before the line of its step, unless it is of the first release, which recorded less of it.
     """
-    if own is None:
-        counts = Counter(_measure(record) for record in (*lines, *found))
-        own = max(counts, key=lambda measure: counts[measure], default=None)
-    everything = [*lines, *found]
-    chosen = {record["step"]: record for record in everything if _measure(record) == own}
-    others = {(record["step"], _measure(record)) for record in everything if _measure(record) not in (own, None)}
+    own = _measure(lines[-1]) if lines else None
+    measures = result.counted(own, (_measure(entry) for entry in (*lines, *found)))
+    chosen = {entry["step"]: entry for entry in found if _measure(entry) in measures and entry["weights"] is None}
+    chosen |= {entry["step"]: entry for entry in lines if _measure(entry) in measures}
+    chosen |= {entry["step"]: entry for entry in found if _measure(entry) in measures and entry["weights"] is not None}
+    others = {(entry["step"], _measure(entry)) for entry in (*lines, *found) if _measure(entry) not in measures}
     return [chosen[step] for step in sorted(chosen)], len(others)
 
 
-def _evaluation(step: int, epoch: int, found: result.Result) -> Record:
-    return {"step": step, "epoch": epoch, **found.to_json()}
+def _evaluation(step: int, epoch: int, found: result.Result) -> Entry:
+    return {**found.to_json(), "step": step, "epoch": epoch}
 
 
-def _measure(record: Record) -> tuple | None:
-    digests = record.get("shards"), record.get("settings")
-    return digests if all(isinstance(digest, str) for digest in digests) else None
+def _measure(entry: Entry) -> result.Measure | None:
+    shards, settings = entry.get("shards"), entry.get("settings")
+    return result.Measure(shards, settings) if isinstance(shards, str) and isinstance(settings, str) else None
 
 
-def _lines(path: Path, is_record: Callable[[Record], bool], unreadable: list[str]) -> list[Record]:
-    """The records of a file, one a line; the places of other lines are added to `unreadable`."""
-    records = []
+def _lines(path: Path, is_entry: Callable[[Entry], bool], unreadable: list[str]) -> list[Entry]:
+    """The entries of a file, one a line; the places of other lines are added to `unreadable`."""
+    entries = []
     if path.is_file():
         for place, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
             try:
-                record = json.loads(line)
+                entry = json.loads(line)
             except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and is_record(record):
-                records.append(record)
+                entry = None
+            if isinstance(entry, dict) and is_entry(entry):
+                entries.append(entry)
             elif line.strip():
                 unreadable.append(f"{path.name} line {place}")
-    return records
+    return entries
 
 
-def _is_metric(record: Record) -> bool:
-    """Whether a reader can work with the record of a step or an evaluation; one of another kind is not looked at."""
-    kind = record.get("kind")
+def _is_metric(entry: Entry) -> bool:
+    """Whether a reader can work with the entry of a step or an evaluation; one of another kind is not looked at."""
+    kind = entry.get("kind")
     if kind == "evaluation":
-        return _is_evaluation(record)
-    return _is_step(record) if kind == "step" else True
+        return _is_evaluation(entry)
+    return _is_step(entry) if kind == "step" else True
 
 
-def _is_evaluation(record: Record) -> bool:
-    metrics, headline = record.get("metrics"), record.get("headline", FIRST_HEADLINE)
-    has_scores = isinstance(metrics, dict) and headline in metrics and all(map(_is_amount, metrics.values()))
-    return has_scores and _has_counts(record) and _is_span(record.get("seconds"))
+def _is_evaluation(entry: Entry) -> bool:
+    metrics, headline = entry.get("metrics", {}), entry.get("headline", FIRST_HEADLINE)
+    has_scores = _are_amounts(metrics, result.MOST_SCORES) and isinstance(headline, str) and headline in metrics
+    return has_scores and _has_counts(entry) and _is_span(entry.get("seconds"))
 
 
-def _is_step(record: Record) -> bool:
-    losses, parts = record.get("losses"), record.get("parts", FIRST_PARTS)
-    sums = record.get("since_last_line", {"steps": 1, **dict.fromkeys(SUMMED, 0)})
+def _is_step(entry: Entry) -> bool:
+    losses, parts = entry.get("losses", {}), entry.get("parts", FIRST_PARTS)
+    sums = entry.get("since_last_line", {"steps": 1, **dict.fromkeys(SUMMED, 0)})
     has_sums = isinstance(sums, dict) and all(_is_span(sums.get(name)) for name in ("steps", *SUMMED))
-    has_losses = isinstance(parts, list) and isinstance(losses, dict)
-    if isinstance(parts, list) and isinstance(losses, dict):
-        has_losses = all(isinstance(part, str) and _is_amount(losses.get(part, "")) for part in ("total", *parts))
-    has_amounts = all(_is_amount(record.get(name, "")) for name in AMOUNTS) and "skipped" in record
-    has_spans = all(_is_span(record.get(name)) for name in SPANS)
-    return has_sums and has_losses and has_amounts and has_spans and _has_counts(record)
+    has_parts = isinstance(parts, list) and len(parts) <= MOST_PARTS and all(isinstance(part, str) for part in parts)
+    has_losses = has_parts and _are_amounts(losses, MOST_LOSSES) and all(part in losses for part in ("total", *parts))
+    has_amounts = all(_is_amount(entry.get(name, "")) for name in AMOUNTS) and "skipped" in entry
+    has_spans = all(_is_span(entry.get(name)) for name in SPANS)
+    return has_sums and has_losses and has_amounts and has_spans and _has_counts(entry)
 
 
-def _has_counts(record: Record) -> bool:
-    return _has_time(record) and all(_is_count(record.get(name)) for name in COUNTS)
+def _are_amounts(values: Any, most: int) -> bool:
+    """At most so many numbers, under names that can be shown."""
+    if not isinstance(values, dict) or len(values) > most:
+        return False
+    return all(len(name) <= result.LONGEST_SCORE and _is_amount(value) for name, value in values.items())
 
 
-def _has_time(record: Record) -> bool:
-    return _is_span(record.get("time"))
+def _has_counts(entry: Entry) -> bool:
+    return _has_time(entry) and all(_is_count(entry.get(name)) for name in COUNTS)
+
+
+def _has_time(entry: Entry) -> bool:
+    return _is_span(entry.get("time"))
 
 
 def _is_count(value: object) -> bool:
@@ -184,9 +191,11 @@ def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and (value == 0 or 1e-99 < abs(value) < 1e99)
 
 
-def _with_sums(record: Record, before: int) -> Record:
-    """A record with its parts, and sums over the steps that it stands for: in version 0.1 it had none, and they follow
-    `before`."""
-    count = record["step"] - before
-    sums = {"steps": count, **{name: count * record[name] for name in SUMMED}}
-    return {"parts": FIRST_PARTS, "since_last_line": sums, **record}
+def _with_sums(entry: Entry, before: int) -> Entry:
+    """With its parts, and sums over the steps that it stands for.
+
+    In version 0.1 it had none, and they follow `before`.
+    """
+    count = entry["step"] - before
+    sums = {"steps": count, **{name: count * entry[name] for name in SUMMED}}
+    return {"parts": FIRST_PARTS, "since_last_line": sums, **entry}

@@ -117,8 +117,8 @@ class Record:
                 self.event("checkpoint_failed", step=item.step, reason=item.error)
         elif isinstance(item, EvaluationReport):
             found = item.result
-            score = {found.headline: found.metrics[found.headline]}
-            self.event("evaluation", step=item.step, **score, seconds=found.seconds)
+            score = found.metrics[found.headline]
+            self.event("evaluation", step=item.step, headline=found.headline, score=score, seconds=found.seconds)
             if found.num_not_finite:
                 self.event("evaluation_not_finite", step=item.step, queries=found.num_not_finite)
             self._append(self._metrics, evaluation_line(item))

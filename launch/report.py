@@ -1,4 +1,4 @@
-"""`ddetr report`: one HTML page of a run, built from its config.yaml, metrics.jsonl, events.jsonl and eval/ alone."""
+"""`ddetr report`: one HTML page of a run, from its settings, its history and the pictures in eval/."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ..data.files import write_whole
 from . import history
 from .charts import Line, chart, number
 from .console import brief
-from .history import SUMMED, History, Record
+from .history import SUMMED, Entry, History
 from .page import date, duration, escaped, figure, page, picture, table, tile
 from .settings import Settings, in_short
 
@@ -29,15 +29,15 @@ class RunLog:
     history: History
 
     @property
-    def steps(self) -> list[Record]:
+    def steps(self) -> list[Entry]:
         return self.history.steps
 
     @property
-    def evaluations(self) -> list[Record]:
+    def evaluations(self) -> list[Entry]:
         return self.history.evaluations
 
     @property
-    def events(self) -> list[Record]:
+    def events(self) -> list[Entry]:
         return self.history.events
 
 
@@ -77,7 +77,7 @@ def _head(run: RunLog) -> str:
     else:
         fault = f"Not a configuration that this release can read: {run.settings.fault}"
         parts.append(f'<p class="warning">{escaped(fault)}</p>')
-    moments = [record["time"] for record in (*run.events, *run.steps, *run.evaluations)]
+    moments = [record["time"] for record in (*run.events, *run.steps)]
     if moments:
         times = f"{date(min(moments))} to {date(max(moments))}, {_state(run)}"
         parts.append(f'<p class="soft">{escaped(times)}{escaped(_hardware(run))}</p>')
@@ -96,10 +96,10 @@ def _head(run: RunLog) -> str:
     if run.evaluations:
         last_evaluation = run.evaluations[-1]
         first, *others = _names(run)
-        note = f"{others[0]} {_percent(_score(last_evaluation, others[0]))}" if others else ""
+        note = f"{brief(others[0])} {_percent(_score(last_evaluation, others[0]))}" if others else ""
         if last_evaluation.get("num_not_finite"):
             note = "the model gave infinities or NaN"
-        tiles.append(tile(f"{first}, last evaluation", _percent(_score(last_evaluation, first)), note=note))
+        tiles.append(tile(f"{brief(first)}, last evaluation", _percent(_score(last_evaluation, first)), note=note))
     epoch = f"epoch {last['epoch'] + 1}" + (f" of {config.train.epochs}" if config else "")
     tiles += [
         tile("Steps", number(last["step"]), note=epoch),
@@ -144,21 +144,21 @@ def _precision(run: RunLog) -> str:
         found = str(epoch) if best >= 0 else "–"
         rows.append((brief(name), known.get(name, ""), _percent(values[-1][0]), _percent(best), found))
     scores = table(("", "score", "last", "best", "epoch"), rows, numbers=(2, 3, 4))
-    epochs = [record["epoch"] + 1 for record in run.evaluations]
+    steps = [record["step"] for record in run.evaluations]
 
     def lines(names: Sequence[str]) -> list[Line]:
         """Names without any objects to be computed on are left out."""
         values = {name: [_score(record, name) for record in run.evaluations] for name in names}
         return [
-            Line(name, epochs, [100 * value if value >= 0 else math.nan for value in values[name]])
+            Line(brief(name), steps, [100 * value if value >= 0 else math.nan for value in values[name]])
             for name in names
             if max(values[name]) >= 0
         ]
 
     charts = []
-    for title, names, note in _charts(run):
-        drawn = chart(lines(names), title=title, x_name="epoch", from_zero=True)
-        charts.append(figure(title, note, drawn))
+    for title, names in _charts(run):
+        drawn = chart(lines(names), title=title, x_name="step", from_zero=True)
+        charts.append(figure(title, "percent", drawn))
     note = (
         f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {duration(last['seconds'])}. "
         "A dash means that the images have no such objects, or that the model gave infinities or NaN."
@@ -171,19 +171,18 @@ def _precision(run: RunLog) -> str:
     )
 
 
-def _charts(run: RunLog) -> list[tuple[str, Sequence[str], str]]:
-    """Title, scores and note of each chart: the headline's family, its sizes, then what else there is."""
+def _charts(run: RunLog) -> list[tuple[str, Sequence[str]]]:
+    """Title and scores of each chart: the headline and its kin, the same by size, then what other protocols have."""
     first, *others = _names(run)
-    sizes = [name for name in others if name.startswith(f"{first}_")]
-    family = [name for name in others if name.startswith(first) and name not in sizes]
-    known = {name for protocol in PROTOCOLS if first in protocol.meanings for name in protocol.meanings}
-    rest = [name for name in others if name not in {*sizes, *family, *known}]
-    drawn = [(f"{first} over epochs", [first, *family], "percent, by the overlap that counts as found")]
-    drawn += [
-        (f"{first} by object size", sizes, "percent, classes of area as in COCO"),
-        ("Other scores", rest, "percent"),
+    kin = [name for name in others if name.startswith(first)]
+    sizes = [name for name in kin if name.startswith(f"{first}_")]
+    shown = {name for protocol in PROTOCOLS if first in protocol.meanings for name in protocol.meanings} | set(kin)
+    drawn = [
+        (f"{brief(first)} over steps", [first, *(name for name in kin if name not in sizes)]),
+        (f"{brief(first)} by object size", sizes),
+        ("Other scores", [name for name in others if name not in shown]),
     ]
-    return [(title, few, note) for title, names, note in drawn for few in _few(names)]
+    return [(title, few) for title, names in drawn for few in _few(names)]
 
 
 def _few(names: Sequence[str]) -> list[Sequence[str]]:
@@ -204,7 +203,7 @@ def _curves(run: RunLog) -> str:
         return Line(name, x, [_finite(record[key]) * factor for record in run.steps])
 
     def loss(part: str) -> Line:
-        return Line(part, x, [_finite(record["losses"].get(part)) for record in run.steps])
+        return Line(brief(part), x, [_finite(record["losses"].get(part)) for record in run.steps])
 
     step_time = [of("step_seconds", "step"), of("data_wait_seconds", "data wait")]
     memory = [of("memory_bytes", "memory", 2**-30)]

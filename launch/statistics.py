@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from ..core.config import Config, ConfigError, changed
+from ..core.evaluation.scores import headline
 from ..core.overrides import read
 from ..data.config import LONGEST_SIDE, DataConfig
 from ..data.index import ShardIndex, lack_of_objects
@@ -37,7 +38,7 @@ def stats(shards: Path, config: Config, ranks: int) -> None:
     console.print(_classes(index, objects))
     console.print(_as_seen(index, objects, config, ranks))
     if lack := lack_of_objects(len(objects), int(objects["iscrowd"].sum())):
-        console.print(f"{lack}: no detector can be trained on this set, and evaluations on it give no AP")
+        console.print(f"{lack}: no detector can be trained on this set, and evaluations on it give no {headline()}")
         return
     suggested = suggestions(index, objects, config, ranks)
     console.print("settings to change:" if suggested else "no setting needs to be changed for this set")

@@ -20,7 +20,7 @@ from ..core.checkpoint.manifest import verify
 from ..core.config import Config, dump
 from ..core.evaluation.evaluator import without_score_of
 from ..core.evaluation.result import Measure, is_evaluated
-from ..core.evaluation.scores import headline
+from ..core.evaluation.scores import check_protocols, headline
 from ..core.model import pretrained
 from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
@@ -64,6 +64,7 @@ def run(
     ValueError, FileNotFoundError or OSError with one message for what the user can mend, before any work. Exits with
     status 75 when the run stopped because other ranks were asked to: a launcher should start this one again.
     """
+    check_protocols()
     _log_to_console()
     train_index, validation_index = _open_data(config)
     deepspeed_json = deepspeed_config(config)

@@ -92,8 +92,11 @@ class Checkpoint:
                 raise ValueError(f"'loss_scale' holds {described(bad[0])}")
             if (kind := member(values, "model", str)) not in ("weights", "average"):
                 raise ValueError(f"'model' is {described(kind)}")
-            if bad := [slot for slot in member(values, "slots", list) if not isinstance(slot, str)]:
-                raise ValueError(f"'slots' holds {described(bad[0])}")
+            slots, there = member(values, "slots", list), {name.partition("/")[0] for name in kept.shapes}
+            if bad := [slot for slot in slots if not isinstance(slot, str) or slot not in there]:
+                raise ValueError(f"'slots' holds {described(bad[0])}, of which {TRAINING} has nothing")
+            if not slots or len(set(slots)) < len(slots):
+                raise ValueError(f"'slots' is {described(slots)}")
             if kind == "average" and "weights" not in values["slots"]:
                 raise ValueError("'slots' lists no 'weights' to train on with, and 'model' is their average")
             trained = {name: whole(counts, name) for name in counts}

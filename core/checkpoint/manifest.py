@@ -20,6 +20,7 @@ from ...data.values import described, member, whole
 
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
+_MOST_BYTES = 16 << 20  # a name of every parameter, a hundred times
 _VERSION = 2  # what of a checkpoint is listed: codec.py
 
 
@@ -75,6 +76,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint}: no {MANIFEST} in it, so it can be evaluated but not resumed")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         values = parse_json(path.read_bytes())
         if not 1 <= (version := whole(values, "version")) <= _VERSION:
             raise ValueError(f"version {version}, this release reads 1 to {_VERSION}")

@@ -22,7 +22,7 @@ from ..mistakes import brief
 from .manifest import damaged
 
 WEIGHTS = "model.safetensors"
-_STEP = re.compile(r"step_(\d{8})")
+STEP = re.compile(r"step_(\d{8})")
 
 Shapes = dict[str, tuple[int, ...]]
 Found = TypeVar("Found")
@@ -34,7 +34,7 @@ def step_directory(run_directory: Path, step: int) -> Path:
 
 def checkpoints(run_directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. One that lost a file later, or was copied in part, is among them."""
-    return sorted(path for path in (run_directory / "checkpoints").glob("step_*") if _STEP.fullmatch(path.name))
+    return sorted(path for path in (run_directory / "checkpoints").glob("step_*") if STEP.fullmatch(path.name))
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -114,6 +114,8 @@ def evaluation(
         num_not_finite=num_not_finite,
         seconds=time.perf_counter() - began,
         time=time.time(),
+        step=detector.step,
+        epochs=detector.epochs,
         weights=weights,
         measure=Measure.of(detector.config, index),
     )

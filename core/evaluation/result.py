@@ -4,11 +4,13 @@ A checkpoint may be evaluated on several sets and with several settings; the fil
 results of one measure, the same set and settings, can be compared.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,17 @@ from typing import Any
 from ...data.documents import as_json, parse_json
 from ...data.files import file_sha256, write_whole
 from ...data.index import ShardIndex
-from ...data.text import visible
+from ...data.text import file_name, visible
 from ...data.values import described, is_number, member, whole
-from ..checkpoint.manifest import read_manifest
+from ..checkpoint.manifest import MANIFEST, read_manifest
 from ..checkpoint.weights import WEIGHTS
 from ..config import Config
 
 EVALUATION = "evaluation.json"
 _VERSION = 2
+_OF_FIRST_RELEASE = "metrics.json"  # of its `ddetr eval`
 _MOST_BYTES = 1 << 20
+MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Measure:
         return Measure(*(hashlib.sha256(text.encode()).hexdigest() for text in (shards, settings)))
 
 
+UNKNOWN = Measure("", "")  # of what `ddetr eval` of the first release wrote, whatever it was on
+
+
 @dataclass(frozen=True)
 class Result:
     """Scores of one checkpoint, and of what they are. A file has null for NaN."""
@@ -52,13 +59,14 @@ class Result:
     num_not_finite: int  # queries that detect nothing because the model gave infinities or NaN for them
     seconds: float
     time: float  # since 1970, when it was done
-    weights: str | None  # sha256 of the file of weights
-    measure: Measure | None  # None, like weights: of the first release, by the run itself
+    step: int | None  # of the checkpoint; None for published weights
+    epochs: int | None  # that were done then
+    weights: str | None  # sha256 of the file of weights; None: of the first release
+    measure: Measure | None  # None: of the first release, by the run itself
 
-    @property
-    def score(self) -> float:
-        """The headline's; NaN where there is none."""
-        score = self.metrics[self.headline]
+    def score(self, name: str) -> float:
+        """NaN where there is none."""
+        score = self.metrics.get(name, math.nan)
         return score if score >= 0 else math.nan
 
     def to_json(self) -> dict[str, Any]:
@@ -71,44 +79,68 @@ def write(folder: Path, result: Result) -> None:
 
     Raises OSError when it cannot be written, and ValueError when what is there is none of ours.
     """
-    others = []
-    for other in _read(folder / EVALUATION):
-        if other.measure != result.measure:
-            others.append(other)
-        elif other.weights == result.weights:  # perhaps by a program with protocols of its own
-            kept = {name: score for name, score in other.metrics.items() if name not in result.metrics}
-            result = replace(result, metrics=result.metrics | kept)
-    values = {"version": _VERSION, "results": [other.to_json() for other in (*others, result)]}
-    write_whole(folder / EVALUATION, as_json(values, indent=1).encode())
+    with _alone(folder):
+        others = []
+        for other in _read(folder / EVALUATION):
+            if other.measure != result.measure:
+                others.append(other)
+            elif other.weights == result.weights:  # perhaps by a program with protocols of its own
+                kept = {name: score for name, score in other.metrics.items() if name not in result.metrics}
+                result = replace(result, metrics=result.metrics | kept)
+        values = {"version": _VERSION, "results": [other.to_json() for other in (*others, result)]}
+        write_whole(folder / EVALUATION, as_json(values, indent=1).encode())
 
 
-def read(checkpoint: Path) -> list[Result]:
-    """The results of a checkpoint, or of a folder of results, the newest last; none of other weights than it has now.
+def read(folder: Path) -> list[Result]:
+    """The results in a checkpoint, or in a folder of results, the newest last; none of other weights than it has now.
 
     Raises ValueError that names the file when it cannot be read.
     """
-    found = _read(checkpoint / EVALUATION)
-    of_command = checkpoint.parent.parent / "eval" / checkpoint.name / "metrics.json"  # as the first release wrote it
-    if not found and checkpoint.parent.name == "checkpoints":
-        found = _read(of_command)
-    weights = _stated_digest(checkpoint, WEIGHTS)
-    return [result for result in found if result.weights is None or weights is None or result.weights == weights]
+    return _of_weights(_read(folder / EVALUATION), _stated_digest(folder, WEIGHTS))
+
+
+def folder_of(file: Path) -> Path:
+    """Where `ddetr eval` puts what it finds of a file of weights: into its run, or beside the file."""
+    checkpoint = file.parent
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent / "eval" / checkpoint.name
+    return checkpoint / file_name(file.stem, "_eval")
+
+
+def known(file: Path) -> list[Result]:
+    """All that is known of a file of weights, also of one of a run that is deleted: the newest result of each measure.
+
+    Raises ValueError and OSError as `read`.
+    """
+    elsewhere = folder_of(file)
+    found = [*_read(elsewhere / _OF_FIRST_RELEASE), *_read(elsewhere / EVALUATION), *_read(file.parent / EVALUATION)]
+    found = _of_weights(found, weights_digest(file) if file.is_file() else None)
+    return list({result.measure: result for result in sorted(found, key=lambda result: result.time)}.values())
 
 
 def is_evaluated(checkpoint: Path, measure: Measure) -> bool:
-    """Whether there is such a result; or one that cannot be read, which is not taken for none."""
+    """Whether there is such a result beside it; or one that cannot be read, which is not taken for none."""
     try:
         return any(result.measure in (measure, None) for result in read(checkpoint))
-    except ValueError:
+    except (OSError, ValueError):
         return True
 
 
+def counted(own: Measure | None, found: Iterable[Measure | None]) -> set[Measure | None]:
+    """The measures whose scores are compared: a run's `own` and what the first release recorded of its runs' own.
+
+    Where nothing was measured so, the most frequent one.
+    """
+    found = list(found)
+    if own in found or None in found:
+        return {own, None}
+    return {measure for measure, _ in Counter(found).most_common(1)}
+
+
 def comparable(results: Mapping[Path, list[Result]], own: Measure | None = None) -> dict[Path, Result]:
-    """Of each checkpoint the newest result of one measure: `own`, or else the one that most of them have."""
-    if own is None:
-        counts = Counter(result.measure for found in results.values() for result in found if result.measure)
-        own = max(counts, key=lambda measure: counts[measure], default=None)
-    chosen = {path: [result for result in found if result.measure in (own, None)] for path, found in results.items()}
+    """Of each checkpoint the newest result that counts."""
+    measures = counted(own, (result.measure for found in results.values() for result in found))
+    chosen = {path: [result for result in found if result.measure in measures] for path, found in results.items()}
     return {path: found[-1] for path, found in chosen.items() if found}
 
 
@@ -129,8 +161,12 @@ def _stated_digest(folder: Path, name: str) -> str | None:
     """What the manifest says of a file; None without a usable one."""
     try:
         return member(member(read_manifest(folder)["files"], name, dict), "sha256", str)
-    except ValueError:
+    except (OSError, ValueError):
         return None
+
+
+def _of_weights(found: list[Result], weights: str | None) -> list[Result]:
+    return [result for result in found if None in (result.weights, weights) or result.weights == weights]
 
 
 def _read(file: Path) -> list[Result]:
@@ -141,7 +177,7 @@ def _read(file: Path) -> list[Result]:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         values = parse_json(file.read_bytes())
         if isinstance(values, dict) and "version" not in values:
-            return [_of_first_release(values, file.stat().st_mtime)]
+            return [_of_first_release(values, file)]
         if (version := whole(values, "version")) != _VERSION:
             raise ValueError(f"version {version}, this release reads {_VERSION}")
         return [_result(item) for item in member(values, "results", list)]
@@ -149,9 +185,10 @@ def _read(file: Path) -> list[Result]:
         raise ValueError(f"{file} cannot be read ({visible(str(error))}): move it away, then evaluate anew") from error
 
 
-def _of_first_release(values: dict[str, Any], written: float) -> Result:
+def _of_first_release(values: dict[str, Any], file: Path) -> Result:
     """It wrote COCO's numbers alone."""
-    return Result(_metrics(values, "AP"), "AP", 0, 0, 0.0, written, None, None)
+    measure = UNKNOWN if file.name == _OF_FIRST_RELEASE else None
+    return Result(_metrics(values, "AP"), "AP", 0, 0, 0.0, file.stat().st_mtime, None, None, None, measure)
 
 
 def _result(item: Any) -> Result:
@@ -169,6 +206,8 @@ def _result(item: Any) -> Result:
         headline=headline,
         images=whole(item, "images"),
         num_not_finite=whole(item, "num_not_finite"),
+        step=None if item.get("step") is None else whole(item, "step"),
+        epochs=None if item.get("epochs") is None else whole(item, "epochs"),
         weights=digests["weights"],
         measure=Measure(shards, settings) if shards and settings else None,
         **times,
@@ -178,6 +217,9 @@ def _result(item: Any) -> Result:
 def _metrics(values: dict[str, Any], headline: str) -> dict[str, float]:
     if headline not in values:
         raise ValueError(f"it has no {headline!r}")
+    if len(values) > MOST_SCORES or (long := [name for name in values if len(name) > LONGEST_SCORE]):
+        what = f"{len(values)} scores" if len(values) > MOST_SCORES else f"a score called {described(long[0])}"
+        raise ValueError(f"it has {what}; at most {MOST_SCORES} of {LONGEST_SCORE} characters are read")
     found = {}
     for name, value in values.items():
         missing = value is None or value != value  # NaN, as earlier versions wrote it
@@ -185,3 +227,19 @@ def _metrics(values: dict[str, Any], headline: str) -> dict[str, float]:
             raise ValueError(f"{visible(name)} is {described(value)}")
         found[name] = math.nan if value is None else float(value)
     return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While the results of a checkpoint are read and written again: its run and `ddetr eval` may do so at once."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        yield
+        return
+    try:
+        file = manifest.open("r+b")  # NFS locks nothing that is opened to be read alone
+    except PermissionError:
+        file = manifest.open("rb")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,11 +1,14 @@
 """What detections are scored by: protocols, each a set of named numbers from ground truth and detections."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...data.text import visible
 from .coco import MEANINGS, coco_metrics
+from .result import LONGEST_SCORE
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ COCO = Protocol(MEANINGS, "AP", ("AP", "AP50", "AP75", "AP_small"), coco_metrics
 # All that an evaluation computes; the first one's headline is what retention, searches, progress and alerts go by.
 # Whoever shows scores takes the names from the result.
 PROTOCOLS: list[Protocol] = [COCO]
+
+
+RESERVED = ("epochs", "step")  # which a search tells beside the scores
+
+
+def check_protocols() -> None:
+    """Raises ValueError that names what is wrong with PROTOCOLS, before anything is computed."""
+    names = [name for protocol in PROTOCOLS for name in protocol.meanings]
+    if twice := [name for name, count in Counter(names).items() if count > 1 or name in RESERVED]:
+        raise ValueError(f"scores: the name {twice[0]!r} is taken: give the score of one protocol another")
+    if long := [name for name in names if len(name) > LONGEST_SCORE or name != visible(name)]:
+        raise ValueError(f"scores: {visible(long[0])} is no name that can be shown, of {LONGEST_SCORE} characters")
+    for protocol in PROTOCOLS:
+        if unknown := {protocol.headline, *protocol.brief} - set(protocol.meanings):
+            raise ValueError(f"scores: a protocol of {list(protocol.meanings)} has no {min(unknown)!r} to show")
 
 
 def headline() -> str:
@@ -56,6 +74,8 @@ def scored(ground_truth: dict[str, Any], detections: list[dict[str, Any]], num_n
         return dict.fromkeys(meanings(), math.nan)
     found: dict[str, float] = {}
     for protocol in PROTOCOLS:
-        found |= protocol.score(ground_truth, detections)
-    assert list(found) == list(meanings()), f"scores without a meaning, or of one name: {list(found)}"
-    return found
+        scores = protocol.score(ground_truth, detections)
+        if scores.keys() != protocol.meanings.keys():
+            raise ValueError(f"a protocol promises the scores {list(protocol.meanings)} and computed {list(scores)}")
+        found |= scores
+    return {name: found[name] for name in meanings()}

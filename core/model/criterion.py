@@ -77,17 +77,17 @@ def criterion(
     batch: Batch,
     config: OptimConfig,
     num_objects: Tensor | float,
-    num_parts: int = 1,
+    num_shares: int = 1,
     num_matched: Tensor | float | None = None,
     num_images: Tensor | float | None = None,
 ) -> Losses:
     """Match each output of the detector to the batch's objects, where that is not known yet, and take the losses.
 
-    num_objects is the number of objects in the whole step, num_parts the number of equal parts (ranks times
-    micro-batches) that it is divided in, of which this batch is one: with them, the mean of the parts' gradients is
+    num_objects is the number of objects in the whole step, num_shares the number of equal shares (ranks times
+    micro-batches) that it is divided in, of which this batch is one: with them, the mean of the shares' gradients is
     the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
     objects than there are queries; num_images, how many images of the step are real. Both matter to softmax alone.
-    Losses of an output whose matches have each object several times are means over those.
+    Of an output that has each object `repeats` times the losses are means over those.
     Outputs whose labels are "objects" have label 0 for every object: proposals are matched without regard to classes
     (section 4.2).
 
@@ -105,7 +105,6 @@ def criterion(
     matches = [next(solved) if stacked.matches is None else stacked.matches for stacked in stacks]
 
     objects = torch.as_tensor(num_objects, dtype=torch.float32)
-    normaliser = objects.clamp(min=1) / num_parts
     columns, pairs = [], {}
     for stacked, of_stack, of_none in zip(stacks, matches, unmatched, strict=True):
         stack, names = stacked.stack, stacked.names
@@ -114,17 +113,16 @@ def criterion(
         parts = torch.stack([of_class, *(part.of(matched) for part in BOX_LOSSES.values())])
         each = parts.shape[1] // len(names)
         of_class, *of_boxes = parts.view(len(parts), len(names), each).sum(-1)
-        class_normaliser = normaliser
+        normaliser = class_normaliser = objects.clamp(min=1) * stacked.repeats / num_shares
         if predictions.softmax:  # the sum of all queries' weights
-            images = real.sum() if num_images is None else num_images / num_parts
-            with_object = (objects if num_matched is None else num_matched) / num_parts
+            images = real.sum() if num_images is None else num_images / num_shares
+            with_object = (objects if num_matched is None else num_matched) * stacked.repeats / num_shares
             queries = images * stack.boxes.shape[2]
             class_normaliser = config.no_object_weight * queries + (1 - config.no_object_weight) * with_object
         of_class = (of_none + of_class) / class_normaliser
-        # Matches known beforehand may have each object several times.
-        repeats = max(1, each // max(1, len(batch.labels))) if stacked.matches else 1
-        columns.append(torch.stack([of_class, *(values / normaliser for values in of_boxes)]) / repeats)
+        columns.append(torch.stack([of_class, *(values / normaliser for values in of_boxes)]))
         pairs |= {name: matched[layer * each : (layer + 1) * each] for layer, name in enumerate(names)}
+
     return Losses(
         torch.cat(columns, dim=1),
         ("class", *BOX_LOSSES),
@@ -138,7 +136,8 @@ def _of_one_shape(predictions: Predictions) -> list[list[Output]]:
     """The outputs in their order, together those that one kernel can take together."""
     together: dict[tuple, list[Output]] = {}
     for output in predictions.outputs:
-        kind = (output.logits.shape, output.boxes.shape, output.labels, output.matches is None)
+        known = None if output.matches is None else sum(len(queries) for queries, _ in output.matches)
+        kind = (output.logits.shape, output.boxes.shape, output.labels, output.repeats, known)
         together.setdefault(kind, []).append(output)
     return list(together.values())
 
@@ -148,7 +147,7 @@ class _Stacked:
 
     def __init__(self, outputs: list[Output], labels: Tensor) -> None:
         first = outputs[0]
-        self.names = [output.name for output in outputs]
+        self.names, self.repeats = [output.name for output in outputs], first.repeats
         self.matches: Matches | None = None
         if first.matches is not None:
             self.matches = [list(output.matches or ()) for output in outputs]

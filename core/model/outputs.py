@@ -19,8 +19,8 @@ class Output:
     """One prediction a query.
 
     labels: what the classes tell apart: the categories, or objects from nothing (every object has label 0 then).
-    matches: image by image, where they are known beforehand, each object as often as every other; otherwise the queries
-    are matched by their costs.
+    matches: image by image, where they are known beforehand, each object `repeats` times; otherwise queries are matched
+    by their costs.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Output:
     boxes: Tensor  # (N, Q, 4), float32
     labels: Literal["categories", "objects"] = "categories"
     matches: Sequence[ImageMatches] | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)

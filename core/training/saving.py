@@ -12,6 +12,7 @@ from pathlib import Path
 from ..checkpoint import checkpoints
 from ..evaluation import result
 from ..evaluation.result import Measure, Result
+from ..evaluation.scores import headline
 from .reports import CheckpointReport, Report
 from .world import World
 
@@ -112,8 +113,8 @@ class Saver:
 def prune(checkpoints: Iterable[Path], keep: int, measure: Measure | None = None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints (0: none) and the one with the best score; returns the deleted.
 
-    checkpoints: oldest first. measure: of the scores that count, as in `result.comparable`. A checkpoint whose
-    evaluation cannot be read stays, too: it may be the best.
+    checkpoints: oldest first. measure: of the scores that count, as in `result.counted`. A checkpoint whose evaluation
+    cannot be read stays, too: it may be the best.
     """
     if not keep:
         return []
@@ -125,7 +126,7 @@ def prune(checkpoints: Iterable[Path], keep: int, measure: Measure | None = None
         except (OSError, ValueError) as error:
             log.warning("%s: its checkpoint is kept", error)
             unread.add(path)
-    scores = {path: found.score for path, found in result.comparable(results, measure).items()}
+    scores = {path: found.score(headline()) for path, found in result.comparable(results, measure).items()}
     best = max((path for path, score in scores.items() if score >= 0), key=lambda path: scores[path], default=None)
     surplus = [path for path in checkpoints[:-keep] if path not in unread and path != best]
     for path in surplus:

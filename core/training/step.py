@@ -50,14 +50,14 @@ def train_step(
     if stops:
         return None
     _seed(config.train.seed, number - 1, world.rank)
-    parts = world.size * len(micro_batches)
+    shares = world.size * len(micro_batches)
     all_losses, taken, compute_seconds = [], True, 0.0
     for batch in micro_batches:
         began = time.perf_counter()
         batch = batch.to(world.device)
         pixels = normalised(batch.images, batch.padding_mask, engine.dtype)
         predictions = engine.run(pixels, batch.padding_mask)
-        losses = criterion(predictions, batch, config.optim, objects, parts, matched, images)
+        losses = criterion(predictions, batch, config.optim, objects, shares, matched, images)
         compute_seconds += time.perf_counter() - began
         engine.run.backward(finite_or_poison(losses.weighted(config.optim).sum()))  # divided by their number in there
         taken &= engine.step(number)  # takes effect after the last micro-batch

@@ -3,15 +3,15 @@
 import os
 
 import torch
-from ddetr.core.training import trainer
+from ddetr.core.training import step
 from ddetr.launch.cli import main
 
 if __name__ == "__main__":
     poisoned = int(os.environ["POISONED_IMAGE"])
-    to, normalised = trainer.Batch.to, trainer.normalised
-    batches: list[trainer.Batch] = []
+    to, normalised = step.Batch.to, step.normalised
+    batches: list[step.Batch] = []
 
-    def remembered(batch: trainer.Batch, device: torch.device) -> trainer.Batch:
+    def remembered(batch: step.Batch, device: torch.device) -> step.Batch:
         batches.append(to(batch, device))
         return batches[-1]
 
@@ -20,6 +20,6 @@ if __name__ == "__main__":
         pixels[batches[-1].image_ids == poisoned] = torch.nan
         return pixels
 
-    trainer.Batch.to = remembered
-    trainer.normalised = with_poison
+    step.Batch.to = remembered
+    step.normalised = with_poison
     main()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def checkpoint(folder: Path, averaged: bool) -> tuple[Checkpoint, Detector]:
     slots = {"momentum": momentum} | ({"weights": {name: weights[name] for name in trained}} if averaged else {})
     stored = Checkpoint(
         folder=folder,
-        position=Position(step=7, epochs=1, step_in_epochs=1, steps_per_epoch=6, order="abc"),
+        position=Position(step=7, epochs=1, step_in_epoch=1, steps_per_epoch=6, order="abc"),
         config=config,
         categories=Categories((1, 5, 9), ("a", "b", "c")),
         weights=weights | ({name: average.state_dict()[name] for name in trained} if averaged else {}),
@@ -80,6 +81,16 @@ def test_the_manifest_lists_what_is_in_the_files(tmp_path: Path) -> None:
     assert set(values["files"]) == {WEIGHTS, TRAINING}
     names = {f"{slot}/{name}" for slot in values["slots"] for name in values["trained"]}
     assert load_file(written.folder / TRAINING).keys() == names
+
+
+@pytest.mark.parametrize("slots", [[], ["momentum", "momentum"], ["exp_avg"], [1]])
+def test_slots_that_are_not_those_of_the_files_are_damage(slots: list[Any], tmp_path: Path) -> None:
+    written, _ = checkpoint(step_directory(tmp_path, 7), averaged=False)
+    written.write()
+    values = json.loads((written.folder / MANIFEST).read_text())
+    (written.folder / MANIFEST).write_text(json.dumps({**values, "slots": slots}))
+    with pytest.raises(ValueError, match=r"step_00000007 is damaged: checkpoint.json lacks .*'slots'"):
+        Checkpoint.read(written.folder)
 
 
 def test_state_of_another_optimizer_is_named(tmp_path: Path) -> None:

@@ -115,6 +115,20 @@ def test_losses_equal_a_loop_over_images(counts: list[int]) -> None:
         assert losses.values[:, column].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def one_image(batch: Batch, image: int) -> Batch:
+    start, count = int(batch.num_boxes[:image].sum()), int(batch.num_boxes[image])
+    of_images = ("images", "sizes", "num_boxes", "image_ids", "original_sizes", "is_real")
+    rows = {name: getattr(batch, name)[start : start + count] for name in ("boxes_cxcywh", "labels")}
+    return replace(batch, **rows, **{name: getattr(batch, name)[image : image + 1] for name in of_images})
+
+
+def of_image(output: Output, layer: tuple[torch.Tensor, torch.Tensor], image: int) -> Predictions:
+    assert output.matches is not None
+    one = slice(image, image + 1)
+    alone = replace(output, logits=output.logits[one], boxes=output.boxes[one], matches=list(output.matches)[one])
+    return Predictions(Predictions.of([(layer[0][one], layer[1][one])]).decoder, (alone,))
+
+
 def test_known_matches_are_taken_as_they_are() -> None:
     """Outputs of one shape, one of them matched beforehand: as denoising queries are."""
     torch.manual_seed(3)
@@ -138,9 +152,16 @@ def test_known_matches_are_taken_as_they_are() -> None:
     # Twice as many queries, each object matched in both halves: the mean of two equal halves.
     twice = [(np.concatenate([queries, queries + QUERIES]), np.tile(objects, 2)) for queries, objects in found]
     logits, boxes = (torch.cat([part, part], dim=1) for part in layers[1])
-    doubled = Output("doubled", logits, boxes, matches=twice)
+    doubled = Output("doubled", logits, boxes, matches=twice, repeats=2)
     losses = criterion(Predictions(Predictions.of(layers).decoder, (doubled,)), batch, CONFIG, 5.0)
     torch.testing.assert_close(losses.values[:, 2], losses.values[:, 1])
+
+    # And image by image, as ranks divide them: the mean of the shares is the whole.
+    shares = []
+    for image in range(3):
+        alone = criterion(of_image(doubled, layers[1], image), one_image(batch, image), CONFIG, 5.0, num_shares=3)
+        shares.append(alone.values)
+    torch.testing.assert_close(torch.stack(shares).mean(0)[:, -1], losses.values[:, 2])
 
 
 def test_without_objects_every_parameter_still_gets_a_gradient() -> None:

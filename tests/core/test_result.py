@@ -2,7 +2,12 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ddetr.core.checkpoint.manifest import write_checkpoint
@@ -13,6 +18,7 @@ from ddetr.core.evaluation.result import EVALUATION, Measure, Result
 from ddetr.core.training.saving import prune
 from ddetr.data.index import ShardIndex
 from ddetr.launch import history
+from ddetr.launch.report import report
 
 OURS, OTHERS = Measure("a" * 64, "b" * 64), Measure("c" * 64, "b" * 64)
 
@@ -25,7 +31,14 @@ def saved(run: Path, step: int) -> Path:
 
 def found(checkpoint: Path, score: float, measure: Measure = OURS, **others: object) -> Result:
     values = {"metrics": {"AP": score, "AP50": 0.5}, "headline": "AP", "images": 24, "num_not_finite": 0}
-    values |= {"seconds": 1.5, "time": 1.79e9, "weights": result.weights_digest(checkpoint / WEIGHTS)}
+    step = int(checkpoint.name.removeprefix("step_"))
+    values |= {
+        "seconds": 1.5,
+        "time": 1.79e9,
+        "step": step,
+        "epochs": step,
+        "weights": result.weights_digest(checkpoint / WEIGHTS),
+    }
     return Result(**{**values, "measure": measure, **others})  # pyright: ignore[reportArgumentType]
 
 
@@ -65,7 +78,7 @@ def test_only_results_of_one_measure_are_compared(tmp_path: Path) -> None:
     for path, score, measure in zip(paths, (0.3, 0.9, 0.4, 0.2), (OURS, OTHERS, OURS, OURS), strict=True):
         result.write(path, found(path, score, measure))
     results = {path: result.read(path) for path in paths}
-    assert {path: item.score for path, item in result.comparable(results, OURS).items()} == {
+    assert {path: item.score("AP") for path, item in result.comparable(results, OURS).items()} == {
         paths[0]: 0.3,
         paths[2]: 0.4,
         paths[3]: 0.2,
@@ -105,6 +118,87 @@ def test_what_cannot_be_read_is_named_and_not_overwritten(tmp_path: Path, text: 
     assert result.is_evaluated(checkpoint, OURS)
 
 
+def test_another_measure_of_a_resumed_run_costs_not_the_best(tmp_path: Path) -> None:
+    """Until it has evaluated itself, what was measured before says which checkpoint is the best."""
+    paths = [saved(tmp_path, step) for step in range(1, 4)]
+    for path, score in zip(paths, (0.5, 0.3, 0.2), strict=True):
+        result.write(path, found(path, score))
+    assert prune(paths, 1, OTHERS) == [paths[1]]
+    result.write(paths[2], found(paths[2], 0.1, OTHERS))
+    assert prune([paths[0], paths[2]], 1, OTHERS) == [paths[0]]
+
+
+def test_checkpoints_are_compared_by_one_score(tmp_path: Path) -> None:
+    """Whatever else a program with other protocols has called the headline."""
+    paths = [saved(tmp_path, step) for step in range(1, 4)]
+    for path, score in zip(paths, (0.5, 0.3, 0.2), strict=True):
+        metrics = {"AP": score, "recall": 1 - score}
+        result.write(path, found(path, score, metrics=metrics, headline="recall" if score == 0.3 else "AP"))
+    assert prune(paths, 1, OURS) == [paths[1]]
+
+
+def test_what_the_command_of_the_first_release_wrote_decides_nothing(tmp_path: Path) -> None:
+    """It may be of any set: it is shown where there is nothing else."""
+    paths = [saved(tmp_path, step) for step in range(1, 4)]
+    for path, score in zip(paths, (0.1, 0.9, 0.2), strict=True):
+        folder = result.folder_of(path / WEIGHTS)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"AP": score}))
+    assert not result.is_evaluated(paths[0], OURS)
+    assert [item.measure for item in result.known(paths[0] / WEIGHTS)] == [result.UNKNOWN]
+    assert scores_of(tmp_path) == {1: 0.1, 2: 0.9, 3: 0.2}
+    result.write(paths[0], found(paths[0], 0.3))
+    assert prune(paths, 1, OURS) == [paths[1]]
+    (tmp_path / "metrics.jsonl").write_text(line(1, 0.3, OURS) + line(3, 0.4, OURS))
+    assert scores_of(tmp_path) == {1: 0.3, 3: 0.4}
+
+
+def test_two_programs_lose_no_result_of_each_other(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, 1)
+    digest = result.weights_digest(checkpoint / WEIGHTS)
+    script = (
+        "import sys; from pathlib import Path; from ddetr.core.evaluation.result import Measure, Result, write\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "for n in range(20):\n"
+        "    measure = Measure(sys.argv[1] * 64, f'{n:064d}')\n"
+        f"    found = Result({{'AP': 0.5}}, 'AP', 1, 0, 1.0, 1.0, 1, 1, {digest!r}, measure)\n"
+        f"    write(Path({str(checkpoint)!r}), found)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([sys.executable, "-c", script, name], **pipes) for name in "ab"]
+    for writer in writers:
+        assert writer.stdout
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
+    assert len(result.read(checkpoint)) == 40
+
+
+def test_a_result_outlives_its_checkpoint(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, step) for step in (1, 2)]
+    for path in paths:
+        folder = result.folder_of(path / WEIGHTS)
+        folder.mkdir(parents=True)
+        for place in (path, folder):
+            result.write(place, found(path, 0.25))
+    shutil.rmtree(paths[0])
+    assert scores_of(tmp_path) == {1: 0.25, 2: 0.25}
+    assert [entry["epoch"] for entry in history.read(tmp_path).evaluations] == [0, 1]
+
+
+def test_a_file_of_weights_has_no_result_of_another(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_text("a")
+    (tmp_path / "b.safetensors").write_text("b")
+    of_a = replace(found(saved(tmp_path, 1), 0.5), weights=result.weights_digest(tmp_path / "a.safetensors"))
+    result.write(tmp_path, of_a)
+    assert result.known(tmp_path / "a.safetensors") == [of_a]
+    assert result.known(tmp_path / "b.safetensors") == []
+
+
 def line(step: int, score: float, measure: Measure | None) -> str:
     digests = {"shards": measure.shards, "settings": measure.settings} if measure else {}
     counts = {"kind": "evaluation", "time": 1.79e9 + step, "step": step, "epoch": step - 1, "images": 24}
@@ -135,9 +229,68 @@ def test_a_run_that_did_not_evaluate_itself_has_the_results_of_others(tmp_path: 
 
 
 def test_the_lines_of_the_first_release_do_not_say_on_what(tmp_path: Path) -> None:
-    """So they are not mixed with results of a set that may be another one: the larger group is shown."""
+    """They are the run's own, and not mixed with results of a set that may be another one."""
     (tmp_path / "metrics.jsonl").write_text("".join(line(step, step / 10, None) for step in (1, 2, 3)))
     path = saved(tmp_path, 3)
     result.write(path, found(path, 0.9))
     assert scores_of(tmp_path) == {1: 0.1, 2: 0.2, 3: 0.3}
     assert history.read(tmp_path).others == 1
+
+
+def test_a_run_of_the_first_release_that_goes_on_keeps_its_evaluations(tmp_path: Path) -> None:
+    lines = [line(step, step / 10, None) for step in (1, 2)] + [line(3, 0.3, OURS)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    old = saved(tmp_path, 2)
+    (old / EVALUATION).write_text('{"AP": 0.2}')
+    assert scores_of(tmp_path) == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert history.read(tmp_path).evaluations[1]["images"] == 24  # of the line, which says more
+
+
+STEP = {
+    "kind": "step",
+    "time": 1.79e9,
+    "step": 1,
+    "epoch": 0,
+    "images": 8,
+    "step_seconds": 1.0,
+    "data_wait_seconds": 0.1,
+}
+STEP |= {"learning_rate": 1e-4, "gradient_norm": 1.0, "loss_scale": 1.0, "memory_bytes": 1, "skipped": False}
+STEP |= {"parts": ["class"], "losses": {"total": 1.0, "class": 1.0}}
+EVALUATION_LINE = json.loads(line(1, 0.5, OURS))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {**EVALUATION_LINE, "headline": ["AP"]},
+        {**EVALUATION_LINE, "headline": "mAP"},
+        {**EVALUATION_LINE, "metrics": {"AP": "x"}},
+        {**EVALUATION_LINE, "metrics": [1]},
+        {**EVALUATION_LINE, "metrics": {f"score {number}": 0.5 for number in range(101)} | {"AP": 0.5}},
+        {**EVALUATION_LINE, "metrics": {"AP": 0.5, "x" * 61: 0.5}},
+        {**STEP, "parts": "class"},
+        {**STEP, "parts": ["class", 1]},
+        {**STEP, "parts": ["class", "l1"]},
+        {**STEP, "parts": [f"part {number}" for number in range(33)]},
+        {**STEP, "losses": {**STEP["losses"], "l1": "x"}},
+        {**STEP, "losses": {**STEP["losses"], "x" * 61: 1.0}},
+        {**STEP, "losses": None},
+    ],
+)
+def test_a_line_that_nobody_can_work_with_is_left_out_and_named(entry: dict[str, Any], tmp_path: Path) -> None:
+    good = [json.dumps(STEP), json.dumps(EVALUATION_LINE)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*good, json.dumps(entry)]) + "\n")
+    (tmp_path / "config.yaml").write_text("{}")
+    found = history.read(tmp_path)
+    assert (len(found.steps), len(found.evaluations)) == (1, 1)
+    assert found.unreadable == ["metrics.jsonl line 3"]
+    report(tmp_path)
+
+
+@pytest.mark.parametrize("scores", [{f"score {number}": 0.5 for number in range(101)}, {"x" * 61: 0.5}])
+def test_a_result_with_more_than_can_be_shown_is_refused(scores: dict[str, float], tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path, 1)
+    result.write(checkpoint, found(checkpoint, 0.5, metrics={"AP": 0.5, **scores}))
+    with pytest.raises(ValueError, match="at most 100 of 60 characters are read"):
+        result.read(checkpoint)

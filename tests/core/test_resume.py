@@ -269,7 +269,7 @@ def fill(filler: Path) -> None:
 def record(checkpoint: Path, score: float) -> None:
     """An evaluation on some set."""
     weights, measure = result.weights_digest(checkpoint / WEIGHTS), result.Measure("0" * 64, "1" * 64)
-    result.write(checkpoint, result.Result({"AP": score, "AP50": score}, "AP", 24, 0, 1.5, 1e9, weights, measure))
+    result.write(checkpoint, result.Result({"AP": score, "AP50": score}, "AP", 24, 0, 1.5, 1e9, 1, 1, weights, measure))
 
 
 def test_a_diverged_checkpoint_is_never_the_best(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def written(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.write()
     scores = {"AP": 0.25, "AP50": 0.5, "AP75": 0.125}
     measure, digest = result.Measure("0" * 64, "1" * 64), result.weights_digest(run / STEP / WEIGHTS)
-    result.write(run / STEP, result.Result(scores, "AP", 24, 0, 1.5, 1796045817.5, digest, measure))
+    result.write(run / STEP, result.Result(scores, "AP", 24, 0, 1.5, 1796045817.5, 20, 2, digest, measure))
     (run / "config.yaml").write_text(dump(config))
     return run
 

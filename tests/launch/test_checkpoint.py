@@ -55,7 +55,7 @@ def test_inspect_shows_the_evaluation(run_directory: Path, tmp_path: Path, capsy
     metrics = {"AP": 0.123, "AP50": 0.456, "AP75": 0.1}
     for shards, images in (("0", 24), ("1", 60)):
         measure = result.Measure(shards * 64, "2" * 64)
-        result.write(step, result.Result(metrics, "AP", images, 0, 1.5, 1e9, weights, measure))
+        result.write(step, result.Result(metrics, "AP", images, 0, 1.5, 1e9, 20, 2, weights, measure))
         metrics = {**metrics, "AP": 0.789}
     inspect(tmp_path)
     shown = " ".join(capsys.readouterr().out.split())
@@ -226,5 +226,5 @@ def test_inspect_of_a_run_whose_newest_checkpoint_is_deleted_shows_the_one_befor
     checkpoint.inspect(tmp_path / "run")
     printed = capsys.readouterr().out
     assert "step_00000010/model.safetensors" in printed
-    assert "step 10, epoch 1" in printed
+    assert "step 10, 1 epoch(s) done" in printed
     assert "step_00000020" not in printed

@@ -110,6 +110,7 @@ def test_checkpoints_come_go_and_are_damaged_meanwhile(run_directory: Path, loca
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["step_00000010", "step_00000030"], done.stderr
     assert written(run / "eval/step_00000030") == written(local)
     assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
+    assert metrics_of(run / "eval/step_00000010")["AP"] != metrics_of(local)["AP"]  # of one deleted meanwhile
     assert f"{run}/checkpoints/step_00000020 was deleted meanwhile: left out" in done.stdout
     assert f"{run}/checkpoints/step_00000015 cannot be evaluated, the others go on: " in done.stdout
     assert done.returncode == 2

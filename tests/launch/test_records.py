@@ -41,7 +41,9 @@ def step_report(step: int, *, skipped: bool = False) -> StepReport:
 
 def evaluation_report(step: int, epoch: int) -> EvaluationReport:
     measure, scores = result.Measure("0" * 64, "1" * 64), dict.fromkeys(MEANINGS, 0.5)
-    return EvaluationReport(step, epoch, result.Result(scores, "AP", 24, 0, 1.0, 1.79e9, "2" * 64, measure))
+    return EvaluationReport(
+        step, epoch, result.Result(scores, "AP", 24, 0, 1.0, 1.79e9, step, epoch + 1, "2" * 64, measure)
+    )
 
 
 class Process:

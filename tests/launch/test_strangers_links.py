@@ -53,7 +53,7 @@ def test_files_are_written_aside_through_no_link(tmp_path: Path) -> None:
     for path in (*(tmp_path / name for name in names), checkpoint / "evaluation.json"):
         path.with_name(f".{path.name}.{pid}.partial").symlink_to(victim)
     measure = result.Measure("0" * 64, "1" * 64)
-    result.write(checkpoint, result.Result({"AP": 0.5}, "AP", 24, 0, 1.5, 1e9, None, measure))
+    result.write(checkpoint, result.Result({"AP": 0.5}, "AP", 24, 0, 1.5, 1e9, 1, 1, None, measure))
     write_whole(tmp_path / "run/config.yaml", b"model: {}\n")
     write_targets(tmp_path / "run/targets.json", [])
     assert run("report", tmp_path / "run").exception is None
