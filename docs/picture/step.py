@@ -128,7 +128,7 @@ def _losses(canvas: Canvas, record: Record, top: float) -> tuple[Box, Box]:
         "Divided by the number of objects",
         [
             "of the whole step, on all ranks, at least one:",
-            code(quote(criterion, "objects.clamp(min=1) * stacked.repeats / num_shares")),
+            code(quote(criterion, "objects.clamp(min=1)")),
             "so ranks and micro-batches, however many, do",
             "not change the gradient",
         ],
