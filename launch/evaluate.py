@@ -31,6 +31,7 @@ from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.documents import as_json
 from ..data.files import write_whole
+from ..data.folders import obstacle
 from ..data.index import ShardIndex
 from ..data.location import Location
 from .console import Terminal, progress_bar
@@ -75,6 +76,8 @@ def evaluate(
             if index.lack and index.real_location not in evaluators:
                 console.print(without_score_of(index), soft_wrap=True)
             places = _places(detector.path, output, each=all_checkpoints)
+            if reason := obstacle(places[0]):
+                raise OSError(f"what is found cannot be written: {reason}; give --output DIR")
             try:
                 for place in places:  # before the work that they would be in the way of
                     result.read(place)

@@ -119,6 +119,23 @@ def test_checkpoints_come_go_and_are_damaged_meanwhile(run_directory: Path, loca
     assert "step_00000015/model.safetensors: not a readable safetensors file" in damaged[0]
 
 
+def test_what_keeps_results_from_being_written_is_told_before_the_work(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"cannot be written: {tmp_path}/file is not a folder; give --output"):
+        evaluate(run_directory, [], output=tmp_path / "file/results")
+    run = tmp_path / "run"
+    shutil.copytree(run_directory / "checkpoints", run / "checkpoints")
+    (run / "checkpoints/step_00000020/evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json cannot be read .*: move it away, then evaluate anew"):
+        evaluate(run, [])
+    assert "images of" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 checkpoint.s. could not be evaluated"):
+        evaluate(run, [], all_checkpoints=True)
+    assert metrics_of(run / "checkpoints/step_00000010")["AP"] > 0
+
+
 def test_a_mistake_in_the_settings_of_all_is_told_once(run_directory: Path, tmp_path: Path) -> None:
     for override, message in (("eval.topk=3", "no such key"), ("model.queries=31", "fix the model")):
         with pytest.raises(ConfigError, match=message):
