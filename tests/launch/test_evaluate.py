@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,7 @@ def test_what_keeps_results_from_being_written_is_told_before_the_work(
     run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=f"cannot be written: {tmp_path}/file is not a folder; give --output"):
+    with pytest.raises(OSError, match=re.escape(f"cannot be written: {tmp_path}/file is not a folder; give --output")):
         evaluate(run_directory, [], output=tmp_path / "file/results")
     run = tmp_path / "run"
     shutil.copytree(run_directory / "checkpoints", run / "checkpoints")
