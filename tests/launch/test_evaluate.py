@@ -132,7 +132,7 @@ def test_what_keeps_results_from_being_written_is_told_before_the_work(
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be read .*: move it away, then evaluate anew"):
         evaluate(run, [])
     assert "images of" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="1 checkpoint.s. could not be evaluated"):
+    with pytest.raises(ValueError, match=r"1 checkpoint\(s\) could not be evaluated"):
         evaluate(run, [], all_checkpoints=True)
     assert metrics_of(run / "checkpoints/step_00000010")["AP"] > 0
 
