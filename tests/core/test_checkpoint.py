@@ -52,7 +52,7 @@ def written(tmp_path: Path) -> tuple[Detector, Path]:
     for step in (5, 12):
         folder = step_directory(tmp_path, step)
         folder.mkdir(parents=True)
-        save_weights(folder / WEIGHTS, model.state_dict(), configuration(), CATEGORIES, step=step, epoch=1)
+        save_weights(folder / WEIGHTS, model.state_dict(), configuration(), CATEGORIES, step=step, epochs=1)
     (tmp_path / "checkpoints/.step_00000019").mkdir()
     return model, tmp_path
 
@@ -233,7 +233,7 @@ def test_published_tensors_as_safetensors(tmp_path: Path) -> None:
 def test_advice_names_the_settings_that_differ(tmp_path: Path) -> None:
     small, wide = configuration(queries=7), configuration(queries=9, decoder_layers=3, num_classes=5)
     folder = tmp_path / WEIGHTS
-    save_weights(folder, build(small.model).state_dict(), small, CATEGORIES, step=1, epoch=0)
+    save_weights(folder, build(small.model).state_dict(), small, CATEGORIES, step=1, epochs=0)
     checkpoint.export_published(build(small.model), tmp_path / "published.pth")
     for file in (folder, tmp_path / "published.pth"):
         with pytest.raises(ValueError, match="holds another architecture") as refusal:

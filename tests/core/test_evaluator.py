@@ -283,7 +283,7 @@ def detector(index: ShardIndex) -> TrainedDetector:
     model = DeformableDetr(config.model).eval().requires_grad_(False)
     for head in model.class_embed:
         head.weight.normal_(std=0.5)
-    return TrainedDetector(model, config, index.categories, step=7, epoch=1, path=Path("detector"))
+    return TrainedDetector(model, config, index.categories, step=7, epochs=1, path=Path("detector"))
 
 
 def test_detections_are_those_of_single_images_in_pixels_of_the_file(

@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
     weights[spoiled] = weights[spoiled].clone()
     weights[spoiled][3, 5] = value
     path = tmp_path / WEIGHTS
-    save_weights(path, weights, config, Categories(ids=(1, 2, 3), names=("a", "b", "c")), step=1, epoch=0)
+    save_weights(path, weights, config, Categories(ids=(1, 2, 3), names=("a", "b", "c")), step=1, epochs=0)
     message = f"{spoiled} has 1 of 4096 values that are infinite or not a number"
     before = model.state_dict()[spoiled].clone()
     with torch.device("meta"):  # as it is checked before a run

@@ -40,7 +40,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_every_class_goes_on_under_its_name(variant: dict, tmp_path: Path) -> None:
     config, old = detector(3, 1, **variant)
-    save_weights(tmp_path / WEIGHTS, old.state_dict(), config, OLD, step=1, epoch=0)
+    save_weights(tmp_path / WEIGHTS, old.state_dict(), config, OLD, step=1, epochs=0)
     _, model = detector(4, 2, **variant)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     told: list[str] = []
@@ -63,7 +63,7 @@ def test_every_class_goes_on_under_its_name(variant: dict, tmp_path: Path) -> No
 def test_as_many_classes_by_other_names(tmp_path: Path) -> None:
     """Nothing about the shapes would tell."""
     config, old = detector(3, 1)
-    save_weights(tmp_path / WEIGHTS, old.state_dict(), config, OLD, step=1, epoch=0)
+    save_weights(tmp_path / WEIGHTS, old.state_dict(), config, OLD, step=1, epochs=0)
     _, model = detector(3, 2)
     others = Categories(ids=(1, 2, 3), names=("car", "bus", "van"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
