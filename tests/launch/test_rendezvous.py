@@ -106,10 +106,12 @@ def test_nodes_meet_by_torchs_own_handler() -> None:
             store = TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
             handler = create_handler(store, rendezvous.JsonState(store, "run", "node0"), parameters)
         info = handler.next_rendezvous()
+        kept.append((handler, info))
         info.store.set(str(info.rank), f"node {number}")
         other = info.store.get(str(1 - info.rank)).decode()
         found[number] = (info.rank, info.world_size, other, info.bootstrap_store_info)
 
+    kept: list[object] = []  # one of them is the server of the store: it must not end before the other has read
     threads = [threading.Thread(target=node, args=(number,), daemon=True) for number in range(2)]
     for thread in threads:
         thread.start()
