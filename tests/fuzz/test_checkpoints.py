@@ -187,7 +187,15 @@ def test_a_file_of_torch_gives_plain_tensors_or_is_refused(effort: Effort, tmp_p
 
 def test_training_state_without_an_average_is_damage(run_directory: Path, tmp_path: Path) -> None:
     folder = run_directory / STEP
-    save_file({"weights/a": torch.ones(1)}, tmp_path / TRAINING)
+    for name, message in (
+        ("weights/a", rf"'slots' holds 'exp_avg', of which {TRAINING} has nothing"),
+        ("exp_avg/a", r"'slots' holds 'exp_avg_sq', of which"),
+    ):
+        save_file({name: torch.ones(1)}, tmp_path / TRAINING)
+        rewrite(folder, (tmp_path / TRAINING).read_bytes())
+        with pytest.raises(ValueError, match=rf"{STEP} is damaged: .*{message}"):
+            Checkpoint.read(folder)
+    save_file({"exp_avg/a": torch.ones(1), "exp_avg_sq/a": torch.ones(1)}, tmp_path / TRAINING)
     rewrite(folder, (tmp_path / TRAINING).read_bytes())
     with pytest.raises(ValueError, match=rf"{STEP} is damaged: {TRAINING} has no exp_avg/class_embed\.0\.\S+ of shape"):
         Checkpoint.read(folder)
