@@ -4,16 +4,18 @@ A checkpoint may be evaluated on several sets and with several settings; the fil
 results of one measure, the same set and settings, can be compared.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...data.documents import as_json, parse_json
 from ...data.files import file_sha256, write_whole
@@ -28,6 +30,7 @@ EVALUATION = "evaluation.json"
 _VERSION = 2
 _OF_FIRST_RELEASE = "metrics.json"  # of its `ddetr eval`
 _MOST_BYTES = 1 << 20
+_LOCK_SECONDS = 60.0
 MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 
 
@@ -231,7 +234,10 @@ def _metrics(values: dict[str, Any], headline: str) -> dict[str, float]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While the results of a checkpoint are read and written again: its run and `ddetr eval` may do so at once."""
+    """While the results of a checkpoint are read and written again: its run and `ddetr eval` may do so at once.
+
+    Raises OSError when another program holds the manifest's lock for longer than that takes.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         yield
@@ -241,5 +247,18 @@ def _alone(folder: Path) -> Iterator[None]:
     except PermissionError:
         file = manifest.open("rb")
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _is_locked(file):
+            if time.monotonic() > deadline:
+                raise OSError(errno.EWOULDBLOCK, "another program holds its lock", str(manifest))
+            time.sleep(0.05)
         yield
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Whether this process has the lock now; also where the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True

@@ -1,5 +1,6 @@
 """Results of evaluations beside their checkpoints: which are read, which can be compared."""
 
+import fcntl
 import json
 import math
 import shutil
@@ -176,6 +177,18 @@ def test_two_programs_lose_no_result_of_each_other(tmp_path: Path) -> None:
         writer.stdin.flush()
     assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert len(result.read(checkpoint)) == 40
+
+
+def test_a_lock_that_another_program_keeps_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may read a checkpoint may lock it: that must not hold up a run for ever."""
+    checkpoint = saved(tmp_path, 1)
+    monkeypatch.setattr(result, "_LOCK_SECONDS", 0.2)
+    with (checkpoint / "checkpoint.json").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=r"another program holds its lock: '.*/checkpoint\.json'"):
+            result.write(checkpoint, found(checkpoint, 0.5))
+    result.write(checkpoint, found(checkpoint, 0.5))
+    assert len(result.read(checkpoint)) == 1
 
 
 def test_a_result_outlives_its_checkpoint(tmp_path: Path) -> None:
