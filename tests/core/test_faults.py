@@ -1,5 +1,6 @@
 """Ranks that die, freeze, hang or are slow, as real processes; and how a run that is asked to stop ends."""
 
+import contextlib
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ class Ranks:
         self.directory = folder / "run"
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(2)]
         self.processes: list[subprocess.Popen[str]] = []
+        self.stopped: list[psutil.Process] = []
         arguments = ("tiny", *SMALL, f"train.output={folder}", "train.name=run", "train.epochs=10000", *arguments)
         for rank, output in enumerate(self.outputs):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -61,6 +63,12 @@ class Ranks:
         """The processes that load the rank's data."""
         return psutil.Process(self.processes[rank].pid).children()
 
+    def stop_workers(self, rank: int) -> None:
+        """Whoever is stopped does not notice that its rank is gone."""
+        self.stopped = self.workers(rank)
+        for worker in self.stopped:
+            worker.suspend()
+
 
 @pytest.fixture
 def ranks(synthetic_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
@@ -71,8 +79,12 @@ def ranks(synthetic_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Rank
         return started[-1]
 
     yield start
-    for process in (process for those in started for process in those.processes):
-        kill(process)
+    for those in started:
+        for process in those.processes:
+            kill(process)
+        for worker in those.stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -109,8 +121,7 @@ def test_a_rank_that_gets_no_further_is_told_from_those_that_wait_for_it(ranks: 
     """Its loader hangs: the rank itself lives, and the collective operation of the others would wait for ever."""
     run = ranks("train.collective_timeout_seconds=6", "data.workers=1")
     run.wait_for_steps(3)
-    for worker in run.workers(1):
-        worker.suspend()
+    run.stop_workers(1)
     for process in run.processes:
         assert process.wait(90) == TRY_AGAIN, run.output(0)
     output = run.output(0)
@@ -164,8 +175,7 @@ def test_a_slow_rank_is_named(ranks: Callable[..., Ranks]) -> None:
 def test_one_signal_to_one_rank_stops_all_though_a_batch_does_not_come(ranks: Callable[..., Ranks]) -> None:
     run = ranks("data.workers=1", "train.checkpoint_every_epochs=0")
     run.wait_for_steps(3)
-    for worker in run.workers(1):
-        worker.suspend()
+    run.stop_workers(1)
     run.processes[0].send_signal(signal.SIGUSR1)
     run.end(30, asked=0)
     assert "SIGUSR1: saving after this step" in run.output(0)
