@@ -149,6 +149,7 @@ def test_in_prometheus_and_to_an_observer(
     assert told.count(StepReport) == 6
     (page,) = scraped
     assert re.search(r'^ddetr_train_loss\{part="sides",rank="0",run=.*\} [\d.]+$', page, flags=re.MULTILINE)
+    assert re.search(r'^ddetr_evaluation_score_ratio\{metric="constant",rank="0",run=.*\} 0.125$', page, re.MULTILINE)
 
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"base": "tiny", "samples": 1, "search": {}, "metric": "hit"}))
     with pytest.raises(ValueError, match=r"metric: expected one of AP, .*, AR_large, hits, constant, got 'hit'"):
