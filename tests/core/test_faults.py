@@ -148,12 +148,12 @@ def test_a_failure_of_one_rank_is_told_to_the_others(ranks: Callable[..., Ranks]
 @pytest.mark.slow
 def test_a_slow_rank_is_named(ranks: Callable[..., Ranks]) -> None:
     """It is stopped for most of the time, as by another program on its cores."""
-    run = ranks("data.workers=0", "train.max_steps=50", "train.checkpoint_every_epochs=0")
+    run = ranks("data.workers=0", "train.max_steps=41", "train.checkpoint_every_epochs=0")
     run.wait_for_steps(1)
     done = threading.Event()
 
     def slow_down() -> None:
-        while not done.wait(0.02) and run.processes[1].poll() is None:
+        while not done.wait(0.05) and run.processes[1].poll() is None:
             run.processes[1].send_signal(signal.SIGSTOP)
             time.sleep(0.2)
             run.processes[1].send_signal(signal.SIGCONT)
