@@ -1,11 +1,10 @@
 """Real training runs of a small model."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.core.runs import SMALL, Run, Train, collect, command
+from tests.core.runs import SMALL, Run, Train, trained
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +19,7 @@ def train(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> T
             name = f"run{len(done)}"
             arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={output}"]
             arguments += [f"train.name={name}", f"train.max_steps={steps}", *overrides]
-            finished = subprocess.run(command(ranks, *arguments), capture_output=True, text=True, timeout=600)
-            done[key] = collect(output / name, finished.stdout + finished.stderr, finished.returncode)
+            done[key] = trained(output / name, *arguments, ranks=ranks)
         return done[key]
 
     return run

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
+from ddetr.core.checkpoint import weights
+from ddetr.launch.cli import main
 
 READS: dict[str, Counter[str]] = {"checksum": Counter(), "open": Counter(), "tensor": Counter()}
 
@@ -37,10 +38,8 @@ def _named(file: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    _open, safetensors.safe_open = safetensors.safe_open, Counted
+    _open, weights.safe_open = weights.safe_open, Counted
     _digest, hashlib.file_digest = hashlib.file_digest, file_digest
-    from ddetr.launch.cli import main
-
     try:
         main()
     finally:

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from tests.processes import Command, finished
+
 # Half a million parameters, everything switched on; batches of 4 of the 24 images of `synthetic_shards`.
 SMALL = (
     "model.backbone=test_resnet.r160_in1k",
@@ -52,7 +54,14 @@ class Run:
         return [step["losses"]["total"] for step in self.steps]
 
 
+def trained(directory: Path, *arguments: str | Path, ranks: int = 1, **settings: Any) -> Run:
+    """What `ddetr train ARGUMENT...`, which has ended, has left in its run directory."""
+    ended = finished("train", *arguments, ranks=ranks, **settings)
+    return collect(directory, ended.stdout + ended.stderr, ended.returncode)
+
+
 def command(ranks: int, *arguments: str) -> list[str]:
+    """The command line, for who starts it from the shell."""
     start = [sys.executable, "-m", "ddetr.launch.cli"]
     if ranks > 1:
         start = [sys.executable, "-m", "ddetr.launch.torchrun", "--standalone", f"--nproc-per-node={ranks}", "--"]
@@ -89,7 +98,7 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1, seconds: float = 300) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str] | Command, lines: int = 1, seconds: float = 300) -> None:
     """Until `path` exists and, if a file, has so many lines."""
     deadline = time.monotonic() + seconds
     while not path.exists() or (path.is_file() and len(path.read_text().splitlines()) < lines):
@@ -130,7 +139,7 @@ def assert_no_step_is_left_out(run: Run) -> None:
     assert steps == set(range(1, max(steps) + 1))
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen | Command) -> None:
     """A process and all that it started, such as a launcher's ranks, which are process groups of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:

@@ -1,10 +1,7 @@
 """A checkpoint as a value: whole through its files, whatever the optimizer keeps, and each tensor read once."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from ddetr.data.categories import Categories
 from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Train, succeeded
+from tests.processes import finished
 
 COUNTED_RUN = Path(__file__).with_name("counted_run.py")
 
@@ -121,12 +119,9 @@ def test_a_resume_reads_each_tensor_once_on_each_rank(train: Train, tmp_path: Pa
     run = succeeded(train(1, "train.zero_stage=1", *settings))
     copy = Path(shutil.copytree(run.directory, tmp_path / "run"))
     folder = find_checkpoint(copy)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [sys.executable, *launcher, str(COUNTED_RUN), "train", "--resume", str(copy), "train.max_steps=5"]
-    finished = subprocess.run(
-        words, capture_output=True, text=True, timeout=600, env=os.environ | {"READS": str(tmp_path)}
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    words, environment = ("train", "--resume", copy, "train.max_steps=5"), {"READS": str(tmp_path)}
+    resumed = finished(*words, ranks=2, environment=environment, program=COUNTED_RUN)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
     files = {f"{folder.name}/{name}": load_file(folder / name) for name in (WEIGHTS, TRAINING)}
     tensors = {f"{file}/{name}": 1 for file, content in files.items() for name in content}
     for rank in (0, 1):

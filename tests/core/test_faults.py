@@ -1,7 +1,6 @@
 """Ranks that die, freeze, hang or are slow, as real processes; and how a run that is asked to stop ends."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -18,35 +17,30 @@ from ddetr.core.checkpoint.trained import load_detector
 from ddetr.core.evaluation import result
 from ddetr.core.training.heartbeat import TRY_AGAIN
 
-from tests.core.runs import SMALL, collect, command, free_port, kill, succeeded, wait_for
+from tests.core.runs import SMALL, collect, free_port, succeeded, trained, wait_for
 from tests.data import file_server
+from tests.processes import Command
 
 HOST = socket.gethostname()
 
 
 class Ranks:
-    """Two ranks without a launcher that would end one after the other; each writes into a file of its own."""
+    """Two ranks without a launcher that would end one after the other."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         port = free_port()
         self.directory = folder / "run"
-        self.outputs = [folder / f"rank{rank}.txt" for rank in range(2)]
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Command] = []
         self.stopped: list[psutil.Process] = []
         arguments = ("tiny", *SMALL, f"train.output={folder}", "train.name=run", "train.epochs=10000", *arguments)
-        for rank, output in enumerate(self.outputs):
+        for rank in range(2):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = os.environ | {name: str(value) for name, value in place.items()}
-            with output.open("w") as file:
-                process = subprocess.Popen(command(1, *arguments), env=environment, stdout=file, stderr=file, text=True)
-            self.processes.append(process)
+            environment = {name: str(value) for name, value in place.items()}
+            self.processes.append(Command("train", *arguments, environment=environment))
 
     def wait_for_steps(self, number: int) -> None:
-        try:
-            wait_for(self.directory / "metrics.jsonl", self.processes[0], lines=number)
-        except ValueError as error:  # communicate() of a process that ended, whose output is a file
-            raise AssertionError(self.output(0)) from error
+        wait_for(self.directory / "metrics.jsonl", self.processes[0], lines=number)
 
     def end(self, seconds: float, asked: int) -> None:
         """Wait for the end of a run of which one rank was asked to stop."""
@@ -57,7 +51,7 @@ class Ranks:
         assert statuses == [0 if rank == asked else TRY_AGAIN for rank in range(2)], self.output(0) + self.output(1)
 
     def output(self, rank: int) -> str:
-        return self.outputs[rank].read_text()
+        return self.processes[rank].output
 
     def workers(self, rank: int) -> list[psutil.Process]:
         """The processes that load the rank's data."""
@@ -81,7 +75,7 @@ def ranks(synthetic_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Rank
     yield start
     for those in started:
         for process in those.processes:
-            kill(process)
+            process.kill()
         for worker in those.stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
@@ -196,9 +190,7 @@ def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
     assert "the evaluation of step 6 is left for the run that continues this one" in left.output
     checkpoint = run.directory / "checkpoints/step_00000006"
     assert result.read(checkpoint) == []
-    again = command(1, "--resume", str(run.directory))
-    finished = subprocess.run(again, capture_output=True, text=True, timeout=300)
-    succeeded(collect(run.directory, finished.stdout + finished.stderr, finished.returncode))
+    succeeded(trained(run.directory, "--resume", run.directory))
     assert len(result.read(checkpoint)) == 1
 
 

@@ -1,10 +1,7 @@
 """Numbers that are not finite: who made them, and that no rank takes the step."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from ddetr.core.model.finite import finite_or_poison, first_not_finite
 from ddetr.data.categories import Categories
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Train, collect, succeeded
+from tests.core.runs import SMALL, Train, succeeded, trained
 
 POISONED_RUN = Path(__file__).with_name("poisoned_run.py")
 
@@ -76,11 +73,9 @@ def test_a_poisoned_image_costs_one_step_on_every_rank(
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=run"]
     arguments += [f"train.zero_stage={stage}", f"train.precision={precision}", "train.max_steps=6"]
     arguments += ["train.checkpoint_every_steps=1", "train.checkpoint_every_epochs=1"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    words = [sys.executable, *launcher, str(POISONED_RUN), "train", *arguments]
-    environment = os.environ | {"POISONED_IMAGE": str(poisoned)}
-    finished = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
-    run = succeeded(collect(tmp_path / "run", finished.stdout + finished.stderr, finished.returncode))
+    environment = {"POISONED_IMAGE": str(poisoned)}
+    settings = {"ranks": ranks, "environment": environment, "program": POISONED_RUN}
+    run = succeeded(trained(tmp_path / "run", *arguments, **settings))
 
     (skipped,) = [step for step in run.steps if step["skipped"]]  # 24 images, 6 steps: each image once
     assert len(run.steps) == 6

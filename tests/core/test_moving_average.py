@@ -1,6 +1,5 @@
 """The moving average of the weights against one computed by hand from every step's own weights."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,8 @@ from ddetr.core.checkpoint.trained import load_detector
 from ddetr.core.model.detector import build
 from safetensors.torch import load_file
 
-from tests.core.runs import Run, Train, collect, command, succeeded
+from tests.core.runs import Run, Train, succeeded, trained
+from tests.processes import finished
 
 EVERY_STEP = ("train.checkpoint_every_steps=1", "train.checkpoint_every_epochs=1")
 
@@ -53,9 +53,7 @@ def test_a_resumed_average_goes_on(train: Train, tmp_path: Path, stage: int) -> 
     settings = (f"train.zero_stage={stage}", "train.ema_decay=0.9", *EVERY_STEP)
     whole = succeeded(train(1, *settings))
     half = succeeded(train(1, *settings, steps=2))
-    arguments = command(1, "--resume", str(half.directory), "train.max_steps=4")
-    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
-    resumed = succeeded(collect(half.directory, finished.stdout + finished.stderr, finished.returncode))
+    resumed = succeeded(trained(half.directory, "--resume", half.directory, "train.max_steps=4"))
     assert resumed.losses == whole.losses
     expected, found = weights(whole, 4), weights(resumed, 4)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -63,9 +61,8 @@ def test_a_resumed_average_goes_on(train: Train, tmp_path: Path, stage: int) -> 
 
 def test_an_average_cannot_begin_in_the_middle(train: Train) -> None:
     run = succeeded(train(1, "train.zero_stage=0", *EVERY_STEP, steps=2))
-    arguments = command(1, "--resume", str(run.directory), "train.max_steps=4", "train.ema_decay=0.9")
-    refused = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    refused = finished("train", "--resume", run.directory, "train.max_steps=4", "train.ema_decay=0.9")
     assert refused.returncode == 2
     assert "the run was trained without train.ema_decay" in refused.stderr
-    again = subprocess.run(command(1, "--resume", str(run.directory)), capture_output=True, text=True, timeout=600)
+    again = finished("train", "--resume", run.directory)
     assert again.returncode == 0, again.stderr[-2000:]  # what was refused has changed nothing

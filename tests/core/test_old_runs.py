@@ -1,8 +1,6 @@
 """Runs of the first release go on as that release itself took them further: the losses and scores beside them."""
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,7 +16,8 @@ from ddetr.data.shards import pack
 from ddetr.launch.data import synth
 from safetensors.torch import load_file, save_file
 
-from tests.core.runs import collect, command, succeeded
+from tests.core.runs import succeeded, trained
+from tests.processes import finished
 
 HERE = Path(__file__).parent
 RESUMED = json.loads((HERE / "old_runs_resumed.json").read_text())
@@ -41,8 +40,7 @@ def old_runs(tmp_path: Path) -> Path:
 
 
 def ddetr(*words: str | Path) -> str:
-    line = [sys.executable, "-m", "ddetr.launch.cli", *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    done = finished(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -52,10 +50,7 @@ def test_an_old_run_goes_on_as_its_release_took_it_on(name: str, old_runs: Path,
     directory, expected = old_runs / name, RESUMED[name]
     arguments = ["monitor.port=0", "train.epochs=3", "train.log_every_steps=1", "train.keep_checkpoints=0"]
     arguments += [f"data.train={shards}", f"data.validation={shards}"]
-    finished = subprocess.run(
-        command(1, "--resume", str(directory), *arguments), capture_output=True, text=True, timeout=600
-    )
-    run = succeeded(collect(directory, finished.stdout + finished.stderr, finished.returncode))
+    run = succeeded(trained(directory, "--resume", directory, *arguments))
     losses = {str(step["step"]): step["losses"]["total"] for step in run.steps if step["step"] > 8}
     assert losses == pytest.approx(expected["losses"], rel=1e-4)
     evaluations = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())

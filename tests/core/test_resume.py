@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +27,15 @@ from ddetr.core.evaluation.result import EVALUATION
 from ddetr.core.training.saving import prune
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Run, Train, collect, command, start, strict_json, succeeded, wait_for
+from tests.core.runs import SMALL, Run, Train, collect, strict_json, succeeded, trained, wait_for
+from tests.processes import Command
 
 EXACT = ("model.dropout=0", "train.checkpoint_every_steps=4")
 STEPS = 8
 
 
 def resume(directory: Path, ranks: int, *arguments: str) -> Run:
-    line = command(ranks, "--resume", str(directory), *arguments)
-    finished = subprocess.run(line, capture_output=True, text=True, timeout=600)
-    return collect(directory, finished.stdout + finished.stderr, finished.returncode)
+    return trained(directory, "--resume", directory, *arguments, ranks=ranks)
 
 
 def half_of(run: Run, tmp_path: Path) -> Path:
@@ -220,8 +218,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_and_loses_nothing(synthetic_shards: Path, small_disk: Path) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={small_disk}", "train.name=full"]
     arguments += ["train.max_steps=5", "train.zero_stage=0", "train.checkpoint_every_steps=1"]
-    finished = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
-    run = collect(small_disk / "full", finished.stdout + finished.stderr, finished.returncode)
+    run = trained(small_disk / "full", *arguments)
     kept = checkpoints(run.directory)
     assert 0 < len(kept) < 5
     for checkpoint in kept:
@@ -240,15 +237,14 @@ def test_a_disk_without_a_byte_left(synthetic_shards: Path, small_disk: Path) ->
     """Nothing can begin; what has begun goes on without a line of its files until its last step."""
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={small_disk}", "train.name=full"]
     arguments += ["train.max_steps=5", "train.zero_stage=0"]
-    finished = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
-    run = succeeded(collect(small_disk / "full", finished.stdout + finished.stderr, finished.returncode))
+    run = succeeded(trained(small_disk / "full", *arguments))
     filler = small_disk / "filler"
     fill(filler)
     refused = resume(run.directory, 1, "train.max_steps=8")
     assert refused.exit_status == 2
     assert "config.yaml: No space left on device" in refused.output
     filler.unlink()
-    process = start(command(1, "--resume", str(run.directory), "train.max_steps=60", "train.log_every_steps=1"))
+    process = Command("train", "--resume", run.directory, "train.max_steps=60", "train.log_every_steps=1")
     wait_for(run.directory / "metrics.jsonl", process, lines=len(run.steps) + 3)
     fill(filler)
     output = process.communicate()[0]
@@ -308,41 +304,21 @@ def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     ]
 
 
-SAVE_WITHOUT_END = """
-import sys
-from pathlib import Path
-import numpy as np
-from ddetr.core.checkpoint.manifest import write_checkpoint
-from ddetr.core.training.saving import prune
-from safetensors.numpy import save_file
-
-folder, step = Path(sys.argv[1]), int(sys.argv[2])
-while True:
-    step += 1
-    def write(checkpoint):
-        for name in ("model.safetensors", "training.safetensors"):
-            save_file({str(n): np.full((2000, 50), step, dtype=np.float32) for n in range(8)}, checkpoint / name)
-    write_checkpoint(folder / f"step_{step:08d}", 1, write, {"step": step})
-    prune(sorted(folder.glob("step_*")), 2)
-    print(step, flush=True)
-"""
+ENDLESS_SAVING = Path(__file__).with_name("endless_saving.py")
 
 
 def test_killed_at_any_instant_of_saving_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     """30 times SIGKILL at a random instant of a process that does nothing but save."""
     instants, last = random.Random(0), 0
     for _ in range(30):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_WITHOUT_END, str(tmp_path / "checkpoints"), str(last)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        last = int(process.stdout.readline())
+        process = Command(tmp_path / "checkpoints", str(last), program=ENDLESS_SAVING)
+        while not process.stdout:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.01)
         time.sleep(instants.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
-        said = process.stdout.read().split()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
+        said = process.stdout.split()
         last = int(said[-1]) if said else last
         found = checkpoints(tmp_path)
         assert found
@@ -366,7 +342,7 @@ def test_a_run_killed_while_saving_resumes(synthetic_shards: Path, tmp_path: Pat
     ]
     directory, instants, reached = tmp_path / "killed", random.Random(1), 0
     for _ in range(10):
-        process = start(command(1, *arguments))
+        process = Command("train", *arguments)
         wait_for(step_directory(directory, reached + 1), process)
         time.sleep(instants.uniform(0, 1))
         os.kill(process.pid, signal.SIGKILL)

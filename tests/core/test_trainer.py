@@ -4,7 +4,6 @@ import json
 import math
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from ddetr.core.checkpoint.weights import find_checkpoint
 from ddetr.core.model.detector import DeformableDetr
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Run, Train, collect, command, kill, start, succeeded, wait_for
+from tests.core.runs import SMALL, Run, Train, collect, succeeded, trained, wait_for
+from tests.processes import Command, finished
 
 
 def assert_same_losses(run: Run, reference: Run, rel: float) -> None:
@@ -100,15 +100,14 @@ def test_killed_and_resumed_run_repeats_the_uninterrupted_one(
     uninterrupted = succeeded(train(ranks, f"train.zero_stage={stage}", "train.checkpoint_every_steps=4", steps=24))
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=killed"]
     arguments += ["train.max_steps=24", f"train.zero_stage={stage}", "train.checkpoint_every_steps=4"]
-    process = start(command(ranks, *arguments))
+    process = Command("train", *arguments, ranks=ranks)
     directory = tmp_path / "killed"
     wait_for(directory / "checkpoints/step_00000004", process)
-    kill(process)
+    process.kill()
     before = collect(directory, "", 0)
     assert before.steps[-1]["step"] < 24, "the run ended before it could be killed"
 
-    resumed = subprocess.run(command(ranks, "--resume", str(directory)), capture_output=True, text=True, timeout=600)
-    after = succeeded(collect(directory, resumed.stdout + resumed.stderr, resumed.returncode))
+    after = succeeded(trained(directory, "--resume", directory, ranks=ranks))
     last = {step["step"]: step for step in after.steps}  # a step taken twice: the second time counts
     assert sorted(last) == list(range(1, 25))
     for expected in uninterrupted.steps:
@@ -125,8 +124,7 @@ def test_auto_resume_starts_anew_what_died_before_its_first_checkpoint(synthetic
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=again"]
 
     def attempt(*more: str) -> Run:
-        finished = subprocess.run(command(1, *arguments, *more), capture_output=True, text=True, timeout=600)
-        return collect(directory, finished.stdout + finished.stderr, finished.returncode)
+        return trained(directory, *arguments, *more)
 
     refused = attempt("train.max_steps=2")
     assert refused.exit_status == 2
@@ -142,7 +140,7 @@ def test_auto_resume_starts_anew_what_died_before_its_first_checkpoint(synthetic
 def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.name=stopped"]
     arguments += ["train.epochs=1000", "train.checkpoint_every_epochs=0", "train.log_every_steps=7"]
-    process = start(command(1, *arguments))
+    process = Command("train", *arguments)
     wait_for(tmp_path / "stopped/metrics.jsonl", process, lines=3)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
@@ -218,8 +216,7 @@ def test_port_that_is_taken_is_found_before_anything_is_written(train: Train) ->
 def test_resuming_with_another_architecture_is_refused(train: Train) -> None:
     run = succeeded(train(1, "train.zero_stage=0", "model.dropout=0"))
     before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
-    arguments = command(1, "--resume", str(run.directory), "model.feedforward_dim=32", "train.max_steps=6")
-    refused = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    refused = finished("train", "--resume", run.directory, "model.feedforward_dim=32", "train.max_steps=6")
     assert refused.returncode == 2
     assert "holds another architecture than the configuration describes" in refused.stderr
     assert "linear1.weight is (64, 64) in the file, (32, 64) in the model" in refused.stderr

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from ddetr.core.model.detector import build
 from ddetr.core.training.optimizer import rate_advice
 from safetensors.torch import load_file
 
-from tests.core.runs import SMALL, Train, collect, command, succeeded
+from tests.core.runs import SMALL, Train, succeeded, trained
+from tests.processes import finished
 
 DETR = (
     *("model.architecture=detr", "model.classification=softmax", "model.levels=1"),
@@ -76,8 +76,7 @@ def test_a_backbone_without_a_rate_has_no_share_in_the_gradient_norm(train: Trai
 def test_another_choice_of_what_trains_is_refused_on_resume(train: Train) -> None:
     run = succeeded(train(1, "train.zero_stage=1", *FROZEN))
     before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
-    arguments = command(1, "--resume", str(run.directory), "optim.backbone_multiplier=0.1", "train.max_steps=6")
-    refused = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    refused = finished("train", "--resume", run.directory, "optim.backbone_multiplier=0.1", "train.max_steps=6")
     assert refused.returncode == 2
     assert "if optim.backbone_multiplier was changed to or from 0, change it back" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -107,8 +106,7 @@ def test_a_frozen_backbone_is_kept_nowhere_but_in_the_weights(
     assert len(same) < len(before)
     copy = Path(shutil.copytree(run.directory, tmp_path / "half"))
     shutil.rmtree(step_directory(copy, 4))
-    resumed = subprocess.run(command(ranks, "--resume", str(copy)), capture_output=True, text=True, timeout=600)
-    again = succeeded(collect(copy, resumed.stdout + resumed.stderr, resumed.returncode))
+    again = succeeded(trained(copy, "--resume", copy, ranks=ranks))
     assert [step["step"] for step in again.steps] == [1, 2, 3, 4, 3, 4]
     assert again.losses[4:] == pytest.approx(run.losses[2:], rel=1e-5)
 
@@ -119,7 +117,7 @@ def test_a_dry_run_counts_what_trains(synthetic_shards: Path, multiplier: str, f
     overrides = (*SMALL, f"data.train={synthetic_shards}", f"optim.backbone_multiplier={multiplier}")
     overrides += ("model.backbone_norm=frozen_batch", "model.pretrained_backbone=false")
     config = load("tiny", overrides)
-    shown = subprocess.run(command(1, "tiny", *overrides, "--dry-run"), capture_output=True, text=True, timeout=600)
+    shown = finished("train", "tiny", *overrides, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     (said,) = re.findall(r"([\d.]+) M parameters trained, ([\d.]+) M frozen", shown.stdout)
     total = sum(parameter.numel() for parameter in build(config.model).parameters()) / 1e6
@@ -155,8 +153,8 @@ def test_run_starts_from_published_weights_and_says_what_starts_anew(
 
     run = succeeded(train(1, initial, "train.new_class_head=true", "optim.learning_rate=1e-12", steps=1))
     assert "started anew: class_embed.0.weight, class_embed.0.bias, class_embed.1.weight" in run.output
-    trained, given = load_detector(run.directory).model.state_dict(), model.state_dict()
-    for name, tensor in trained.items():
+    weights, given = load_detector(run.directory).model.state_dict(), model.state_dict()
+    for name, tensor in weights.items():
         if name.startswith("class_embed."):
             assert tensor.shape[0] == 3
         else:
@@ -190,9 +188,8 @@ def test_initial_weights_that_are_not_there(train: Train) -> None:
 
 
 def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -> None:
-    arguments = command(1, "r50", f"data.train={synthetic_shards}", "model.num_classes=3", "train.batch_size=8")
-    arguments.append("model.pretrained_backbone=false")
-    shown = subprocess.run([*arguments, "--dry-run"], capture_output=True, text=True, timeout=600)
+    arguments = ["r50", f"data.train={synthetic_shards}", "model.num_classes=3", "train.batch_size=8"]
+    shown = finished("train", *arguments, "model.pretrained_backbone=false", "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "optim.learning_rate=0.0002 with train.batch_size=8: published is 0.0002 for 32 images" in shown.stdout
     assert "set optim.learning_rate=5e-05" in shown.stdout
@@ -202,7 +199,7 @@ def test_a_dry_run_promises_what_it_did(synthetic_shards: Path, tmp_path: Path) 
     """24 images in steps of 7, the last one filled up: 4 an epoch, of which max_steps leaves 10."""
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "data.remainder=pad"]
     arguments += ["train.batch_size=7", "train.max_steps=10", "--dry-run"]
-    shown = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
+    shown = finished("train", *arguments)
     assert shown.returncode == 0, shown.stderr
     plan = "24 images: 4 steps of 7 images per epoch; 3 epochs, 10 steps in all; train.max_steps=10 ends it"
     assert f"# {plan}" in shown.stdout.splitlines()
@@ -210,7 +207,7 @@ def test_a_dry_run_promises_what_it_did(synthetic_shards: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
     arguments[arguments.index("data.remainder=pad")] = "train.batch_size=32"
     arguments.remove("train.batch_size=7")
-    refused = subprocess.run(command(1, *arguments), capture_output=True, text=True, timeout=600)
+    refused = finished("train", *arguments)
     assert refused.returncode == 2
     assert "train.batch_size must be at most the number of images in the shards, 24, got 32" in refused.stderr
 

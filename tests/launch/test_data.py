@@ -3,16 +3,16 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.processes import finished
+
 
 def ddetr(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ddetr.launch.cli", "data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return finished("data", *map(str, arguments))
 
 
 @pytest.fixture(scope="module")

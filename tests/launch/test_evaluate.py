@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.core.runs import strict_json
 from tests.launch.nodes import two_ray_nodes
+from tests.processes import finished
 
 
 def by_hand(folder: Path) -> list[float]:
@@ -105,9 +104,8 @@ def test_checkpoints_come_go_and_are_damaged_meanwhile(run_directory: Path, loca
         "  mv saved run/checkpoints/step_00000030\n"
         f"fi\ncat {shards}/$1\n"
     )
-    command = [sys.executable, "-m", "ddetr.launch.cli", "eval", str(run), "--all", f"data.cache={tmp_path}/cache"]
-    command += ["--data", f"pipe:sh {tmp_path}/give {{}}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    source = f"pipe:sh {tmp_path}/give {{}}"
+    done = finished("eval", run, "--all", f"data.cache={tmp_path}/cache", "--data", source)
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["step_00000010", "step_00000030"], done.stderr
     assert written(run / "eval/step_00000030") == written(local)
     assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]

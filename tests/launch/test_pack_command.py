@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,13 @@ from ddetr.data.index import ShardIndex
 from ddetr.launch.data import check
 from PIL import Image
 
+from tests.processes import finished
+
 ROW = "1 0.5 0.5 0.25 0.5\n"
 
 
 def ddetr(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ddetr.launch.cli", "data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return finished("data", *map(str, arguments))
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ddetr.core.evaluation import result
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from tests.processes import finished
 
 pytestmark = pytest.mark.slow
 
@@ -22,10 +23,9 @@ SETTINGS = """
 
 
 def ddetr(*arguments: object) -> str:
-    command = [sys.executable, "-m", "ddetr.launch.cli", *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+    done = finished(*map(str, arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def eight_images(coco_free: Path, output: Path) -> Path:

@@ -1,9 +1,6 @@
 """`ddetr data stats` against pycocotools' own counts of the same json."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,8 @@ from ddetr.data.stream import TrainStream
 from ddetr.data.synthetic import draw_set
 from ddetr.launch.statistics import SIZES, by_size, padding_share, suggestions
 from pycocotools.coco import COCO
+
+from tests.processes import finished
 
 
 @pytest.fixture(scope="module", params=["drawn", "real"])
@@ -192,8 +191,7 @@ def test_a_set_without_objects_gets_no_advice(tmp_path: Path) -> None:
         annotations.write_text(json.dumps({**coco, "annotations": objects}))
         index = pack(annotations, annotations.parent / "images", tmp_path / name, workers=1)
         assert suggestions(index, read_objects(index, workers=1), load("r50")) == []
-        command = [sys.executable, "-m", "ddetr.launch.cli", "data", "stats", index.location]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = finished("data", "stats", index.location)
         assert result.returncode == 0, result.stderr
         assert f"{told}: no detector can be trained on this set" in result.stdout
         assert "setting" not in result.stdout
@@ -237,13 +235,13 @@ def test_of_a_validation_set_only_what_evaluation_reads_is_advised(tmp_path: Pat
 def test_the_command_prints_it(tmp_path: Path) -> None:
     annotations = draw_set(tmp_path / "coco", images=12, size=96, classes=3, seed=0)
     pack(annotations, annotations.parent / "images", tmp_path / "shards", workers=0)
-    command = [sys.executable, "-m", "ddetr.launch.cli", "data", "stats", str(tmp_path / "shards"), "--preset", "tiny"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "100"})
+    command = ("data", "stats", tmp_path / "shards")
+    result = finished(*command, "--preset", "tiny", environment={"COLUMNS": "100"})
     assert result.returncode == 0, result.stderr
     for shown in ("objects by class and size", "aspect ratios", "padding, 8 images a rank", "disc"):
         assert shown in result.stdout
-    large = subprocess.run([*command[:-2], "--preset", "r50"], capture_output=True, text=True, timeout=120)
+    large = finished(*command, "--preset", "r50")
     assert "train.batch_size=12" in large.stdout, large.stderr  # it would not fill a batch of 32
-    wrong = subprocess.run([*command[:-2], "train.batch=3"], capture_output=True, text=True, timeout=120)
+    wrong = finished(*command, "--preset", "tiny", "train.batch=3")
     assert wrong.returncode == 2
     assert "train.batch" in wrong.stderr

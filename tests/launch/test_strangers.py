@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from ddetr.core.ownership import ORDERS, ForeignSettingError, check_own, own_set
 from tests.core.runs import SMALL
 from tests.data.file_server import FileServer
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
+from tests.processes import finished
 
 
 @pytest.fixture
@@ -263,17 +262,16 @@ def test_a_run_on_a_server_is_resumed_by_who_started_it(
     """Without a word more; another account has to say where the data is."""
     server = FileServer(synthetic_shards)
     arguments = [*SMALL, f"data.train={server.url}", f"data.cache={tmp_path}/cache", f"train.output={tmp_path}"]
-    start = [sys.executable, "-m", "ddetr.launch.cli", "train"]
     try:
-        subprocess.run([*start, "tiny", *arguments, "train.name=run", "train.max_steps=2"], check=True, timeout=200)
-        resume = [*start, "--resume", str(tmp_path / "run")]
-        subprocess.run([*resume, "train.max_steps=3"], check=True, timeout=200)
-        other = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "other")}
-        refused = subprocess.run([*resume, "train.max_steps=4"], env=other, capture_output=True, text=True, timeout=200)
+        finished("train", "tiny", *arguments, "train.name=run", "train.max_steps=2").check_returncode()
+        resume = ("train", "--resume", tmp_path / "run")
+        finished(*resume, "train.max_steps=3").check_returncode()
+        other = {"XDG_STATE_HOME": str(tmp_path / "other")}
+        refused = finished(*resume, "train.max_steps=4", environment=other)
         assert refused.returncode == 2
         assert f"  data.train={server.url}" in refused.stderr
         (repeat,) = re.findall(r"add to the command: (.*)\n", refused.stderr)
-        subprocess.run([*resume, "train.max_steps=4", *shlex.split(repeat)], env=other, check=True, timeout=200)
+        finished(*resume, "train.max_steps=4", *shlex.split(repeat), environment=other).check_returncode()
     finally:
         server.close()
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from ddetr.launch.record import write_targets
 from PIL import Image
 
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
+from tests.processes import finished
 
 
 def test_weights_alone_write_beside_them_through_no_link(run_directory: Path, tmp_path: Path) -> None:
@@ -91,8 +90,7 @@ def test_a_run_that_goes_on_writes_through_no_link(run_directory: Path, syntheti
     elsewhere.write_text("mine\n")
     (folder / "log.txt").symlink_to(elsewhere)
     before = everything(tmp_path)
-    command = [sys.executable, "-m", "ddetr.launch.cli", "train", "--resume", str(folder)]
-    done = subprocess.run([*command, f"data.train={synthetic_shards}"], capture_output=True, text=True, timeout=200)
+    done = finished("train", "--resume", folder, f"data.train={synthetic_shards}")
     assert done.returncode == 2
     assert f"log.txt is a link to {elsewhere}" in done.stderr
     assert everything(tmp_path) == before

@@ -24,6 +24,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.launch.names import LONG, NAMES, SHOWN, assert_harmless, file_of, shown_file
+from tests.processes import finished
 
 DDETR = Path(sys.executable).with_name("ddetr")
 
@@ -286,8 +287,7 @@ def test_a_training_run_of_strangers(shards: Path, tmp_path: Path) -> None:
     overrides += ["model.decoder_layers=1", "train.batch_size=4", "train.max_steps=2", "train.log_every_steps=1"]
     overrides += [f"data.train={shards}", f"data.validation={shards}", f"train.output={tmp_path}"]
     overrides += [f"train.name={json.dumps(name)}", "train.device=cpu", "monitor.port=0", "eval.top_k=10"]
-    command = [DDETR, "train", "tiny", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = finished("train", "tiny", *overrides)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / name / "log.txt").read_text(encoding="utf-8")
     assert_harmless(log)

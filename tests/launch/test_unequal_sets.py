@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from ddetr.launch.train import check_beforehand
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tests.core.runs import SMALL, collect, command, succeeded
+from tests.core.runs import SMALL, succeeded, trained
+from tests.processes import finished
 
 Json = dict[str, Any]
 MakeSet = Callable[..., Path]
@@ -96,18 +96,17 @@ def test_a_validation_set_with_fewer_categories_is_scored_over_its_own(
     """By the run itself, and by `ddetr eval`; on the whole set with pycocotools' catIds."""
     few = make_set("few", without_triangles)
     arguments = settings(whole, few, f"train.output={tmp_path}", "train.name=run", "train.max_steps=2")
-    finished = subprocess.run(command(1, "tiny", *arguments), capture_output=True, text=True, timeout=600)
-    run = succeeded(collect(tmp_path / "run", finished.stdout + finished.stderr, finished.returncode))
+    run = succeeded(trained(tmp_path / "run", "tiny", *arguments))
     assert f"{few} lists 2 of the 3 categories of training: AP is of these alone" in run.output
     rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    (trained,) = [row["metrics"] for row in rows if row["kind"] == "evaluation"]
+    (while_training,) = [row["metrics"] for row in rows if row["kind"] == "evaluation"]
     evaluated = evaluate(run.directory, ["train.threads=1"], output=tmp_path / "eval")
     detections = json.loads((tmp_path / "eval/detections.json").read_text())
     assert {row["category_id"] for row in detections} == {1, 23, 56}
     expected = by_hand(few.with_name("whole.json"), detections, [1, 56])
     assert expected["AP"] > 0
     assert evaluated == expected
-    assert trained == pytest.approx(expected, abs=1e-6)
+    assert while_training == pytest.approx(expected, abs=1e-6)
     assert by_hand(few.with_name("whole.json"), detections, [1, 23, 56]) != expected
 
 
@@ -153,9 +152,7 @@ def test_a_set_without_objects_is_not_trained_on(make_set: MakeSet, whole: Path,
         with pytest.raises(ValueError, match=rf"^data.train={shards}: {why}, so there is nothing to train on"):
             check_beforehand(configuration(shards, whole, "model.num_classes=7"))
     arguments = settings(empty, whole, f"train.output={tmp_path}", "train.name=run")
-    refused = subprocess.run(
-        [*command(1, "tiny", *arguments), "--dry-run"], capture_output=True, text=True, timeout=300
-    )
+    refused = finished("train", "tiny", *arguments, "--dry-run")
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"ddetr: data.train={empty}: there is no box in it")
     assert "Traceback" not in refused.stderr
@@ -167,8 +164,7 @@ def test_a_validation_set_without_objects_is_told_of_and_the_run_goes_on(
 ) -> None:
     warning = f"{empty}: there is no box in it, so evaluations on it give no AP (-1)"
     arguments = settings(whole, empty, f"train.output={tmp_path}", "train.name=run", "train.max_steps=1")
-    finished = subprocess.run(command(1, "tiny", *arguments), capture_output=True, text=True, timeout=300)
-    run = succeeded(collect(tmp_path / "run", finished.stdout + finished.stderr, finished.returncode))
+    run = succeeded(trained(tmp_path / "run", "tiny", *arguments))
     assert warning in run.output.splitlines()
     assert set(evaluate(run_directory, [], data=empty, output=tmp_path / "eval").values()) == {-1.0}
     assert capsys.readouterr().out.count(warning) == 1
