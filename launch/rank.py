@@ -22,7 +22,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank wrote since the last answer, each line with whether it is on stderr, and its exit status if it ended."""
+    """What a rank wrote since the last answer, each line with whether it is on stderr, and its exit status if any."""
 
     lines: list[tuple[bool, str]]
     exit_status: int | None
