@@ -43,7 +43,7 @@ class SizeError(ValueError):
 
 
 class DepthError(ValueError):
-    """An image whose numbers have no black and no white."""
+    """An image of floats or 32-bit integers, of which nothing says which are black and white."""
 
 
 class TooManyPixels(SizeError):
@@ -95,7 +95,7 @@ def load_image(
     stated: tuple[int, int] | None = None,
     orientation: int = 1,
 ) -> np.ndarray:
-    """Any image file (grayscale, palette, CMYK, 16-bit, ...) as (height, width, 3) uint8 RGB.
+    """Decode any image file (grayscale, palette, CMYK, 16-bit, ...) to (height, width, 3) uint8 RGB.
 
     orientation: by which the stored pixels are turned (`turned`), whatever the file says of it. smallest, stated and
     the result are of the turned picture.
@@ -155,7 +155,7 @@ def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:
 
 
 def is_dark(data: bytes, pixels: np.ndarray) -> bool:
-    """Whether these are the `pixels` of a file of 16 bits that uses their lower ones alone: they are nearly black."""
+    """Whether `pixels` are nearly black because their 16-bit file uses the lower bits alone."""
     return int(pixels.max(initial=0)) <= _DARKEST and _opened(io.BytesIO(data), 2 * pixels.size, _is_deep)
 
 

@@ -1,4 +1,4 @@
-"""Fetches the shards of the window after the one that is being read, beside the training."""
+"""Prefetch: fetches the shards of the shuffle window after the one that is being read, beside the training."""
 
 import threading
 from collections.abc import Callable, Iterator

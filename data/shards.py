@@ -57,7 +57,7 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Packed:
-    """The shards written, and what is worth a word of the set they are made from: findings that are no errors."""
+    """The shards written, and the warnings about the set that they are made from."""
 
     index: ShardIndex
     warnings: list[Finding]
@@ -74,7 +74,7 @@ def pack(
     reading: Reading = EVERYTHING,
     progress: Progress | None = None,
 ) -> ShardIndex:
-    """Write the images that annotations name, with these, as shards of nearly equal size: `pack_set` of one set.
+    """Pack the images that annotations name, and the annotations, into shards of nearly equal size: `pack_set` of one.
 
     annotations: a COCO json, or a folder of Pascal VOC xml or YOLO txt files. Raises as `read_annotations` and
     `pack_set`.
@@ -203,7 +203,7 @@ def plan_shards(coco: CocoSet, output: Path, shard_bytes: int) -> list[ShardJob]
 
 
 def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> tuple[Shard | None, list[Finding]]:
-    """Write one shard and its sidecar, and say what is worth a word of its images; nothing is left where one is bad."""
+    """Write one shard and its sidecar; returns it with findings about its images, or None if one of them is bad."""
     findings: list[Finding] = []
     checksums: dict[int, tuple[int, int]] = {}
     with unfinished(job.path) as tar_file:

@@ -1,4 +1,4 @@
-"""YOLO's txt files: a file an image, a row an object: its class, then centre, width and height.
+"""YOLO's txt files: one file per image, one row per object: its class, then centre, width and height.
 
 All four are shares of the picture as a viewer shows it, for so the programs that read such files open images. Rows of
 other kinds are read as boxes too, and said: an outline (class, x, y, x, y, ...) as the smallest box around it, a fifth
