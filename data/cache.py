@@ -5,8 +5,8 @@ set can share a cache, and no source has a say in what a file is called. The lea
 room is needed; a process that has it open reads on. Locks are the kernel's (flock), so a killed process leaves none
 behind.
 
-Only what the cache has made is opened or deleted: it lives in a folder of its own, which has its mark, and there in
-ordinary files with names of its own form. No link is followed.
+Only what the cache has made is opened or deleted: ordinary files with names of its own form, in a folder of its own
+that has its mark. No link is followed.
 """
 
 import contextlib

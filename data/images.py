@@ -301,10 +301,10 @@ def _rgb_band(image: Image.Image) -> np.ndarray:
 
 @contextlib.contextmanager
 def _pil_allows(pixels: int) -> Iterator[None]:
-    """PIL's own limit is one for the whole process. It warns beyond it and refuses beyond twice as many.
+    """A context, for one thread at a time, in which PIL neither warns of nor refuses so many pixels.
 
-    Until this ends, in one thread at a time, it does neither for what our limit allows, and warns of nothing: what it
-    warns of beside its limit names no file, and is in the error where the image cannot be decoded.
+    PIL's own limit is one for the whole process: it warns beyond it, and refuses beyond twice as many. Other warnings
+    are silent as well: they name no file, and the error says the same if the image cannot be decoded.
     """
     with _pil_limit, warnings.catch_warnings(action="ignore"):
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2 * pixels

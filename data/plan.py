@@ -40,8 +40,8 @@ class StepPlan:
     """How the samples of an epoch become the optimizer steps of one rank.
 
     seen_sizes: images of similar size come in one step; None: as the shuffling has it. remainder: what becomes of the
-    samples left over at the end of an epoch's order, fewer than a batch: "drop" leaves them out of this epoch (each
-    leaves out others), "pad" makes a last step of them, filled up with `NOTHING`.
+    samples at the end of an epoch's order that fill no batch. "drop" leaves them out of this epoch (each epoch leaves
+    out others), "pad" makes a last step of them, filled up with `NOTHING`.
     Raises ValueError when the global batch size is no multiple of world size times accumulation, or when "drop" leaves
     no step.
     """
@@ -84,9 +84,8 @@ class StepPlan:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """The global batch (B,) of every step of an epoch from `first_step` on.
 
-        With `seen_sizes` the samples of a window are sorted by area into strata, so that all ranks of a step have equal
-        work, and inside a stratum by aspect ratio, so that little is padded. The steps of a window come in random
-        order.
+        With `seen_sizes` the samples of a window are sorted by area into strata: all ranks of a step have equal work.
+        Inside a stratum they are sorted by aspect ratio: little is padded. The steps of a window come in random order.
         """
         steps_per_window = self._steps_per_window
         window = steps_per_window * self.batch_size

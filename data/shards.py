@@ -1,6 +1,6 @@
 """Packing: annotations and their images into indexed tar shards.
 
-What a shard holds is decided before anything is written, from annotations and the headers and sizes of the files, so
+What a shard holds is decided before anything is written, from annotations and the headers and sizes of the files. So
 the bytes on disk depend neither on the number of workers nor on interruptions. A shard gets its name when it is whole,
 together with a sidecar that holds its part of the index; `index.json` is written last. Packing again skips what is
 whole.
@@ -107,9 +107,9 @@ def pack_set(
     shard_bytes: size that shards do not exceed by more than a sample. workers: processes, 0 for one per core. Every
     image is decoded once to be sure of it. most_pixels: an image that states more is an error.
 
-    Raises ValueError, listing what is wrong, for a set with errors (boxes without area too, unless `drop_degenerate`
-    leaves them out, which it does not with all boxes of a class) and for undecodable images; FileExistsError when
-    `output` holds shards of another set. Until all is whole there is no index.json, so nothing half-made can be
+    Raises ValueError, listing what is wrong, for a set with errors and for undecodable images. A box without area is an
+    error, unless `drop_degenerate` leaves it out, which it does not with all boxes of a class. Raises FileExistsError
+    when `output` holds shards of another set. Until all is whole there is no index.json, so nothing half-made can be
     mistaken for data.
     """
     if shard_bytes <= 0:
@@ -176,7 +176,7 @@ def plan_shards(coco: CocoSet, output: Path, shard_bytes: int) -> list[ShardJob]
     """Divide the images into shards of nearly equal size.
 
     Images are dealt in the order of a digest of their ids: a fixed order without any trace of how the data was
-    collected, so that neighbours in a shard are no more alike than any two images.
+    collected. So neighbours in a shard are no more alike than any two images.
     """
     images = sorted(coco.images, key=lambda image: hashlib.sha256(image.key.encode()).digest())
     files = [coco.folder / image.file_name for image in images]

@@ -42,6 +42,8 @@ class LostError(SourceError):
 
 
 class Source(Protocol):
+    """Gives files of a remote folder by name, from an offset on."""
+
     def address(self, name: str) -> str:
         """The address of a file as messages show it, without secrets."""
         ...

@@ -1,7 +1,7 @@
 """Pascal VOC's xml: one file per image, corners in whole pixels counted from 1, the last one included.
 
-Many programs write corners counted from 0 into the same format. Such a corner of 0 cannot be where the first pixel is
-1, so a set in which there is one is read as corners on the edges of pixels: x from 0 to the width.
+Many programs write corners counted from 0 into the same format. A corner of 0 cannot be where the first pixel is 1.
+So a set in which there is one is read as corners on the edges of pixels: x from 0 to the width.
 Image ids count from 1 in the order of the files' names, category ids those of the classes in alphabetical order,
 unless the set or the user tells their order. Difficult objects become crowds.
 """

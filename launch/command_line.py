@@ -36,6 +36,7 @@ def encoded(arguments: Sequence[str]) -> str:
 
 
 def decoded(word: str) -> list[str]:
+    """The arguments that `encoded` was given."""
     return [os.fsdecode(argument) for argument in base64.urlsafe_b64decode(word + "==").split(b"\0")[:-1]]
 
 

@@ -70,6 +70,7 @@ class SharedMemory:
 
     @classmethod
     def of(cls, stream: TrainStream, config: Config, device: torch.device) -> "SharedMemory":
+        """What the batches of this rank's data loader need at most during the run."""
         free = free_bytes()
         steps = config.train.epochs * stream.steps_per_epoch
         steps = min(steps, config.train.max_steps or steps)

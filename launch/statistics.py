@@ -171,8 +171,8 @@ def suggestions(index: ShardIndex, objects: np.ndarray, config: Config, ranks: i
     """(settings, reason) of what does not fit the set; each to be taken together with those before it.
 
     Each is tried: a remedy is only advised if its check finds nothing any more, and the checks before it that found
-    nothing still do not. So when all are taken, nothing is advised: with each remedy, the row of what the checks find,
-    read as a binary number, gets smaller, and what is advised depends on the configuration alone.
+    nothing still do not. So when all are taken, nothing more is advised: with each remedy, the row of what the checks
+    find, read as a binary number, gets smaller. What is advised depends on the configuration alone.
     Nothing is advised for a set without objects.
     """
     seen, found = _Set(index, objects, ranks), []

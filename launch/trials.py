@@ -68,6 +68,7 @@ class Trials:
         self._write_again()
 
     def end(self, name: str, error: str | None = None) -> None:
+        """A trial has ended. error: why it failed."""
         row = self._rows[name]
         early = error is None and row["epochs"] is not None and row["epochs"] < self._epochs
         row |= {"state": "failed" if error else "ended", "error": error, "stopped_early": early}

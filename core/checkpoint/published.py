@@ -203,8 +203,8 @@ def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, Any], file: Path) -> ModelConfig:
     """The model of a published checkpoint, from its tensors' shapes and, where it has them, its arguments.
 
-    Without arguments, as in the released DETR weights, what no shape tells is taken for the published default: 8
-    heads, 300 proposals, softmax in DETR, and C5 at stride 32 unless the file's name says dc5; a warning says so.
+    Without arguments, as in the released DETR weights, what no shape tells is taken for the published default, with a
+    warning: 8 heads, 300 proposals, softmax in DETR, and C5 at stride 32 unless the file's name says dc5.
     Raises ValueError for any other file.
     """
     if not arguments:

@@ -43,6 +43,7 @@ class Measure:
 
     @staticmethod
     def of(config: Config, index: ShardIndex) -> "Measure":
+        """The measure of an evaluation with this configuration on these shards."""
         seen = {name: getattr(config.data, name) for name in ("validation_short_side", "long_side")}
         settings = json.dumps({**seen, "top_k": config.eval.top_k}, sort_keys=True)
         shards = "\n".join(shard.sha256 for shard in index.shards)

@@ -97,8 +97,8 @@ def _is_sparse(queries: int, most: int) -> bool:
 def _assign(costs: np.ndarray, candidates: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Queries, rising, and the boxes assigned to them; costs (M, Q), or (M, C) of the named candidates.
 
-    A box's M best queries are enough: were it assigned to another, one of these would be free, as M - 1 other boxes
-    take at most M - 1 of them, and no dearer.
+    A box's M best queries are enough, because the M - 1 other boxes take at most M - 1 of them. If the box had a query
+    beyond them, one of them would be free, and cost no more.
     """
     if candidates is not None:
         names, columns = np.unique(candidates, return_inverse=True)

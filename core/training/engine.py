@@ -145,6 +145,7 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
+        """Factor on the loss in the backward pass: fp16's loss scaling; 1 in other precisions."""
         return float(cast(Any, self.run.optimizer).loss_scale) if self.config.train.precision == "fp16" else 1.0
 
     def _clip(self, optimizer: Any, *_: object) -> None:

@@ -85,6 +85,7 @@ class Watch:
         self.asked = self._stop = True
 
     def name(self, rank: int) -> str:
+        """A rank with its host, for a message."""
         return named([rank], self._identities)
 
     def __enter__(self) -> "Watch":

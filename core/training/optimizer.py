@@ -62,6 +62,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over `parameter_groups`."""
     return torch.optim.AdamW(
         parameter_groups(model, config),
         lr=config.learning_rate,

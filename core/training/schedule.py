@@ -74,6 +74,7 @@ class Schedule:
 
     @property
     def last_step(self) -> int:
+        """The step that ends the run."""
         last = self.epochs * self.per_epoch + self.shift
         return last if self.max_steps is None else min(last, self.max_steps)
 
@@ -87,6 +88,7 @@ class Schedule:
         return (step - self.shift) // self.per_epoch
 
     def step_in_epoch(self, step: int) -> int:
+        """How many of `step` steps belong to the epoch that goes on, or begins, after them."""
         return (step - self.shift) % self.per_epoch
 
     def end_of_epoch(self, step: int) -> int:
@@ -110,6 +112,7 @@ class Schedule:
         return Due(evaluate or last or within or is_due(self.every.save_epochs), evaluate, last)
 
     def position(self, step: int, order: str) -> Position:
+        """The progress after `step` steps; order: the fingerprint of the order of the images."""
         return Position(step, self.epoch(step), self.step_in_epoch(step), self.per_epoch, order)
 
     def learning_rate(self, config: OptimConfig, step: int) -> float:
