@@ -1,4 +1,4 @@
-"""Rendezvous: where the ranks of a run meet. They listen on the addresses given, and on no other interface."""
+"""Rendezvous: where the ranks of a run meet, and on which of a machine's addresses the store, gloo and NCCL listen."""
 
 import datetime
 import errno

@@ -108,8 +108,9 @@ class Trainer:
 
         A signal also ends an evaluation and the wait for a batch. A step whose loss or gradient is not finite on some
         rank is skipped on all. Raises FloatingPointError after train.most_skipped_steps of them in a row, and
-        SampleError for more damaged images than data.most_bad_samples allows; the state is saved before. Raises
-        OSError when the last checkpoint cannot be written.
+        SampleError for more damaged images than data.most_bad_samples allows; the state is saved before. A state that
+        is not finite is not saved, and raises FloatingPointError. Raises OSError when the last checkpoint cannot be
+        written.
         """
         with closing(self.stream), self.watch, closing(self.saver), stop_signals(self.watch.ask_to_stop):
             evaluated = self._evaluates_what_was_left()
