@@ -1,14 +1,14 @@
-"""How far a run has come."""
+"""The progress of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come.
+    """The progress of a run, as a checkpoint keeps it.
 
-    epochs: whole ones, all done. steps_per_epoch: 0 where that is not known. order: a fingerprint of which image comes
-    when.
+    step: optimizer steps done. epochs: whole epochs done. step_in_epoch: steps done of the epoch after them.
+    steps_per_epoch: 0 if unknown. order: a fingerprint of the order of the images.
     """
 
     step: int

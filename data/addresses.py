@@ -1,4 +1,4 @@
-"""Addresses of sources: how they are told without their secrets, where a redirect may lead."""
+"""Addresses of sources: how messages show them without their secrets, and where a redirect may lead."""
 
 import re
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -11,10 +11,10 @@ _LOGIN = re.compile(r"[^\s:@/'\"=,]+:(?!/)[^\s@]+@")  # without a scheme, as a c
 
 
 def shown(location: object) -> str:
-    """A location, or a text that holds some, as a message may tell it: on one line, logins and queries left out.
+    """A location, or a text that holds some, as a message may show it: on one line, logins and queries left out.
 
-    Of every URL the user, the password, the query and the fragment go; of a pipe's command also `user:password@`
-    without a scheme. Other secrets of a command (options, headers) cannot be told from the rest and stay.
+    User, password, query and fragment of every URL are removed, from a pipe's command also `user:password@` without a
+    scheme. Other secrets of a command (options, headers) cannot be told from the rest and stay.
     """
     text = _URL.sub(_without_secrets, str(location))
     return visible(_LOGIN.sub("", text) if text.startswith("pipe:") else text)

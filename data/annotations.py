@@ -48,7 +48,7 @@ def annotate(
     reading: Reading,
     findings: list[Finding],
 ) -> Counter[int]:
-    """Hand the annotations to their images, in their order. Returns category id -> boxes left out for want of area."""
+    """Give the annotations to their images, in their order. Returns category id -> number of boxes without area."""
     without_area: Counter[int] = Counter()
     seen: set[int] = set()
     conventions = Conventions()
@@ -156,7 +156,7 @@ def _is_crowd(entry: Any) -> tuple[bool, str]:
 
 
 def _area(entry: Any, bbox: list[float], where: str, findings: list[Finding]) -> float:
-    """The stated area, where there can be so much: one of 0 or less would hide the object from AP."""
+    """The stated area if it is possible, otherwise the box's: one of 0 or less would hide the object from AP."""
     stated, width, height = member_of(entry, "area"), bbox[2], bbox[3]
     area = as_number(stated)
     # That of an outline drawn in whole pixels may be larger than that of its box.

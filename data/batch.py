@@ -46,7 +46,7 @@ class Batch:
     image_ids: Tensor  # (N,) int64; -1 for an image that only fills a place
     original_sizes: Tensor  # (N, 2) int64, (height, width) in pixels
     is_real: Tensor  # (N,) bool, whether the image carries a loss
-    bad_samples: tuple[str, ...] = ()  # in whose places there are images without one: shard, key and what is wrong
+    bad_samples: tuple[str, ...] = ()  # replaced by images without a loss: shard, key and what is wrong
 
     @functools.cached_property
     def padding_mask(self) -> Tensor:
@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch as it leaves a worker process: each tensor that does so costs a file descriptor and a mapping."""
+    """A batch as it leaves a loader worker, in one tensor: each tensor costs a file descriptor and a mapping."""
 
     packed: Tensor  # (bytes,) uint8: the batch's tensors one after another
     shape: tuple[int, int, int, int]  # N, H, W, T
@@ -101,7 +101,7 @@ def layout(n: int, h: int, w: int, t: int) -> dict[str, tuple[torch.dtype, tuple
 
 
 def packed_bytes(n: int, h: int, w: int, t: int) -> int:
-    """Of a packed batch of N images with T boxes."""
+    """Bytes of a packed batch of N images of H x W pixels with T boxes."""
     return sum(dtype.itemsize * math.prod(extent) for dtype, extent in layout(n, h, w, t).values())
 
 

@@ -1,12 +1,12 @@
 """Shards of a remote source on a local disk: fetched once for all processes of a machine, within a limit of bytes.
 
 A file has its name only when it is whole and its checksum right. The name is the checksum, so folders and versions of a
-set can share a cache, and no source has a say in what a file is called. What was not used for longest is deleted when
-room is needed; who has such a file open reads on. Locks are the kernel's (flock), so a killed process leaves none
+set can share a cache, and no source has a say in what a file is called. The least recently used file is deleted when
+room is needed; a process that has it open reads on. Locks are the kernel's (flock), so a killed process leaves none
 behind.
 
-Only what the cache has made is opened or deleted: it lives in a folder of its own, which has its mark, and there in
-ordinary files with names of its own form. No link is followed.
+Only what the cache has made is opened or deleted: ordinary files with names of its own form, in a folder of its own
+that has its mark. No link is followed.
 """
 
 import contextlib
@@ -57,16 +57,16 @@ class ShardCache:
         self._folder = _own_folder(parent)
 
     def check(self, shards: Iterable[Shard]) -> None:
-        """Raise OSError when what is missing of the shards cannot be put there. One that holds all is only read."""
+        """Raise OSError when a shard is not in the cache and the cache cannot be written to."""
         reason = obstacle(self._folder)
         if reason and any(not (self._folder / f"{shard.sha256}.tar").exists() for shard in shards):
             raise OSError(_unusable(self._folder.parent, reason))
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the shard's local copy, which is fetched when it is not there.
+        """A file descriptor of the shard's local copy, which is fetched when it is not there.
 
-        Raises SourceError, naming shard and address or a cache that cannot be written, when that fails, ValueError when
-        the cache cannot hold it.
+        Raises SourceError when it cannot be fetched or the cache cannot be written to, and ValueError when the shard is
+        larger than the cache.
         """
         check_room([shard], self._limit_bytes)
         path = self._folder / f"{shard.sha256}.tar"
@@ -228,7 +228,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 class CachedStorage(LocalStorage):
-    """The copies of shards in a cache. Raises what `ShardCache.open` raises."""
+    """Reads shards from their copies in a cache. Raises what `ShardCache.open` raises."""
 
     def __init__(self, cache: ShardCache) -> None:
         super().__init__()
@@ -243,11 +243,11 @@ class CachedStorage(LocalStorage):
 
 
 def open_shards(location: str, config: DataConfig) -> ShardIndex:
-    """The shards in a local folder, or wherever `data.train` and `data.validation` may say.
+    """Open the shards in a local folder or at a remote source, as data.train and data.validation name them.
 
-    Raises FileNotFoundError when there are none or they do not fit their index, ValueError for an unusable index and
-    for a cache that cannot hold the largest of them, OSError for one that cannot be written, and SourceError when the
-    source cannot be reached.
+    Raises FileNotFoundError when there are none or they do not fit their index. Raises ValueError for an unusable index
+    and for a cache smaller than the largest shard, OSError for a cache that cannot be written to, and SourceError when
+    the source cannot be reached.
     """
     if not Location(location).is_remote:
         return ShardIndex.load(location)

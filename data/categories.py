@@ -49,7 +49,7 @@ class Categories:
 
     @classmethod
     def from_json(cls, items: Sequence[Mapping[str, Any]]) -> "Categories":
-        """The inverse of `to_json`: the order of the list is the order of the labels. Raises ValueError as that is."""
+        """The inverse of `to_json`: the order of the list is that of the labels. Raises ValueError for any other."""
         if not isinstance(items, list):
             raise ValueError(f"categories: {described(items)} is no list")
         names = tuple(member(item, "name", str) for item in items)
@@ -57,7 +57,10 @@ class Categories:
 
     @classmethod
     def from_coco(cls, items: Iterable[Mapping[str, Any]]) -> "Categories":
-        """The `categories` of a COCO json; labels follow the ids' numerical order, whatever the order of the list."""
+        """The `categories` of a COCO json; labels follow the numerical order of the ids.
+
+        Raises ValueError for an entry without a whole number as id, and for a repeated id.
+        """
         items = list(items)
         for item in items:
             if not isinstance(item, Mapping) or as_whole(item.get("id"), -MOST_ID) is None:

@@ -1,4 +1,4 @@
-"""The names of a set's classes, from whatever file tells them: id -> name."""
+"""Class names of a set, read from the files in which programs keep them: id -> name."""
 
 import re
 from pathlib import Path
@@ -22,10 +22,10 @@ _ITEM_NAME = re.compile(r"\bname\s*:\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")")
 
 
 def read_classes(path: Path, first: int) -> dict[int, str]:
-    """From a file of names, one in a line; a data.yaml; CVAT's or VoTT's label map; a COCO json; a folder of shards.
+    """Read class names from a file with one in a line, a data.yaml, CVAT's or VoTT's label map, a COCO json or shards.
 
-    first: the id of the first name of a mere list. Raises FileNotFoundError without the file, ValueError, naming it,
-    for one that tells no names.
+    first: the id of the first name of a plain list. Raises FileNotFoundError without the file, and ValueError, naming
+    it, for one that holds no names.
     """
     if path.is_dir():
         categories = ShardIndex.read(path).categories
@@ -51,7 +51,7 @@ def read_classes(path: Path, first: int) -> dict[int, str]:
 
 
 def yaml_classes(values: Any, first: int) -> dict[int, str]:
-    """`names` of a data.yaml whose values are all text, held against its `nc`. Raises ValueError."""
+    """`names` of a data.yaml whose values are all text, checked against its `nc`. Raises ValueError."""
     names = values.get("names") if isinstance(values, dict) else None
     if not isinstance(names, list | dict):
         raise ValueError("no list `names` in it")

@@ -1,4 +1,4 @@
-"""From annotations to a set: entries in the words of a COCO json, and everything that is wrong with them.
+"""From annotations to a set: entries in the form of a COCO json, and everything that is wrong with them.
 
 Whatever the annotations come from (`formats.py`), they are entries of a COCO json by then, believed only as far as they
 can be read. `ddetr data pack` refuses what has errors, `ddetr data check` lists them.
@@ -30,7 +30,7 @@ from .values import MOST_SIDE, as_whole, described
 def coco_set(
     path: Path, source: Source, folder: Path, reading: Reading, *, progress: Progress | None = None
 ) -> CocoSet:
-    """What a source says, read from `path`, of the images in `folder`, as far as it can be used.
+    """Make a set of what a source, read from `path`, says of the images in `folder`.
 
     Raises ValueError when there is no image or no category at all, FileNotFoundError without the folder. Single bad
     entries become findings, and are left out.

@@ -1,4 +1,4 @@
-"""What the numbers of a whole set say about the convention that they were written in, where it is not COCO's."""
+"""Detects sets whose boxes are not in COCO's convention: corners, or shares of the image."""
 
 from typing import Any
 

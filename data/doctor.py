@@ -1,7 +1,7 @@
-"""Looking a data set over before training on it: a COCO json with its images, or a folder of shards.
+"""Checks of a data set before training on it: a COCO json with its images, or a folder of shards.
 
-Everything found is returned, nothing is raised but for what cannot be read at all; `Finding` says what and where, and
-`findings.FIXES` what to do about it.
+Everything found is returned; only what cannot be read at all raises. `Finding` says what and where, `findings.FIXES`
+what to do about it.
 """
 
 import hashlib

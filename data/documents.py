@@ -25,7 +25,7 @@ def decoded(data: bytes) -> str:
 
 
 def parse_json(text: str | bytes | bytearray, *, each_key_once: bool = False) -> Any:
-    """Raises ValueError for what is no JSON, and for brackets within brackets without end.
+    """Parse JSON. Raises ValueError for anything else, and for brackets nested too deeply.
 
     each_key_once: also for a key that stands twice in one object, of which only the last would count.
     """
@@ -94,10 +94,10 @@ class _Texts(_NoAliases, yaml.BaseLoader):
 
 
 def parse_yaml(text: str | bytes, *, aliases: bool = False, texts: bool = False) -> Any:
-    """Raises ValueError for what is no YAML and for nesting without end.
+    """Parse YAML. Raises ValueError for anything else, and for nesting that is too deep.
 
-    Where aliases are not allowed, the text is a stranger's: then for more than 1 MiB of it, too. No tag of it makes an
-    object, let alone runs anything. texts: every value stays the text that is written; tags are refused.
+    Without `aliases` the text is a stranger's: aliases and more than 1 MiB raise as well. Tags make plain values only,
+    and run nothing. texts: every value stays the text that is written; tags are refused.
     """
     if not aliases and len(text) > MOST_BYTES:
         raise ValueError(f"it is {len(text) / 2**20:.1f} MiB long, more than {MOST_BYTES >> 20} MiB")

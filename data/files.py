@@ -1,4 +1,4 @@
-"""Files written whole or not at all: one has its name only when all of it is on the disk. Their checksums."""
+"""Atomic writes: a file has its name only when all of it is on the disk. Checksums of files."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def unfinished(path: Path, *, synced: bool = True) -> Iterator[Path]:
-    """Where to write what is called `path` after the block; a block that fails, or deletes it, leaves nothing.
+    """A context with a file to write, renamed to `path` after the block; a block that fails or deletes it leaves none.
 
     synced: it has that name only when it is on the disk, which takes milliseconds. Raises OSError that names `path`.
     """

@@ -30,7 +30,7 @@ def read_sets(
     split: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, CocoSet]:
-    """The sets found at `path`, by the names of their splits; "" is the name of a single one that has none.
+    """Read the sets at `path`, by the names of their splits; "" is the name of a single one that has none.
 
     path: a COCO json; a folder of VOC xml or YOLO txt files, which may lie in folders below; or the root of an export
     (`parts.py`). images: the folder of the images, where it is not known by the layout. split: the one to read.

@@ -40,7 +40,7 @@ def label_stem(stem: str) -> str:
 
 
 def plain(name: str) -> str:
-    """One of the ways in which Unicode writes a name: macOS unpacks archives into another one."""
+    """A name in one normal form of Unicode (NFC): macOS unpacks archives into another one."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -43,7 +43,7 @@ class SizeError(ValueError):
 
 
 class DepthError(ValueError):
-    """An image whose numbers have no black and no white."""
+    """An image of floats or 32-bit integers, of which nothing says which are black and white."""
 
 
 class TooManyPixels(SizeError):
@@ -95,7 +95,7 @@ def load_image(
     stated: tuple[int, int] | None = None,
     orientation: int = 1,
 ) -> np.ndarray:
-    """Any image file (grayscale, palette, CMYK, 16-bit, ...) as (height, width, 3) uint8 RGB.
+    """Decode any image file (grayscale, palette, CMYK, 16-bit, ...) to (height, width, 3) uint8 RGB.
 
     orientation: by which the stored pixels are turned (`turned`), whatever the file says of it. smallest, stated and
     the result are of the turned picture.
@@ -155,7 +155,7 @@ def image_header(path: Path, most_pixels: int = MOST_PIXELS) -> Header:
 
 
 def is_dark(data: bytes, pixels: np.ndarray) -> bool:
-    """Whether these are the `pixels` of a file of 16 bits that uses their lower ones alone: they are nearly black."""
+    """Whether `pixels` are nearly black because their 16-bit file uses the lower bits alone."""
     return int(pixels.max(initial=0)) <= _DARKEST and _opened(io.BytesIO(data), 2 * pixels.size, _is_deep)
 
 
@@ -301,10 +301,10 @@ def _rgb_band(image: Image.Image) -> np.ndarray:
 
 @contextlib.contextmanager
 def _pil_allows(pixels: int) -> Iterator[None]:
-    """PIL's own limit is one for the whole process. It warns beyond it and refuses beyond twice as many.
+    """A context, for one thread at a time, in which PIL neither warns of nor refuses so many pixels.
 
-    Until this ends, in one thread at a time, it does neither for what our limit allows, and warns of nothing: what it
-    warns of beside its limit names no file, and is in the error where the image cannot be decoded.
+    PIL's own limit is one for the whole process: it warns beyond it, and refuses beyond twice as many. Other warnings
+    are silent as well: they name no file, and the error says the same if the image cannot be decoded.
     """
     with _pil_limit, warnings.catch_warnings(action="ignore"):
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2 * pixels

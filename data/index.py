@@ -207,7 +207,10 @@ class ShardIndex:
 
 
 class ShardReader:
-    """Reads single samples of an index by their place in the tar."""
+    """Reads single samples of an index by their place in the tar.
+
+    Raises SampleError for a damaged sample, SourceError when a remote source does not give it.
+    """
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
@@ -222,7 +225,7 @@ class ShardReader:
         return self._entry(shard, row, self._read(shard, row, "annotations")[0])
 
     def sample(self, shard: int, row: int) -> tuple[bytes, dict[str, Any]]:
-        """Both, read at once; they are of the image that the index says."""
+        """Image bytes and annotations in one read, checked against the index."""
         image, annotations = self._read(shard, row, "image", "annotations")
         entry, indexed = self._entry(shard, row, annotations), self._index.shards[shard].samples[row]
         for name, value in {**entry, "num_boxes": len(entry["annotations"])}.items():

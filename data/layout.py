@@ -1,4 +1,4 @@
-"""What index.json and a shard hold: one row a sample, one entry an image. Who reads them believes neither.
+"""The contents of index.json and of a shard: one row a sample, one entry an image. Readers trust neither.
 
 An index comes from a server, a shard from a stranger: every name, digest and number is checked before it is used.
 """
@@ -92,7 +92,7 @@ class Shard:
 
     @classmethod
     def from_json(cls, folder: Path, values: Any) -> "Shard":
-        """Raises ValueError, naming the shard, for what no shard can be."""
+        """A shard from its entry in index.json. Raises ValueError, naming the shard, for one that is not valid."""
         name = member(values, "name", str)
         if not _NAME.fullmatch(name):
             raise ValueError(

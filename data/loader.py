@@ -1,4 +1,4 @@
-"""The worker processes of a torch DataLoader, ended in an order at which nothing can take one for lost.
+"""The worker processes of a torch DataLoader, ended in an order in which none of them is mistaken for lost.
 
 torch looks after the workers of all loaders of a program at every SIGCHLD, and raises in the main thread, wherever that
 is, when one of them was killed. Here it forgets them as soon as they run: a worker that dies is found by the loader
@@ -20,7 +20,7 @@ _REAP_SECONDS = 4.0  # for a killed process to be gone; one that hangs in a syst
 
 
 class Loader(Generic[Item]):
-    """The batches of a loader, once, and its workers."""
+    """One pass over the batches of a torch DataLoader, and its worker processes."""
 
     def __init__(self, loader: DataLoader) -> None:
         self._loader = loader
@@ -28,7 +28,7 @@ class Loader(Generic[Item]):
         self._killed = False
 
     def batches(self) -> Generator[Item, None, None]:
-        """Starts the workers; when it is closed they are asked to end, and waited for.
+        """Start the workers and yield batches; closing it asks the workers to end, and waits for them.
 
         Raises OSError when a worker was killed from outside, and what was raised in one.
         """

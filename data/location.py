@@ -25,7 +25,7 @@ class Location(str):
 
     @property
     def shown(self) -> str:
-        """As a message may tell it: on one line, without logins and queries."""
+        """The location as a message may show it: on one line, without logins and queries."""
         return shown(self)
 
     def from_anywhere(self, here: Path) -> "Location":

@@ -1,4 +1,4 @@
-"""A function over many items in several processes or threads, results in order; no process is left behind."""
+"""Parallel maps over processes or threads, with results in order; no process is left behind."""
 
 import contextlib
 import multiprocessing

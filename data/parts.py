@@ -1,4 +1,4 @@
-"""Where in a folder that some program exported the parts of a set are: train, val, test, or one without a name.
+"""The splits of a set in a folder that some program exported: train, val, test, or one without a name.
 
 Known are the layouts of Roboflow, ultralytics, CVAT, Label Studio, VoTT, labelImg, VOCdevkit, TACO, COCO itself, and of
 the libraries that convert between them (tests/data/exports lists what was tried).
@@ -20,7 +20,7 @@ _OF_SETS = {".json", ".xml", ".yaml", ".yml", ".data", ".txt", ".names", *IMAGE_
 
 
 def find_parts(path: Path, images: Path | None = None, split: str | None = None) -> list[Part]:
-    """The parts of a set; `path`: a json, a folder of xml or txt files with their images elsewhere, an export's root.
+    """Find the splits of a set at `path`: a json, a folder of xml or txt files, or the root of an export.
 
     split: the only one that is going to be read; the others' images need not be there.
     Raises FileNotFoundError where there is nothing that can be read, ValueError for a data.yaml that leads nowhere.

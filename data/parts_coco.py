@@ -27,7 +27,11 @@ _BESIDE = re.compile(r"(captions|person_keypoints|stuff|panoptic|image_info|labe
 
 
 def coco_parts(root: Path, images: Path | None, split: str | None = None) -> list[Part]:
-    """split: the only one whose images are looked for. Raises ValueError for a broken json that is called like one."""
+    """The splits of a set in COCO's format below `root`; none if there is no COCO json.
+
+    images: their folder, if given. split: the only one whose images are looked for. Raises ValueError for a json that
+    is called like that of a split and is broken.
+    """
     files = [file for file in files_below(root, (".json",)) if len(file.relative_to(root).parts) <= _DEEPEST + 1]
     files = [file for file in files if len(file.relative_to(root).parts) <= 2 or _is_of_split(file)]
     documents = [file for file in files if _is_coco(file)]
@@ -54,7 +58,10 @@ def coco_parts(root: Path, images: Path | None, split: str | None = None) -> lis
 
 
 def lone_coco(file: Path) -> Part:
-    """A json whose images are near it. Raises ValueError where none of its first ones is."""
+    """A COCO json whose images are near it.
+
+    Raises FileNotFoundError without the file, ValueError when none of its first images is near it.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a COCO json, or a folder")
     root = file.parent.parent if file.parent.name == "annotations" else file.parent

@@ -18,6 +18,7 @@ _FLAGGED = re.compile(r"(.+?)\s+-?[01]")  # its lines: an image, and whether it 
 
 
 def voc_parts(root: Path, images: Path | None) -> list[Part]:
+    """The splits of a set in Pascal VOC's format below `root`; none without xml. images: their folder, if known."""
     if annotations := _called(root, _ANNOTATIONS, _holds_xml):
         images = images or _called(root, _IMAGES, Path.is_dir) or root
         classes = _label_map(root)

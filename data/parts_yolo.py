@@ -15,7 +15,7 @@ from .values import described
 
 
 def yaml_root(root: Path) -> list[Part]:
-    """By a data.yaml, or another yaml that names classes and the images to train on."""
+    """The splits by a data.yaml in `root`, or another yaml there that names classes and the images to train on."""
     known = [root / name for name in YAML_FILES if (root / name).is_file()]
     others = (file for file in files_in(root) if file.suffix.lower() in (".yaml", ".yml"))
     file = known[0] if known else next((file for file in others if _is_data_yaml(file)), None)
@@ -31,6 +31,7 @@ def _is_data_yaml(file: Path) -> bool:
 
 
 def yaml_parts(file: Path, required: bool = True) -> list[Part]:
+    """The splits by a data.yaml. Raises ValueError when it cannot be used, or without any if `required`."""
     try:
         values = parse_yaml(decoded(read_file(file, MOST_NAMES_BYTES)), texts=True)
     except ValueError as error:
@@ -116,7 +117,7 @@ def _labels_of(images: Path) -> Path:
 
 
 def darknet_parts(root: Path) -> list[Part]:
-    """By a file obj.data with `names = data/obj.names`, `train = data/train.txt`: CVAT's YOLO 1.1 and darknet."""
+    """The splits by an obj.data with `names = data/obj.names`, `train = data/train.txt`: CVAT's YOLO 1.1, darknet."""
     file = next((file for file in files_in(root) if file.suffix == ".data"), None)
     if file is None:
         return []
@@ -135,7 +136,7 @@ def darknet_parts(root: Path) -> list[Part]:
 
 
 def yolo_parts(root: Path, images: Path | None) -> list[Part]:
-    """By folders alone: images/train and labels/train; train/images and train/labels; images and labels; one folder."""
+    """The splits by folders: images/train, labels/train; train/images, train/labels; images, labels; one folder."""
     labels = _called(root, ("labels",))
     if images is not None:
         labels = labels or root

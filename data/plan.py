@@ -1,8 +1,8 @@
-"""Which sample comes when: pure arithmetic on numbers, without a file or a process.
+"""The order of samples: which rank gets which sample at which step. Pure arithmetic, without a file or a process.
 
 The order of an epoch is a function of (seed, epoch, sizes of the shards and of the images, window, global batch) alone.
-Ranks, micro-batches and loader workers only divide it. B is the global batch, A the micro-batches of a step,
-b = B / (A * world) images each.
+World size, gradient accumulation and loader workers only divide it. B is the global batch size, A the number of
+micro-batches of a step, each of b = B / (A * world size) images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +40,10 @@ class StepPlan:
     """How the samples of an epoch become the optimizer steps of one rank.
 
     seen_sizes: images of similar size come in one step; None: as the shuffling has it. remainder: what becomes of the
-    samples left over at the end of an epoch's order, fewer than a batch: "drop" leaves them out of this epoch (each
-    leaves out others), "pad" makes a last step of them, filled up with `NOTHING`.
-    Raises ValueError when the global batch does not divide, or is dropped whole.
+    samples at the end of an epoch's order that fill no batch. "drop" leaves them out of this epoch (each epoch leaves
+    out others), "pad" makes a last step of them, filled up with `NOTHING`.
+    Raises ValueError when the global batch size is no multiple of world size times accumulation, or when "drop" leaves
+    no step.
     """
 
     shard_sizes: tuple[int, ...]
@@ -81,11 +82,10 @@ class StepPlan:
         return max(1, self.window // self.batch_size)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
-        """The global batch (B,) of every step of an epoch from a step on.
+        """The global batch (B,) of every step of an epoch from `first_step` on.
 
-        Whatever the shuffling brings into one window is sorted by area into strata, so that all ranks of a step have
-        as much to do, and inside a stratum by aspect ratio, so that little is padded. The steps of a window come in
-        random order.
+        With `seen_sizes` the samples of a window are sorted by area into strata: all ranks of a step have equal work.
+        Inside a stratum they are sorted by aspect ratio: little is padded. The steps of a window come in random order.
         """
         steps_per_window = self._steps_per_window
         window = steps_per_window * self.batch_size

@@ -1,4 +1,4 @@
-"""Fetches the shards of the window after the one that is being read, beside the training."""
+"""Prefetch: fetches the shards of the shuffle window after the one that is being read, beside the training."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +29,7 @@ class Prefetch:
             threading.Thread(target=self._run, name="prefetch", daemon=True).start()
 
     def at(self, epoch: int, step: int) -> None:
+        """Tell the position of the training, which the threads stay one window ahead of."""
         with self._changed:
             self._position = (epoch, step)
             self._changed.notify_all()

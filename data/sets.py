@@ -1,4 +1,4 @@
-"""What an annotated set is: as somebody's annotations say, and as far as that can be used."""
+"""The types of an annotated set: what its annotations say, and what of that can be used."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """Packing: annotations and their images into indexed tar shards.
 
-What a shard holds is decided before anything is written, from annotations and the headers and sizes of the files, so
+What a shard holds is decided before anything is written, from annotations and the headers and sizes of the files. So
 the bytes on disk depend neither on the number of workers nor on interruptions. A shard gets its name when it is whole,
 together with a sidecar that holds its part of the index; `index.json` is written last. Packing again skips what is
 whole.
@@ -57,7 +57,7 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Packed:
-    """The shards written, and what is worth a word of the set they are made from: findings that are no errors."""
+    """The shards written, and the warnings about the set that they are made from."""
 
     index: ShardIndex
     warnings: list[Finding]
@@ -74,7 +74,7 @@ def pack(
     reading: Reading = EVERYTHING,
     progress: Progress | None = None,
 ) -> ShardIndex:
-    """Write the images that annotations name, with these, as shards of nearly equal size: `pack_set` of one set.
+    """Pack the images that annotations name, and the annotations, into shards of nearly equal size: `pack_set` of one.
 
     annotations: a COCO json, or a folder of Pascal VOC xml or YOLO txt files. Raises as `read_annotations` and
     `pack_set`.
@@ -107,9 +107,9 @@ def pack_set(
     shard_bytes: size that shards do not exceed by more than a sample. workers: processes, 0 for one per core. Every
     image is decoded once to be sure of it. most_pixels: an image that states more is an error.
 
-    Raises ValueError, listing what is wrong, for a set with errors (boxes without area too, unless `drop_degenerate`
-    leaves them out, which it does not with all boxes of a class) and for undecodable images; FileExistsError when
-    `output` holds shards of another set. Until all is whole there is no index.json, so nothing half-made can be
+    Raises ValueError, listing what is wrong, for a set with errors and for undecodable images. A box without area is an
+    error, unless `drop_degenerate` leaves it out, which it does not with all boxes of a class. Raises FileExistsError
+    when `output` holds shards of another set. Until all is whole there is no index.json, so nothing half-made can be
     mistaken for data.
     """
     if shard_bytes <= 0:
@@ -176,7 +176,7 @@ def plan_shards(coco: CocoSet, output: Path, shard_bytes: int) -> list[ShardJob]
     """Divide the images into shards of nearly equal size.
 
     Images are dealt in the order of a digest of their ids: a fixed order without any trace of how the data was
-    collected, so that neighbours in a shard are no more alike than any two images.
+    collected. So neighbours in a shard are no more alike than any two images.
     """
     images = sorted(coco.images, key=lambda image: hashlib.sha256(image.key.encode()).digest())
     files = [coco.folder / image.file_name for image in images]
@@ -203,7 +203,7 @@ def plan_shards(coco: CocoSet, output: Path, shard_bytes: int) -> list[ShardJob]
 
 
 def write_shard(job: ShardJob, most_pixels: int = MOST_PIXELS) -> tuple[Shard | None, list[Finding]]:
-    """Write one shard and its sidecar, and say what is worth a word of its images; nothing is left where one is bad."""
+    """Write one shard and its sidecar; returns it with findings about its images, or None if one of them is bad."""
     findings: list[Finding] = []
     checksums: dict[int, tuple[int, int]] = {}
     with unfinished(job.path) as tar_file:

@@ -1,4 +1,4 @@
-"""Shared memory, through which loader processes hand their batches over: on Linux the file system at /dev/shm.
+"""Shared memory, through which workers of the data loader hand over their batches: on Linux, /dev/shm.
 
 It is half of a machine's memory, but 64 MiB in a container that was not given more. Who writes beyond its end is
 killed, by SIGBUS; so room is looked for before the first step, and taken before a batch is written.
@@ -19,11 +19,11 @@ REMEDY = (
 
 
 class SharedMemoryError(OSError):
-    """There is too little of it; the message says how much, and what to do."""
+    """Too little shared memory; the message says how much there is, and what to do."""
 
 
 def free_bytes() -> int | None:
-    """Of /dev/shm, for this process; None without a limit, 0 where it is not there or cannot be written to."""
+    """Free bytes of /dev/shm; None without a limit, 0 if it does not exist or cannot be written to."""
     if not os.access(FOLDER, os.W_OK | os.X_OK, effective_ids=True):
         return 0
     status = os.statvfs(FOLDER)
@@ -31,7 +31,7 @@ def free_bytes() -> int | None:
 
 
 def place() -> str:
-    """The same for two processes that share their /dev/shm, on whatever host they believe to be."""
+    """An id that is equal for two processes if they share their /dev/shm, whatever their host names."""
     device = FOLDER.stat().st_dev if FOLDER.exists() else "none"
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {device}"
 
@@ -41,7 +41,7 @@ def mebibytes(number: int) -> str:
 
 
 def shared(number: int) -> torch.UntypedStorage:
-    """So many bytes of shared memory that are there to be written to. Raises SharedMemoryError."""
+    """Allocate and reserve so many bytes of shared memory. Raises SharedMemoryError when there are too few."""
     try:
         storage = torch.UntypedStorage._new_shared(number)
         descriptor, _ = storage._share_fd_cpu_()  # the storage's own

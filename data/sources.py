@@ -1,4 +1,4 @@
-"""Where shards come from when they are not in a local folder: http(s), S3, or the output of a command.
+"""Remote sources of shards: http(s), S3, or the output of a command.
 
 A source gives the bytes of a file from an offset on. It does not retry: `fetch` does, and goes on where it was cut off.
 What a source says is a stranger's: never more bytes than were asked for, no control characters in a message.
@@ -42,8 +42,10 @@ class LostError(SourceError):
 
 
 class Source(Protocol):
+    """Gives files of a remote folder by name, from an offset on."""
+
     def address(self, name: str) -> str:
-        """Of a file, as an error names it: without secrets."""
+        """The address of a file as messages show it, without secrets."""
         ...
 
     def read(self, name: str, offset: int, end: int | None = None) -> Generator[bytes, None, None]:
@@ -136,7 +138,7 @@ class PerProcess(Generic[Value]):
 
 
 class Http:
-    """A login is for the host that the location names: no redirect carries it anywhere else."""
+    """Files below an http(s) address. A login is for the host in the address: no redirect carries it elsewhere."""
 
     def __init__(self, location: str, timeout_seconds: float) -> None:
         try:
@@ -239,6 +241,8 @@ def _check(response: urllib3.BaseHTTPResponse, where: str) -> None:
 
 
 class S3:
+    """Files below s3://bucket/prefix, read with boto3, which finds the login."""
+
     def __init__(self, location: str, timeout_seconds: float) -> None:
         parts = urlsplit(location)
         if "@" in parts.netloc:

@@ -1,4 +1,4 @@
-"""Random numbers that belong to something (a seed, an epoch, a sample; a step, a rank), whoever draws them and when.
+"""Counter-based random numbers: functions of (seed, epoch, sample) or (seed, step, rank), whoever draws them and when.
 
 SplitMix64 (Steele, Lea and Flood, 2014) has a random access: its i-th number is a hash of i.
 """

@@ -40,7 +40,7 @@ def read_objects(index: ShardIndex, *, workers: int = 0, progress: Progress | No
 
 
 def _objects(index: ShardIndex) -> np.ndarray:
-    """Of an index of one shard."""
+    """Rows of OBJECT_DTYPE of an index of one shard."""
     reader, rows = ShardReader(index), []
     for row in range(index.num_samples):
         entry = reader.annotations(0, row)

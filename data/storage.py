@@ -11,7 +11,7 @@ from .sources import Source, fetch
 
 
 class Storage(Protocol):
-    """Each reader has its own: what one holds open is shared with no other thread or process."""
+    """Reads bytes of shards. Each reader has one of its own: open files are shared with no other thread or process."""
 
     remote: bool  # each read asks a source: worth asking for early, by many threads at once, and again if damaged
 
@@ -24,7 +24,7 @@ class Storage(Protocol):
         return self
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close what is open."""
 
 
 class LocalStorage(Storage):

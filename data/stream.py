@@ -1,4 +1,4 @@
-"""Batches from shards: the endless, exactly ordered stream of training and the finite one of evaluation.
+"""The data loader: batches from shards, in an endless, exactly ordered stream of training and a finite one to evaluate.
 
 Both are short lists of WebDataset stages. What flows through the training stages is a micro-batch: first its sample
 numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a `PackedBatch`. In training a
@@ -66,10 +66,12 @@ class StoredSample:
 
 
 class TrainStream:
-    """One rank's batches, step by step, the same whatever the number of ranks and workers.
+    """The training data loader of one rank: its micro-batches, step by step.
 
-    batch_size: images of one optimizer step over all ranks and micro-batches.
-    Raises ValueError when batch_size does not divide among them, or exceeds the number of images.
+    The global batch of a step is the same for every world size, accumulation and number of workers.
+
+    batch_size: images of one optimizer step over all ranks and micro-batches (the global batch). Raises ValueError
+    when it is no multiple of world_size * accumulation, or with remainder "drop" exceeds the number of images.
     """
 
     def __init__(
@@ -124,9 +126,10 @@ class TrainStream:
             yield micro_batches
 
     def shared_bytes(self, steps: int, free: int, pinned: bool) -> int:
-        """The most of the shared memory that the batches of so many steps take at once: those that are made, those that
-        wait and those that are trained on. 0 when it is sure, without a look at the images, that they need less than
-        `free`. pinned: a batch is copied out of there as soon as it is made.
+        """Peak bytes of shared memory of the batches of so many steps: being made, waiting, and trained on.
+
+        0 if, without a look at the images, they surely need less than `free`. pinned: batches are copied to pinned
+        memory as soon as they are made.
         """
         workers, accumulation, number = self._config.workers, self._plan.accumulation, self._plan.micro_batch_size
         if not workers:
@@ -238,8 +241,7 @@ def training_pipeline(
 
 
 def errors_as_items(batches: Iterable[PackedBatch]) -> Iterator[PackedBatch | OSError]:
-    """Hand an error that the user can mend on as the last item: raised in a worker process, it would arrive as a
-    traceback."""
+    """Pass an error that the user can fix on as the last item: raised in a worker, it would arrive as a traceback."""
     try:
         yield from batches
     except (SourceError, SharedMemoryError) as error:

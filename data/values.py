@@ -62,7 +62,7 @@ def _written_number(text: str) -> int | float | None:
 
 
 def member(values: object, name: str, kind: type) -> Any:
-    """values[name], of exactly that type: true is no number."""
+    """values[name], of exactly that type: true is no number. Raises ValueError for anything else."""
     if not isinstance(values, dict):
         raise ValueError(f"{described(values)} stands where an object with {name!r} should")
     if name not in values:
@@ -73,6 +73,7 @@ def member(values: object, name: str, kind: type) -> Any:
 
 
 def whole(values: object, name: str, least: int = 0, most: int = MOST_ID) -> int:
+    """values[name], a whole number from `least` to `most`. Raises ValueError for anything else."""
     value = member(values, name, int)
     if not least <= value <= most:
         raise ValueError(f"{name!r} is {described(value)}, not a whole number from {least} to {most}")

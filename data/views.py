@@ -2,8 +2,8 @@
 
 The augmentation is the published one (appendix A.4, inherited from DETR): flip with probability one half; then, half
 of the time each, resize to a random short side, or resize to 400-600, crop 384-600 pixels and resize. All of its steps
-but the last pixel size are arithmetic on a rectangle, so they are done as such: a rectangle of the stored image, in
-whole pixels, and a final size are drawn, and `transforms.py` resamples the pixels once from the one to the other.
+but the last pixel size are arithmetic on a rectangle. A rectangle of the stored image, in whole pixels, and a final
+size are drawn; `transforms.py` resamples the pixels once from the one to the other.
 
 Shapes: n images.
 """

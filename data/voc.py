@@ -1,7 +1,7 @@
-"""Pascal VOC's xml: a file an image, corners in whole pixels counted from 1, the last one included.
+"""Pascal VOC's xml: one file per image, corners in whole pixels counted from 1, the last one included.
 
-Many programs write corners counted from 0 into the same format. Such a corner of 0 cannot be where the first pixel is
-1, so a set in which there is one is read as corners on the edges of pixels: x from 0 to the width.
+Many programs write corners counted from 0 into the same format. A corner of 0 cannot be where the first pixel is 1.
+So a set in which there is one is read as corners on the edges of pixels: x from 0 to the width.
 Image ids count from 1 in the order of the files' names, category ids those of the classes in alphabetical order,
 unless the set or the user tells their order. Difficult objects become crowds.
 """
@@ -94,7 +94,7 @@ def read_voc(folder: Path, files: Sequence[Path], images: ImageFiles, *, listed:
 
 
 def voc_source(files: VocFiles, ids: Mapping[str, int], from_zero: Sequence[str]) -> Source:
-    """As entries of a COCO json. ids: name -> category id. from_zero: the corners that tell that all are edges."""
+    """Objects of xml files as entries of a COCO json. ids: name -> category id. from_zero: `VocFiles.from_zero`."""
     findings = list(files.findings)
     if from_zero and files.objects:
         what = f"a corner of {from_zero[0]} is 0 ({len(from_zero)} objects): all are read as edges of pixels, from 0"

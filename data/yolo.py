@@ -1,8 +1,8 @@
-"""YOLO's txt files: a file an image, a row an object: its class, then centre, width and height.
+"""YOLO's txt files: one file per image, one row per object: its class, then centre, width and height.
 
-All four are shares of the picture as a viewer shows it, for so the programs that read such files open images. Rows of
-other kinds are read as boxes too, and said: an outline (class, x, y, x, y, ...) as the smallest box around it, a fifth
-number as the confidence of a detector, and what follows a box where a data.yaml has `kpt_shape` as keypoints.
+All four are shares of the picture as a viewer shows it, because programs that read such files open images so. Rows of
+other kinds are read as boxes too, with a finding: an outline (class, x, y, x, y, ...) as the smallest box around it, a
+fifth number as the confidence of a detector. If a data.yaml has `kpt_shape`, keypoints follow the box.
 Image ids count from 1 in the order of the images' names; category ids are the numbers in the files.
 """
 

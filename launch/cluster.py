@@ -1,7 +1,7 @@
-"""A Ray cluster to run on: one that is there, or one that lives as long as the command.
+"""A Ray cluster to run on: an existing one, or one that lives as long as the command.
 
-Whoever reaches a Ray's ports, with its token where it asks for one, runs code there. Those of a cluster of our own are
-therefore on loopback alone, its files in a folder that only this user may enter, and its token is made for it.
+Whoever reaches the ports of a Ray cluster, with its token if it wants one, runs code there. The ports of a cluster of
+our own are therefore on loopback alone, its files in a folder that only this user may enter, and its token is new.
 """
 
 import contextlib
@@ -93,8 +93,8 @@ def _connected(address: str, **options: Any) -> Iterator[None]:
 def _authentication(address: str) -> str:
     """RAY_AUTH_MODE for a cluster. Ray's default for an address is `disabled`, whether or not there is a token here.
 
-    The user's own setting stays. A token without need is not sent: a client that wants tokens itself, as it would then,
-    refuses the workers of a cluster without. Raises ConnectionError when the cluster refuses what it gets.
+    The user's own setting stays. A token is sent only to a cluster that wants one: with it the client wants tokens
+    itself, and refuses the workers of a cluster without. Raises ConnectionError when the cluster refuses what it gets.
     """
     from ray.exceptions import AuthenticationError
 
@@ -134,7 +134,7 @@ def _refused(address: str, mode: str) -> bool:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables for Ray, in this process and those that it starts; as they were in the end."""
+    """A context with environment variables for Ray, in this process and those that it starts."""
     before = {name: os.environ.get(name) for name in variables}
     try:
         os.environ.update(variables)
@@ -150,7 +150,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _read_again() -> None:
-    """Ray reads the variables when it is imported, and the token once."""
+    """Have Ray read variables and token again: by itself it does so once."""
     compiled = _compiled()
     compiled.Config.initialize("")
     compiled.AuthenticationTokenLoader.instance().reset_cache()

@@ -1,6 +1,6 @@
-"""A command line of `ddetr` on its way to the ranks: one word of letters, digits, `-` and `_`.
+"""The command line of `ddetr` on its way to the ranks: encoded as one word of letters, digits, `-` and `_`.
 
-Launchers read what they pass on. torchrun replaces `$` in it and refuses what could be several of its own options;
+Launchers interpret what they pass on. torchrun replaces `$` in it and refuses what could be several of its own options;
 DeepSpeed hands it to a shell on every node.
 """
 
@@ -24,6 +24,7 @@ def split_off(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def encoded(arguments: Sequence[str]) -> str:
+    """The arguments as one word (base64url). Raises ValueError when it is longer than LONGEST."""
     content = b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
     word = base64.urlsafe_b64encode(content).decode().rstrip("=")
     if len(word) > LONGEST:
@@ -35,6 +36,7 @@ def encoded(arguments: Sequence[str]) -> str:
 
 
 def decoded(word: str) -> list[str]:
+    """The arguments that `encoded` was given."""
     return [os.fsdecode(argument) for argument in base64.urlsafe_b64decode(word + "==").split(b"\0")[:-1]]
 
 

@@ -1,4 +1,4 @@
-"""What is printed: names and messages come from files, servers and strangers, and none of it is an order to a terminal.
+"""Console output. Names and messages come from files, servers and strangers, and none of them commands the terminal.
 
 `Terminal` is the console of every table and progress bar, `say` prints a line, `LogFormatter` formats the log. All of
 them print `data.text.visible` text, and nothing in it is markup: `[red]`, `[/]` and `:smile:` are printed as they are.
@@ -51,7 +51,7 @@ def brief(text: str, most: int = NAME_LENGTH) -> str:
 
 
 def paragraph(text: str) -> str:
-    """The text visible, in lines as it has them, those after the first set in: none can pass for a line of its own."""
+    """The text made visible, its lines after the first indented, so that none can pass for a line of its own."""
     first, *more = (visible(line) for line in text.split("\n"))
     if any(line[:1].strip() for line in more):
         more = [f"  {line}" if line else line for line in more]

@@ -1,4 +1,4 @@
-"""`ddetr data ...`: pack, check, synth and show, with progress bars and tables."""
+"""`ddetr data pack`, `check`, `synth` and `show`, with progress bars and tables."""
 
 import math
 from collections import Counter
@@ -43,7 +43,7 @@ def pack(
     reading: Reading,
     split: str | None,
 ) -> None:
-    """Annotations and images -> shards, a line that says what was packed, and what else is to be known of it.
+    """Pack annotations and images into shards; print what was packed, and the warnings.
 
     The splits of an export's root are packed into folders of `output` of their names; a single one into `output`.
     """

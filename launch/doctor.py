@@ -28,6 +28,8 @@ _STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
+    """One line of the examination. fix: what to do about it, if anything."""
+
     subject: str
     state: Literal["ok", "note", "broken"]  # a note needs no action unless the user misses what it names
     result: str
@@ -142,7 +144,7 @@ def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
 
 
 def _kinds_with_op() -> list[str]:
-    """Of the devices of this machine."""
+    """The kinds of devices here ("cpu", "cuda") that have the op."""
     here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return [kind for kind in here if kind not in library.UNAVAILABLE]
 
@@ -163,7 +165,10 @@ def parity() -> Iterator[Finding]:
 
 
 def largest_difference(device: torch.device) -> float:
-    """Of both functions' outputs and gradients, in float32; relative to each tensor's largest value."""
+    """The largest difference from the reference, relative to each tensor's largest value.
+
+    Compares outputs and gradients of both functions in float32.
+    """
     shapes = [(12, 16), (6, 8), (3, 4), (2, 2)]
     generator = torch.Generator().manual_seed(0)
 
@@ -215,7 +220,7 @@ def speed() -> Iterator[Finding]:
 
 
 def least_seconds(function: Callable[..., Tensor], kind: str) -> float:
-    """The fastest of a few forward and backward passes."""
+    """Seconds of the fastest of a few forward and backward passes."""
     shapes = [(64, 64), (32, 32), (16, 16), (8, 8)]
     positions, heads, points, channels = sum(h * w for h, w in shapes), 8, 4, 32
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the ranks find out about each other before the first step: their hosts, versions, common folder and network."""
+"""Checks across ranks before the first step: hosts, versions, settings, shared folder, shared memory, bandwidth."""
 
 import hashlib
 import importlib.metadata
@@ -39,10 +39,10 @@ Facts = dict[str, str]
 
 
 def check(config: Config, world: World, indexes: Sequence[ShardIndex], *, writes: bool = True) -> list[str]:
-    """What to print about the machines of a run. Collective. writes: whether the output folder may be made for it.
+    """Compare the ranks of a run; returns the lines to print about its machines. Collective.
 
-    Raises ValueError on every rank when something differs between them that would make them compute different things,
-    or when train.output is not the same folder for all.
+    writes: whether train.output may be made, to check that all ranks share it. Raises ValueError on every rank when
+    ranks differ in what changes their computation, or when train.output is not the same folder for all.
     """
     settings = _settings(config)
     everywhere: list[Facts] = world.gather([facts(config, world.device, indexes) | settings], Facts)
@@ -61,7 +61,7 @@ def check(config: Config, world: World, indexes: Sequence[ShardIndex], *, writes
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """What one rank needs of the shared memory where it is, and what is free there before any rank takes some."""
+    """Bytes of shared memory that the data loader of one rank needs, and bytes that are free before any rank starts."""
 
     place: str
     host: str
@@ -70,6 +70,7 @@ class SharedMemory:
 
     @classmethod
     def of(cls, stream: TrainStream, config: Config, device: torch.device) -> "SharedMemory":
+        """What the batches of this rank's data loader need at most during the run."""
         free = free_bytes()
         steps = config.train.epochs * stream.steps_per_epoch
         steps = min(steps, config.train.max_steps or steps)
@@ -78,7 +79,7 @@ class SharedMemory:
 
 
 def check_shared_memory(ranks: Sequence[SharedMemory]) -> None:
-    """Whether the batches of all ranks of a machine have room together. Raises OSError with both sizes and a remedy."""
+    """Raise OSError, with both sizes and a remedy, when the batches of all ranks of a machine do not fit."""
     for where in dict.fromkeys(rank.place for rank in ranks):
         here = [rank for rank in ranks if rank.place == where]
         needed, frees = sum(rank.needed for rank in here), [rank.free for rank in here if rank.free is not None]
@@ -91,7 +92,7 @@ def check_shared_memory(ranks: Sequence[SharedMemory]) -> None:
 
 
 def check_compiler_cache() -> None:
-    """Raises OSError when torch.compile cannot keep there what it makes."""
+    """Raise OSError when torch.compile cannot write to its cache."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     caches = {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()}
@@ -103,7 +104,7 @@ def check_compiler_cache() -> None:
 
 
 def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -> Facts:
-    """This rank's, each short enough for a message."""
+    """Machine and versions of this rank, each short enough for a message."""
     code, shards = hashlib.sha256(), hashlib.sha256()
     for folder in _FOLDERS:
         for file in sorted((_CODE / folder).glob("**/*.py")):
@@ -159,7 +160,7 @@ def _shortened(hosts: list[str], most: int = 4) -> str:
 
 
 def _check_common_folder(folder: Path, everywhere: Sequence[Facts], world: World) -> None:
-    """Checkpoints are written by one rank and read by all."""
+    """Raise ValueError unless all ranks share the folder: rank 0 writes checkpoints, all ranks read them."""
 
     def mark() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,7 @@ def _check_common_folder(folder: Path, everywhere: Sequence[Facts], world: World
 
 
 def _bandwidth(seconds: float, world: World) -> str:
-    """How fast gradients are exchanged, a bucket at a time, as training does it."""
+    """Measure the bandwidth of an all-reduce of one bucket of gradients, as training has it."""
     bucket = torch.zeros(BUCKET_ELEMENTS, device=world.device)
     dist.all_reduce(bucket)  # connections are made
     _finished(world)

@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _loaded(path: Path, overrides: Sequence[str]) -> tuple[TrainedDetector, str]:
-    """With the digest of its weights: a run that goes on may delete the file at any moment."""
+    """A detector and the digest of its weights, taken now: a run may delete the file at any moment."""
     detector = load_detector(path, overrides=overrides)
     return detector, weights_digest(detector.path)
 
@@ -119,10 +119,9 @@ def _loaded(path: Path, overrides: Sequence[str]) -> tuple[TrainedDetector, str]
 def _every_detector(
     run_directory: Path, overrides: list[str], console: Console, damaged: dict[Path, str]
 ) -> Iterator[tuple[TrainedDetector, str]]:
-    """Those of a run, `_loaded`, oldest first, until none is new. Says which are gone; `damaged` has what is wrong with
-    others.
+    """Load every checkpoint of a run, oldest first, until none is new. Prints which are gone; `damaged` gets errors.
 
-    Raises FileNotFoundError without any, and what is wrong with the overrides.
+    Raises FileNotFoundError without any, and errors in the overrides.
     """
     done: set[Path] = set()
     if not checkpoints(run_directory):
@@ -145,7 +144,7 @@ def _every_detector(
 
 
 def _is_sound(checkpoint: Path) -> bool:
-    """Whether it describes itself well, so that mistakes are those of the overrides."""
+    """Whether the checkpoint can be read without overrides, so that mistakes are theirs."""
     try:
         contents(checkpoint)
     except (OSError, ValueError):
@@ -203,7 +202,7 @@ def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) ->
 
 
 def _places(file: Path, output: Path | None, each: bool) -> list[Path]:
-    """The folders that get what is found of a file of weights: all of it, then, of a checkpoint, the result.
+    """The folders to write to: first the one for all that is found, then the checkpoint's own, for the result alone.
 
     Raises ForeignSettingError for links.
     """

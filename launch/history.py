@@ -1,4 +1,4 @@
-"""What a run has recorded of itself: metrics.jsonl and events.jsonl, written and read; the scores of checkpoints."""
+"""The history of a run: metrics.jsonl and events.jsonl, written and read, and the scores of its checkpoints."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def event_line(name: str, **details: Any) -> str:
 
 @dataclass(frozen=True)
 class History:
-    """Steps and evaluations are in order, and each occurs once.
+    """The recorded entries of a run. Steps and evaluations are in order, and each occurs once.
 
     evaluations: those of one measure, whoever made them. others: how many there are beside them, on another set or with
     other settings. unreadable: "FILE line N" of what is no record, as half a line that a killed run left.
@@ -60,7 +60,7 @@ class History:
 
 
 def read(run_directory: Path) -> History:
-    """The entries of a run. A resumed run repeats steps: what comes later replaces what it went back over."""
+    """Read the entries of a run. A resumed run repeats steps: later entries replace those that it went back over."""
     unreadable: list[str] = []
     steps: list[Entry] = []
     evaluations: list[Entry] = []
@@ -79,7 +79,7 @@ def read(run_directory: Path) -> History:
 
 
 def _results(run_directory: Path, steps: Sequence[Entry], unreadable: list[str]) -> list[Entry]:
-    """What is known of the checkpoints, also of those that are deleted."""
+    """The results of all checkpoints, also of deleted ones."""
     found = []
     folders = [*run_directory.glob("checkpoints/step_*"), *run_directory.glob("eval/step_*")]
     for name in sorted({folder.name for folder in folders if STEP.fullmatch(folder.name)}):

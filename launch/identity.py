@@ -1,4 +1,4 @@
-"""Which run it is: its name, and an identity that it keeps in its folder through every resume, wherever that goes on.
+"""The identity of a run: its name, and random digits that its folder keeps through every resume, wherever that is.
 
 Runs of one name in two folders, of two users or on two machines are two runs to Prometheus.
 """
@@ -30,7 +30,7 @@ class Identity:
 
     @property
     def label(self) -> str:
-        """Of every series of the run, and in its targets.json."""
+        """The value of the label `run` in all its Prometheus series and in targets.json."""
         return f"{visible(Path(self.folder).name)}@{self.identity}"
 
     def write(self) -> None:
@@ -38,7 +38,7 @@ class Identity:
 
 
 def identify(run_directory: Path) -> Identity:
-    """What the run's folder says, or a new identity; nothing is written.
+    """Read the identity of a run from its folder, or make a new one; nothing is written.
 
     A folder that was moved is the same run, a copy beside the original another one.
     """

@@ -1,4 +1,4 @@
-"""`python -m ddetr.launch.lifeline PID MODULE ARGUMENTS...`: a module as a program that ends with its parent, PID.
+"""`python -m ddetr.launch.lifeline PID MODULE ARGUMENTS...`: run a module as a program that ends with its parent, PID.
 
 Ray kills actors without a word to them: a rank that lived on would hold a GPU that Ray gives to the next one.
 """

@@ -151,5 +151,5 @@ def duration(seconds: float) -> str:
 
 
 def date(moment: float) -> str:
-    """Of seconds since 1970, in UTC."""
+    """Date and time in UTC of seconds since 1970."""
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -28,7 +28,7 @@ HARMLESS = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
 
 
 def check_hostfile(file: Path) -> None:
-    """Raises ValueError with the first line that is none of a hostfile's."""
+    """Raise ValueError that names the first line that is not valid in a hostfile."""
     for number, line in enumerate(file.read_text(errors="surrogateescape").splitlines(), start=1):
         line = line.strip()
         if line and not line.startswith("#") and not HOST.fullmatch(line):
@@ -41,7 +41,7 @@ def quoted(text: str) -> str:
 
 
 def _runner() -> type:
-    """DeepSpeed's, with quotes."""
+    """DeepSpeed's runner for pdsh, which here quotes everything that the nodes' shells read."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     class QuotingRunner(PDSHRunner):
@@ -70,10 +70,10 @@ def _runner() -> type:
 
 
 def _told_to_stop() -> list[int]:
-    """The signals that come, of which those below DeepSpeed hear.
+    """Pass STOP_SIGNALS on to the processes that DeepSpeed starts; returns the list to which those that come are added.
 
-    On one host DeepSpeed's runner would end by itself and leave the ranks behind; on several it has handlers of its own
-    for two of them, which the others are turned into.
+    On one host DeepSpeed's runner would end by itself and leave the ranks behind. On several it handles two of the
+    signals itself, and the others are turned into one of these.
     """
     came: list[int] = []
 

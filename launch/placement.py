@@ -17,7 +17,7 @@ RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Request:
-    """What a run asks of a cluster: `least` to `most` ranks with `resource` each."""
+    """What a run asks of a Ray cluster: `least` to `most` ranks with `resource` each."""
 
     least: int
     most: int
@@ -26,9 +26,9 @@ class Request:
     images: int  # of a micro-batch over all ranks, which must divide among them
 
     def bundles(self, nodes: Sequence[Bundle]) -> list[Bundle]:
-        """One for each rank, as many as these nodes hold; none if they do not hold enough.
+        """One bundle for each rank, as many as these nodes hold; none if they do not hold enough.
 
-        From a range it takes a number among which the batch divides, if there is one.
+        From a range it takes the largest number that divides the micro-batch, if there is one.
         """
         offered = [int(node.get(self.resource, 0)) for node in nodes]
         smallest = self.threads or 1 if self.resource == "CPU" else 1
@@ -50,7 +50,7 @@ class Request:
 def requested(config: Config, ranks: str | None) -> Request:
     """What `config` and the option --ranks (N, MIN:MAX or none) ask of the connected cluster.
 
-    Raises ValueError for a number that is none, and for GPUs in a cluster that has none.
+    Raises ValueError for `ranks` of another form, and without them when no node offers the resource.
     """
     match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", ranks) if ranks is not None else None
     if ranks is not None and (match is None or int(match[2] or match[1]) < int(match[1])):
@@ -89,10 +89,10 @@ def from_anywhere(config: Config, here: Path | None = None) -> Config:
 def placed(
     request: Request, wait_seconds: float, given_up: Callable[[], bool], report: Callable[[str], None]
 ) -> Iterator[Any]:
-    """A placement group with one bundle for each rank, removed in the end; None when `given_up` says so.
+    """A context with a placement group of one bundle for each rank; None when `given_up` says so.
 
-    A cluster that shrinks or grows meanwhile is asked anew. Raises ValueError when it does not hold the ranks after
-    `wait_seconds`, naming what was asked for and what there is.
+    If the cluster shrinks or grows meanwhile, the group is made anew. Raises ValueError that names request and cluster
+    when it does not hold the ranks after `wait_seconds`.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -137,7 +137,7 @@ def _refusal(request: Request, bundles: list[Bundle], wait_seconds: float) -> st
 
 
 def _nodes() -> dict[str, Bundle]:
-    """The resources of each node that is alive, by its address."""
+    """The resources of each node that is alive, by Ray's id of it."""
     import ray
 
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}

@@ -22,14 +22,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank wrote since the last answer, each line with whether it is on stderr, and how it ended if it has."""
+    """What a rank wrote since the last answer, each line with whether it is on stderr, and its exit status if any."""
 
     lines: list[tuple[bool, str]]
     exit_status: int | None
 
 
 class Rank:
-    """Lives in a Ray actor with the resources of one rank. Every method returns at once, so that a stop is heard."""
+    """The Ray actor of one rank, with its resources. No method waits for the training, so that a stop is heard."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -1,4 +1,4 @@
-"""What a run leaves for others to read: configuration, numbers, events, log, and the addresses of its ranks."""
+"""The files of a run directory: configuration, metrics, events, log, and the Prometheus targets of its ranks."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ log = logging.getLogger("ddetr")
 
 @contextlib.contextmanager
 def announced(addresses: list[str], run_directory: Path, run_label: str) -> Iterator[None]:
-    """Write every rank's address into targets.json for Prometheus, and empty it when the run ends as it should."""
+    """A context with every rank's address in targets.json for Prometheus, which is emptied if the run ends in order."""
     targets = run_directory / "targets.json"
     labels = [{"run": run_label, "rank": str(rank)} for rank in range(len(addresses))]
     write_targets(targets, zip(addresses, labels, strict=True))
@@ -98,7 +98,7 @@ class Record:
             say(f"{file.name}: not written: {error.strerror}: {line}", file=sys.stderr)
 
     def observe(self, item: Report) -> None:
-        """Steps go to metrics.jsonl in lines of some; so does an evaluation; all else is an event."""
+        """Write a report: steps, several to a line, and evaluations to metrics.jsonl, events to events.jsonl."""
         if isinstance(item, StepReport):
             self._step(item)
             return

@@ -1,7 +1,7 @@
-"""How the nodes of a run find each other under torchrun, without a pickle and without a port on every interface.
+"""The rendezvous of a run's nodes under torchrun, without a pickle and without a port on every interface.
 
-torch's own rendezvous listens everywhere, and those whose nodes may change keep their state as a pickle that whoever
-reaches the port can replace. These listen at the address where the nodes meet alone, and keep their state as JSON.
+torch's own rendezvous listens on all interfaces, and an elastic one keeps its state as a pickle that whoever reaches
+the port can replace. Those here listen only at the address where the nodes meet, and keep their state as JSON.
 """
 
 import datetime
@@ -40,12 +40,15 @@ _NONE_YET = "none yet"  # a key that is not there would be waited for
 
 
 def register() -> None:
-    """Make it known to torchrun of this process."""
+    """Make this rendezvous known to torchrun in this process."""
     rendezvous_handler_registry.register(NAME, create)
 
 
 def create(parameters: RendezvousParameters) -> RendezvousHandler:
-    """Of nodes that are numbered beforehand where the parameter `rank` is given, otherwise as they come and go."""
+    """The rendezvous of nodes with fixed numbers if the parameter `rank` is given, otherwise of nodes that come and go.
+
+    Raises ValueError for a `rank` out of range, OSError when the place to meet cannot be used.
+    """
     rank = parameters.get_as_int("rank")
     if rank is not None and not 0 <= rank < parameters.max_nodes:
         raise ValueError(f"node rank {rank} of {parameters.max_nodes} node(s): they are numbered from 0")

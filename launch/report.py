@@ -56,6 +56,7 @@ def report(run_directory: Path) -> Path:
 
 
 def read(run_directory: Path) -> RunLog:
+    """Read settings and history of a run. Raises as `report`."""
     config_file = run_directory / "config.yaml"
     if not config_file.is_file():
         raise FileNotFoundError(

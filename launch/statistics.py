@@ -101,7 +101,7 @@ def _classes(index: ShardIndex, objects: np.ndarray) -> Table:
 
 
 def by_size(objects: np.ndarray) -> list[int]:
-    """How many are small, medium and large."""
+    """How many objects are small, medium and large."""
     return [int(((objects["area"] >= low) & (objects["area"] < high)).sum()) for low, high in SIZES.values()]
 
 
@@ -125,7 +125,7 @@ def _as_seen(index: ShardIndex, objects: np.ndarray, config: Config, ranks: int)
 
 
 def padding_share(index: ShardIndex, config: Config, ranks: int, similar: bool) -> float:
-    """Padded pixels by all pixels of the training batches of the first steps of epoch 0; pure arithmetic."""
+    """The share of padding among all pixels of the training batches of the first STEPS steps of epoch 0."""
     train = config.train
     sizes = partial(seen_sizes, index.samples, config.data, train.seed)
     plan = StepPlan(
@@ -171,8 +171,8 @@ def suggestions(index: ShardIndex, objects: np.ndarray, config: Config, ranks: i
     """(settings, reason) of what does not fit the set; each to be taken together with those before it.
 
     Each is tried: a remedy is only advised if its check finds nothing any more, and the checks before it that found
-    nothing still do not. So when all are taken, nothing is advised: with each remedy, the row of what the checks find,
-    read as a binary number, gets smaller, and what is advised depends on the configuration alone.
+    nothing still do not. So when all are taken, nothing more is advised: with each remedy, the row of what the checks
+    find, read as a binary number, gets smaller. What is advised depends on the configuration alone.
     Nothing is advised for a set without objects.
     """
     seen, found = _Set(index, objects, ranks), []
@@ -283,7 +283,7 @@ _CHECKS = (_num_classes, _sizes, _queries, _top_k, _batch_size, _remainder)
 
 
 def _places(seen: _Set, config: Config) -> np.ndarray:
-    """(images,) how many boxes the first stage proposes in each, at most as many as queries; without one, endless."""
+    """(images,) how many boxes the first stage can propose in each; infinite without a first stage."""
     model, rows = config.model, seen.index.samples
     if not model.two_stage:
         return np.full(len(rows), np.inf)
@@ -313,7 +313,7 @@ def _short_sides(index: ShardIndex) -> np.ndarray:
 
 
 def _seen_short_sides(index: ShardIndex, objects: np.ndarray, data: DataConfig) -> np.ndarray:
-    """Of each object that is no crowd, in pixels at evaluation."""
+    """The short side of each object that is no crowd, in pixels at evaluation."""
     single = objects[~objects["iscrowd"]]
     rows = index.samples[single["sample"]]
     scale = evaluation_sizes(rows["height"], rows["width"], data) / np.stack((rows["height"], rows["width"]), -1)

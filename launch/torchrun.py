@@ -59,8 +59,8 @@ def settled(options: argparse.Namespace) -> argparse.Namespace:
 def launch(arguments: Sequence[str]) -> None:
     """`torchrun ARGUMENT...` with our rendezvous.
 
-    Raises what `settled` raises, ChildFailedError when a rank has failed, and SignalException when this process was
-    told to stop and its ranks, which it tells, have ended or were killed for taking too long.
+    Raises what `settled` raises, and ChildFailedError when a rank has failed. A signal to stop is passed on to the
+    ranks; when they have ended, or were killed for taking too long, SignalException is raised.
     """
     rendezvous.register()
     run(settled(parse_args(arguments)))

@@ -1,4 +1,4 @@
-"""The trials of a search: what became of each, in results.json and results.csv while it goes on, as a table in the end.
+"""The trials of a hyperparameter search: results.json and results.csv while it goes on, a table in the end.
 
 Both files are written whole, before the first trial and after each result, so that they are there however the search
 ends.
@@ -59,7 +59,7 @@ class Trials:
         self._write_again()
 
     def add(self, name: str, epochs: int, score: float) -> None:
-        """An evaluation. epochs: how many the trial has taken."""
+        """Take in the score of an evaluation. epochs: how many the trial has taken."""
         row = self._rows[name]
         row["epochs"] = epochs
         sign = -1 if self._sweep.mode == "max" else 1
@@ -68,13 +68,14 @@ class Trials:
         self._write_again()
 
     def end(self, name: str, error: str | None = None) -> None:
+        """A trial has ended. error: why it failed."""
         row = self._rows[name]
         early = error is None and row["epochs"] is not None and row["epochs"] < self._epochs
         row |= {"state": "failed" if error else "ended", "error": error, "stopped_early": early}
         self._write_again()
 
     def interrupt(self) -> None:
-        """Nothing runs any more."""
+        """Mark the trials that still run as interrupted."""
         for row in self._rows.values():
             row["state"] = "interrupted" if row["state"] == "running" else row["state"]
         self._write_again()

@@ -1,4 +1,4 @@
-"""Evaluation on Ray: workers anywhere in the cluster pull shards until none is left; a lost worker's shard goes on."""
+"""Evaluation on Ray: workers all over the cluster pull shards; another worker takes the shard of a lost one."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ WAITING_SECONDS = 30.0
 
 
 class ShardWorker:
-    """Lives in a Ray actor on some node and evaluates one shard at a time."""
+    """The Ray actor that evaluates one shard at a time on some node."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

@@ -1,4 +1,4 @@
-"""Serves the metrics of one process over HTTP."""
+"""The Prometheus exporter of one process: serves its metrics over HTTP."""
 
 import errno
 import socket
@@ -11,7 +11,7 @@ ALL_INTERFACES = ("", "0.0.0.0", "::")
 
 
 class Exporter:
-    """A running exporter. `address` is the host:port that a scraper asks; `close` ends it, once or twice."""
+    """A running exporter. `address` is the host:port to scrape; `close` ends it and may be called twice."""
 
     def __init__(self, address: str, server: WSGIServer, thread: threading.Thread):
         self.address = address

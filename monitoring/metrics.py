@@ -27,7 +27,7 @@ WAIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. label: one that it has beside run and rank; values: what that says. buckets: a histogram's bounds."""
+    """One metric. label: of its own, beside run and rank; values: of that label. buckets: bounds of a histogram."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -45,13 +45,13 @@ LOSS = Metric(
     "total, and each part of the run's loss (class, l1, giou)",
 )
 LEARNING_RATE = Metric("ddetr_learning_rate", "gauge", "Learning rate of the last step, of the transformer's group.")
-GRADIENT_NORM = Metric("ddetr_gradient_norm", "gauge", "Norm of all gradients at the last step, before clipping.")
-LOSS_SCALE = Metric("ddetr_loss_scale", "gauge", "Factor on the loss before the backward pass; 1 unless fp16.")
+GRADIENT_NORM = Metric("ddetr_gradient_norm", "gauge", "Gradient norm of the last step, before gradient clipping.")
+LOSS_SCALE = Metric("ddetr_loss_scale", "gauge", "Loss scale of fp16 mixed precision; 1 in other precisions.")
 EPOCH = Metric("ddetr_current_epoch", "gauge", "Epoch of the last step, from 0.")
 STEP = Metric("ddetr_current_step", "gauge", "Last optimizer step, counted over the whole run, resumes included.")
 STEPS = Metric("ddetr_steps_total", "counter", "Optimizer steps taken by this process, the skipped ones included.")
 SKIPPED_STEPS = Metric(
-    "ddetr_skipped_steps_total", "counter", "Steps not applied because a loss or a gradient was not finite."
+    "ddetr_skipped_steps_total", "counter", "Optimizer steps skipped because a loss or a gradient was not finite."
 )
 IMAGES = Metric("ddetr_images_total", "counter", "Images trained on by all ranks together; do not sum this over ranks.")
 BAD_SAMPLES = Metric(
@@ -61,18 +61,18 @@ STEP_SECONDS = Metric(
     "ddetr_step_seconds", "histogram", "Duration of a step, the wait for data included.", buckets=STEP_BUCKETS
 )
 DATA_WAIT_SECONDS = Metric(
-    "ddetr_data_wait_seconds", "histogram", "Time of a step spent waiting for its batch.", buckets=WAIT_BUCKETS
+    "ddetr_data_wait_seconds", "histogram", "Time that a step waits for the data loader.", buckets=WAIT_BUCKETS
 )
 OWN_SECONDS = Metric(
     "ddetr_own_seconds_total",
     "counter",
-    "Time that this rank itself needed for its batches, forward passes and losses; the slowest rank sets the pace.",
+    "Time that this rank spent waiting for batches and in forward passes and losses; the slowest rank sets the pace.",
 )
 PROCESS_MEMORY = Metric(
     "ddetr_process_memory_bytes", "gauge", "Resident memory of the training process, read at each scrape (Linux)."
 )
 DEVICE_MEMORY = Metric(
-    "ddetr_device_memory_bytes", "gauge", "Largest memory so far: allocated on the GPU, or resident on a CPU."
+    "ddetr_device_memory_bytes", "gauge", "Peak memory so far: allocated on the GPU, or resident on a CPU."
 )
 SCORE = Metric(
     "ddetr_evaluation_score_ratio",
@@ -84,7 +84,7 @@ SCORE = Metric(
 HEADLINE = Metric(
     "ddetr_evaluation_headline_ratio",
     "gauge",
-    "The one of these scores by which checkpoints are compared.",
+    "The score of the last evaluation by which checkpoints are compared.",
     "metric",
     "its name (AP)",
 )
@@ -111,7 +111,7 @@ METRICS = (
 
 @runtime_checkable
 class StepReport(Protocol):
-    """What the trainer says after each optimizer step."""
+    """What the trainer reports after each optimizer step."""
 
     @property
     def step(self) -> int: ...
@@ -160,7 +160,7 @@ class Result(Protocol):
 
 @runtime_checkable
 class EvaluationReport(Protocol):
-    """What the trainer says after an evaluation."""
+    """What the trainer reports after an evaluation."""
 
     @property
     def result(self) -> Result: ...
@@ -168,7 +168,7 @@ class EvaluationReport(Protocol):
 
 @runtime_checkable
 class CheckpointReport(Protocol):
-    """What the trainer says of a checkpoint; error: why there is none."""
+    """What the trainer reports of a checkpoint; error: why there is none."""
 
     @property
     def path(self) -> str: ...
@@ -204,7 +204,7 @@ class RunMetrics:
             self._gauges[PROCESS_MEMORY].labels(**self._labels).set_function(_resident_bytes)
 
     def observe(self, report: object) -> None:
-        """Take in a report of the trainer; one that has no metrics here is ignored."""
+        """Update the metrics from a report of the trainer; one that has no metrics here is ignored."""
         if isinstance(report, StepReport):
             self._observe_step(report)
         elif isinstance(report, EvaluationReport):

@@ -34,6 +34,8 @@ def deform_attn(
 
     Beside a value that is not float64, locations and weights may be float32, float16 or bfloat16 (autocast leaves
     the arguments as they are). Raises TypeError and ValueError naming the argument, and OSError without a binary.
+    On CUDA the gradient of value is summed by atomics: its backward pass raises RuntimeError under
+    torch.use_deterministic_algorithms(True). A second derivative raises NotImplementedError.
     """
     shapes = _flat_shapes(spatial_shapes)
     _check_value(value, shapes)

@@ -1,4 +1,4 @@
-"""Loads the compiled operators, once per process, and says what to do when they are missing.
+"""Loads the compiled operators (kernels), once per process, and says what to do when they are missing.
 
 `_C.so` holds the schema and the CPU kernels. `_C_cuda.so` is a second file because it links libtorch_cuda, which a
 CPU-only torch does not have. Importing never fails, so that `ddetr doctor` can report: the call of an operator does.

@@ -1,6 +1,6 @@
 """The specification of both operators, in plain torch.
 
-The kernels are tested against these functions, forward and backward. They need about twelve times the memory and
+The kernels are tested against these functions, forward and backward. These need about twelve times the memory and
 run many times slower, so nothing falls back to them: call `ddetr.ops.reference` by name if you want them.
 
 Source: Zhu et al., Deformable DETR (arXiv 2010.04159), equation 3.
@@ -24,7 +24,7 @@ def deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum of bilinearly sampled values; see `ddetr.ops.deform_attn` for the contract.
+    """Weighted sum of bilinearly sampled values (equation 3); see `ddetr.ops.deform_attn` for the contract.
 
     value (N, S, H, D), sampling_locations (N, Q, H, L, P, 2), attention_weights (N, Q, H, L, P) -> (N, Q, H*D).
     """

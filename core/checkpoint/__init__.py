@@ -1,4 +1,4 @@
-"""Checkpoints: weights and training state on disk, ours and the published ones."""
+"""Checkpoints: weights and training state on disk, in our layout and the published ones."""
 
 from .description import Contents, contents
 from .published import export_published

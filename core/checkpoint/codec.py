@@ -1,8 +1,9 @@
-"""What a run goes on from as one value, and the files that hold it.
+"""A training checkpoint as one value, and the files that hold it.
 
-A checkpoint's folder has model.safetensors, the whole model as it is evaluated, in float32; training.safetensors, what
-training keeps of each trained parameter beside that, as SLOT/PARAMETER; and checkpoint.json, the manifest, which lists
-what is in these two. Tensors are whole and by parameter, whatever number of ranks and ZeRO stage wrote them.
+A checkpoint's folder has three files. model.safetensors is the whole model as it is evaluated, in float32 (its EMA, if
+there is one). training.safetensors is the rest of the training state of each trained parameter, as SLOT/PARAMETER:
+Adam's moments, and beside an EMA the weights. checkpoint.json is the manifest, which lists what is in these two.
+Tensors are whole and by parameter, whatever world size and ZeRO stage wrote them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,10 +35,10 @@ Tensors = Mapping[str, Tensor]
 class Checkpoint:
     """Configuration, weights and position of a run, and what its training keeps beside them.
 
-    weights: the whole model as it is evaluated. averaged: they hold the moving average of what is trained; the weights
-    that training goes on with are then the slot "weights". slots: by name, the tensors that are kept beside each
-    trained parameter, of its shape. trained: those parameters, and the optimizer's steps of each. loss_scale: of fp16.
-    ranks, zero_stage: of the run that wrote it, 0 where that is not known.
+    weights: the whole model as it is evaluated. averaged: whether that is the EMA; the weights that training resumes
+    with are then the slot "weights". slots: tensors of the shape of each trained parameter, such as Adam's moments
+    "exp_avg" and "exp_avg_sq". trained: the optimizer's steps of each trained parameter. loss_scale: the state of
+    fp16's loss scaling. ranks (world size, 0 if unknown) and zero_stage: of the run that wrote it.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class Checkpoint:
     zero_stage: int
 
     def write(self) -> None:
-        """Whole or, with an OSError, not at all."""
+        """Write it into `folder`: whole or, with an OSError, not at all."""
         position = self.position
         kept = {f"{slot}/{name}": tensor for slot, tensors in self.slots.items() for name, tensor in tensors.items()}
 
@@ -74,9 +75,9 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path) -> "Checkpoint":
-        """What manifest and headers say; a tensor is read when it is asked for.
+        """Read manifest and headers; a tensor is read when it is asked for.
 
-        Raises ValueError as `read_manifest` and `contents` do, and that names what the manifest or a file lacks.
+        Raises ValueError as `read_manifest` and `contents` do, and when something that a resume needs is missing.
         """
         values = read_manifest(folder)
         if unlisted := [name for name in (WEIGHTS, TRAINING) if name not in values["files"]]:
@@ -128,19 +129,19 @@ class Checkpoint:
         )
 
     def check_fit(self, model: Detector) -> None:
-        """Raises ValueError that lists what differs when it is of another architecture. No tensor is read."""
+        """Raise ValueError that lists the differing tensors if it is of another architecture. Reads no tensor."""
         shapes = self.weights.shapes if isinstance(self.weights, StoredTensors) else shapes_of(self.weights)
         check_fit(model, shapes, self.folder / WEIGHTS)
 
     def fill(self, model: Detector) -> None:
-        """With the weights that training goes on with. Raises ValueError as `check_fit`, and for one not finite."""
+        """Load the weights that training resumes with. Raises ValueError as `check_fit`, and for one not finite."""
         self.check_fit(model)
         constant = {name: self.weights[name] for name in model.state_dict() if name not in self.trained}
         check_finite(constant, self.folder / WEIGHTS)
         model.load_state_dict(constant | dict(self.beside("weights")))
 
     def beside(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """What is kept of each trained parameter: the "weights" that training goes on with, their "average", or a slot.
+        """Name and tensor of each trained parameter: its "weights" to resume with, their "average" (EMA), or a slot.
 
         One tensor is read at a time. Raises ValueError for a kind that it has not, and a value that is not finite.
         """
@@ -158,7 +159,7 @@ class Checkpoint:
 
 
 def _as_listed_now(values: Mapping[str, Any], kept: StoredTensors) -> dict[str, Any]:
-    """The manifest of version 1, of the first release. Its slots are what the names of the tensors begin with.
+    """A manifest of version 1 (first release) as one of version 2. Its slots are the prefixes of the tensors' names.
 
     Raises ValueError that names what it lacks.
     """

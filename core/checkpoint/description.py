@@ -25,7 +25,7 @@ Described = TypeVar("Described")
 class Contents:
     """What a checkpoint says of itself. shapes: of its tensors, under our names.
 
-    weights: those tensors; of a file of ours each is read when it is asked for.
+    weights: those tensors; from a file of ours they are read lazily.
     """
 
     file: Path
@@ -41,13 +41,14 @@ def contents(path: str | Path, overrides: Sequence[str] = ()) -> Contents:
     """Read a checkpoint's description, with overrides applied to its configuration; nothing is built or acted on.
 
     For a published checkpoint the configuration is read off the tensors' shapes. Raises FileNotFoundError without a
-    checkpoint, ConfigError for mistakes in configuration or overrides, those of the model among them, which the weights
-    have fixed, and ValueError for a file that is no checkpoint.
+    checkpoint, ValueError for a file that is none, and ConfigError for mistakes in configuration or overrides. An
+    override that changes the model is one of them: the weights fix the model.
     """
     return read_newest(path, lambda file: contents_of(file, overrides))
 
 
 def contents_of(file: Path, overrides: Sequence[str]) -> Contents:
+    """`contents` of exactly this file of weights."""
     opened = StoredTensors(file) if file.suffix == ".safetensors" else None
     if opened is None or opened.metadata.get("format") != "ddetr":
         published = read_published(file) if opened is None else Published(dict(opened), {}, None)
@@ -81,7 +82,7 @@ def contents_of(file: Path, overrides: Sequence[str]) -> Contents:
 
 
 def _with_logins(stored: Config, file: Path) -> Config:
-    """Addresses as the config.yaml of the checkpoint's run has them: weights, which are handed on, hold no logins."""
+    """`stored` with the logins of addresses from the run's own config.yaml: weights, which are shared, hold none."""
     own = file.parent.parent.parent / "config.yaml"
     if file.parent.parent.name != "checkpoints" or not own.is_file():
         return stored
@@ -97,7 +98,7 @@ def _with_logins(stored: Config, file: Path) -> Config:
 
 
 def described_by(file: Path, read: Callable[[], Described]) -> Described:
-    """What a file's metadata says. Raises ValueError when it cannot be used."""
+    """What `read` finds in a file's metadata. Raises ValueError that names the file when it cannot be used."""
     try:
         return read()
     except ConfigError:

@@ -14,7 +14,10 @@ PARTS = ("backbone", "input_proj", "transformer", "query_embed", "class_embed", 
 
 
 def check_fit(model: Detector, stored: Shapes, file: Path) -> list[str]:
-    """Tensors of the file that are no part of any detector of ours. Raises ValueError when the others do not fit."""
+    """Check tensors of a file against a model; returns the names of those that are no part of any detector of ours.
+
+    Raises ValueError that lists what is missing, unexpected or re-shaped, with the settings to change.
+    """
     ours = shapes_of(model.state_dict())
     foreign = [name for name in stored if name.split(".")[0] not in PARTS]
     mistakes = [f"missing: {name}" for name in ours if name not in stored]

@@ -1,4 +1,4 @@
-"""Class heads between sets of categories: a label means its name, wherever it stands in the list.
+"""Fine-tuning on other categories: rows of the class heads follow the names of the categories, whatever their order.
 
 Shapes: K classes. Row k of a class head's weight (K, C) and bias (K) belongs to label k; softmax heads have one more
 row, "no object", the last.
@@ -17,7 +17,7 @@ from ..config import ModelConfig
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Which label of the weights each label of the run continues; None for one that starts anew."""
+    """For each label of the run, the label of the weights that it continues; None for one that starts anew."""
 
     names: tuple[str, ...]  # of the run's labels
     old_labels: tuple[int | None, ...]
@@ -51,7 +51,7 @@ class LabelMap:
 
 
 def label_map(old: Categories, new: Categories) -> LabelMap:
-    """By name; names that stand for several ids of one of the sets only by id and name together."""
+    """Match categories by name; a name that has several ids in one of the sets only by id and name together."""
     several = {name for names in (old.names, new.names) for name, count in Counter(names).items() if count > 1}
     by_name = {name: label for label, name in enumerate(old.names) if name not in several}
     by_both = {both: label for label, both in enumerate(zip(old.ids, old.names, strict=True))}
@@ -67,7 +67,8 @@ def continued_heads(
 ) -> dict[str, Tensor]:
     """The tensors of the class heads, by our names, for the run's labels.
 
-    Row 0 of a two-stage model's last head stands for any object (section 4.2), so that head is not sorted by name.
+    The last head of a two-stage model keeps its rows in place: its row 0 stands for any object (section 4.2).
+    Raises ValueError when a head has another number of rows than the stored categories need.
     """
     heads = {}
     of_proposals = f"class_embed.{config.decoder_layers}." if config.two_stage else None
@@ -85,7 +86,7 @@ def continued_heads(
 
 
 def check_shared(labels: LabelMap, old: Categories, where: object, tell: Callable[[str], None]) -> None:
-    """Say what becomes of the classes, where that is not obvious. Raises ValueError when none goes on."""
+    """Tell what becomes of the classes, unless all stay in place. Raises ValueError when the sets share none."""
     if all(label is None for label in labels.old_labels):
         raise ValueError(
             f"{where}: none of its classes{_listed(old.names)} is a class of the shards{_listed(labels.names)}; start "
@@ -96,7 +97,7 @@ def check_shared(labels: LabelMap, old: Categories, where: object, tell: Callabl
 
 
 def check_same(stored: Categories | None, shards: Categories, checkpoint: object, location: object) -> None:
-    """Raises ValueError when the labels of a run that goes on would mean something else."""
+    """Raise ValueError when the shards of a resumed run have other categories than its checkpoint."""
     if stored is None or stored == shards:
         return
     differing = [
@@ -117,10 +118,10 @@ def check_same(stored: Categories | None, shards: Categories, checkpoint: object
 def check_evaluable(
     shards: Categories, location: object, known: Mapping[int, str | None], where: str, path: object, remedy: str
 ) -> None:
-    """Every category of the shards must be a known one, under the same id and name; there may be more known ones.
+    """Raise ValueError when a category of the shards is not a known one, under the same id and name.
 
-    known: names by id in `where` ("the checkpoint") at `path`; None: any name. remedy: ends the message.
-    Raises ValueError that names those that are not known.
+    known: names by id in `where` ("the checkpoint") at `path`; None: any name. It may hold more than the shards.
+    remedy: ends the message.
     """
     wrong = [
         f"{described} is " + (f"{visible(str(known[id_]))!r} in {where}" if id_ in known else f"not in {where}")

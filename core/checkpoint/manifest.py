@@ -1,6 +1,6 @@
-"""What makes a folder a checkpoint: written aside, synced, listed with sizes and checksums, and only then named.
+"""Atomic checkpoints: a folder is written aside, synced, listed with sizes and checksums, and only then renamed.
 
-A folder with the name of a step is therefore whole, wherever the process was killed; `latest` names the newest one.
+A folder with the name of a step is therefore whole, whenever the process was killed; `latest` names the newest one.
 """
 
 import errno
@@ -21,14 +21,14 @@ from ...data.values import described, member, whole
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 _MOST_BYTES = 16 << 20  # a name of every parameter, a hundred times
-_VERSION = 2  # what of a checkpoint is listed: codec.py
+_VERSION = 2  # of the manifest's fields, which codec.py reads
 
 
 def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], None], values: Mapping[str, Any]) -> None:
-    """Let `write` fill a folder, and name it `final` when it is on the disk.
+    """Let `write` fill a folder, and rename it to `final` when it is on the disk.
 
     needed_bytes: about what it will hold. values: kept in the manifest. Raises OSError when there is no room or it
-    cannot be written; no checkpoint is touched then.
+    cannot be written; checkpoints that are there stay unchanged then.
     """
     unfinished, replaced = final.with_name(f".{final.name}"), final.with_name(f".{final.name}.replaced")
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +68,9 @@ def write_checkpoint(final: Path, needed_bytes: int, write: Callable[[Path], Non
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there, each of its size.
+    """Read a checkpoint's manifest, and check that all its files are there, each with its size.
 
-    Raises ValueError that names what is missing or cut.
+    Raises ValueError that names what is missing, truncated or wrong.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
@@ -97,7 +97,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """As `read_manifest`, with every byte of the files compared with its checksum."""
+    """As `read_manifest`; also compares every file with its SHA-256 checksum."""
     values = read_manifest(checkpoint)
     for name, entry in values["files"].items():
         if _digest(checkpoint / name) != entry:
@@ -106,7 +106,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def damaged(checkpoint: Path, what: str) -> str:
-    """One message for all that can be wrong with a checkpoint's files."""
+    """The message for anything wrong with a checkpoint's files, with the way out."""
     return (
         f"{checkpoint} is damaged: {what}. Move it away, to {checkpoint.name}.damaged, say; the run then resumes from "
         f"the checkpoint before it"

@@ -30,7 +30,7 @@ _OURS = {published: ours for ours, published in _PUBLISHED.items()}
 
 
 def to_published(model: Detector) -> dict[str, Tensor]:
-    """The published names and the tensors they hold."""
+    """The model's tensors under the published names."""
     config = model.config
     one_head = config.architecture == "deformable_detr" and not config.box_refine  # shared, listed under every layer
     weights = {}
@@ -50,7 +50,7 @@ def to_published(model: Detector) -> dict[str, Tensor]:
 
 
 def published_arguments(model: Detector) -> dict[str, Any]:
-    """What no tensor's shape tells, under the published names where there is one."""
+    """The settings that no tensor's shape tells, under the published argument's name where there is one."""
     config = model.config
     return {
         "dilation": config.dilation,
@@ -65,32 +65,36 @@ def published_arguments(model: Detector) -> dict[str, Any]:
 
 
 def export_published(model: Detector, path: str | Path) -> None:
-    """Write the published layout, in which heads that are one here stand once per layer.
+    """Write the published layout: {"model": state_dict, "args": `published_arguments`}.
 
-    That is {"model": state_dict, "args": dictionary}, the arguments those that no tensor's shape tells.
+    A head that the decoder layers share is stored once per layer in it.
     """
     torch.save({"model": to_published(model), "args": published_arguments(model)}, path)
 
 
 @dataclass(frozen=True)
 class Published:
-    """weights: under the names they came with. taken: which of several state dicts they are, if any."""
+    """A file in the published layout. weights: under the names they came with.
+
+    taken: the message that says which of several state dicts they are; None if there was one.
+    """
 
     weights: dict[str, Tensor]
     arguments: dict[str, Any]
     taken: str | None
 
 
-# Where programs of the field keep a state dict; a moving average of the weights, which is what they evaluate, first.
+# Keys under which training programs keep a state dict; first the EMA of the weights, which is what they evaluate.
 _AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
 _WEIGHTS = ("model", "state_dict", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
 
 
 def read_published(file: Path) -> Published:
-    """The state dict of a file written by torch, without the prefixes of wrappers, and its arguments.
+    """The state dict of a file of torch.save, without the prefixes of wrappers, and its arguments.
 
-    Raises ValueError when it holds none, or when it asks for more memory than it has bytes.
+    Raises ValueError when it holds none, holds anything but plain tensors and values, or asks for more memory than it
+    has bytes.
     """
     if zipfile.is_zipfile(file) and _is_compressed(file):
         raise ValueError(f"{file}: its members are compressed, which torch never does; not a checkpoint")
@@ -125,7 +129,7 @@ def read_published(file: Path) -> Published:
 
 
 def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that all names have."""
+    """The tensors without the prefixes of wrappers (`module.`, ...) that all names have."""
     names = list(weights)
     while prefix := next((p for p in _WRAPPERS if names and all(name.startswith(p) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
@@ -154,7 +158,7 @@ def _check_tensors(weights: Mapping[Any, Any], file: Path) -> None:
 
 
 def _is_compressed(file: Path) -> bool:
-    """Raises ValueError for an archive that one reader could take for another than the next one."""
+    """Whether an archive has compressed members. Raises ValueError for one that two readers could read differently."""
     try:
         with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
             start, stated = archive.start_dir, _stated_start(raw)
@@ -181,7 +185,7 @@ def _stated_start(raw: BinaryIO) -> int | None:
 
 
 def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names from the published ones: copies of heads are dropped, batch counters too."""
+    """Published tensors under our names; copies of heads and batch counters (num_batches_tracked) are dropped."""
     refined = any(name.startswith("transformer.decoder.bbox_embed.") for name in published)
     one_head = not refined and not _is_detr(published)
     weights = {}
@@ -199,8 +203,8 @@ def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, Any], file: Path) -> ModelConfig:
     """The model of a published checkpoint, from its tensors' shapes and, where it has them, its arguments.
 
-    Without arguments, as in the released DETR weights, what no shape tells is taken for the published default: 8
-    heads, 300 proposals, softmax in DETR, and C5 at stride 32 unless the file's name says dc5; a warning says so.
+    Without arguments, as in the released DETR weights, what no shape tells is taken for the published default, with a
+    warning: 8 heads, 300 proposals, softmax in DETR, and C5 at stride 32 unless the file's name says dc5.
     Raises ValueError for any other file.
     """
     if not arguments:
@@ -235,7 +239,7 @@ def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, An
 
 
 def published_categories(num_classes: int) -> Categories | None:
-    """What the labels of a published checkpoint mean; None where it brings no names and is not of COCO's 91 ids."""
+    """The categories of a published checkpoint, which brings no names: COCO's with 91 classes, otherwise None."""
     if num_classes != 91:
         return None
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights

@@ -1,4 +1,4 @@
-"""Detectors filled from disk: one that is there already, and the one that a checkpoint describes."""
+"""Load weights from disk: into the detector that a checkpoint describes, or into one that is there already."""
 
 import logging
 import re
@@ -45,10 +45,10 @@ def load_detector(
 ) -> TrainedDetector:
     """Build the model that the checkpoint describes, with its weights, on `device`, ready for inference.
 
-    overrides: of its configuration, section.key=value. config: what to take for that configuration, the user's own;
-    for checkpoints of the run that asks. Raises what `contents` raises; ForeignSettingError for a backbone to be
-    fetched from elsewhere that is not the user's word; ValueError, before any memory is taken, when the configuration
-    describes another or a larger model than the tensors are, and for a value that is not finite.
+    overrides: of its configuration, section.key=value. config: replaces that configuration; for a run that loads its
+    own checkpoint. Raises what `contents` raises. Raises ForeignSettingError for orders of a stranger's checkpoint
+    (core/ownership.py), such as a backbone to be fetched from elsewhere. Raises ValueError, before the model takes any
+    memory, when the configuration describes another model than the tensors are, and for a value that is not finite.
     """
     return read_newest(path, lambda file: _loaded(file, device, overrides, config))
 
@@ -77,16 +77,16 @@ def load_weights(
     categories: Categories | None = None,
     tell: Callable[[str], None] = log.warning,
 ) -> list[str]:
-    """Fill `model` from a run directory, a checkpoint directory, a safetensors file or a published checkpoint.
+    """Load the weights of a run or checkpoint directory, a safetensors file or a published checkpoint into `model`.
 
-    categories: what the model's labels mean. Where the file says what its own mean, rows of the class heads go to the
-    labels of the same name. With `new_class_head` those heads stay as they are in `model`; the names of their tensors
-    are returned. `tell` is given what there is to know of the file in one line each: which of several state dicts was
-    taken, foreign tensors that were left out, classes kept, moved and started anew.
+    categories: of the model's labels, for fine-tuning. Where those of the file are known, rows of its class heads go to
+    the labels of the same name. With `new_class_head` the class heads stay as they are in `model`, and the names of
+    their tensors are returned. `tell` gets a line each on: which of several state dicts was taken, foreign tensors left
+    out, classes kept, moved and started anew.
 
-    Raises FileNotFoundError when there is no such file, ValueError that lists the missing, unexpected and re-shaped
-    names when it belongs to another architecture, that names the first tensor with a value that is not finite, or when
-    no class goes on; the model is unchanged then. For a model on the meta device nothing but that is checked.
+    Raises FileNotFoundError when there is no such file. Raises ValueError that lists missing, unexpected and re-shaped
+    tensors of another architecture, that names the first tensor with a value that is not finite, or when no class is
+    shared. The model is unchanged then. For a model on the meta device these checks are all.
     """
     file, (weights, stored_categories) = read_newest(path, lambda file: (file, _stored_weights(file, tell)))
     check_finite(weights, file)

@@ -1,4 +1,4 @@
-"""Weights on disk: which file is meant, and tensors under our names, whoever wrote them.
+"""Weights on disk: which file a path means, and safetensors files under our names, written and read.
 
 A run directory holds checkpoints/step_00001234/, each with model.safetensors: the whole model in float32 under
 our names, with configuration, categories, step and epochs in its metadata. Nothing here executes a pickle.
@@ -56,10 +56,10 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_newest(path: str | Path, read: Callable[[Path], Found]) -> Found:
-    """What `read` makes of the file of weights that `path` means: itself, or that of a run's newest checkpoint.
+    """What `read` returns for the file of weights that `path` means: itself, or that of a run's newest checkpoint.
 
-    A run may go on meanwhile and delete old checkpoints: where the file is gone when it is read, the newest one is
-    looked for again. Raises FileNotFoundError when there is none, and what `read` raises about a file that is there.
+    A run may delete old checkpoints meanwhile: if the file is gone when it is read, the newest one is looked for again.
+    Raises FileNotFoundError when there is none, and what `read` raises about a file that is there.
     """
     while True:
         file = _weights_file(path)
@@ -73,9 +73,9 @@ def read_newest(path: str | Path, read: Callable[[Path], Found]) -> Found:
 def save_weights(
     path: Path, weights: Mapping[str, Tensor], config: Config, categories: Categories, step: int, epochs: int
 ) -> None:
-    """Write a file of weights that says what they are, and no login of the addresses that they were trained from.
+    """Write weights as safetensors with configuration, categories, step and epochs in the metadata.
 
-    epochs: how many are done.
+    Logins in the configuration's addresses are left out. epochs: how many are done.
     """
     metadata = {
         "format": "ddetr",
@@ -97,7 +97,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file: each is read when it is asked for, their shapes stand in the file's header.
+    """The tensors of a safetensors file, read lazily; their shapes and the metadata come from the file's header.
 
     Raises ValueError for a file that cannot be read.
     """
@@ -111,7 +111,7 @@ class StoredTensors(Mapping[str, Tensor]):
             self.shapes: Shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in names}
 
     def under(self, prefix: str) -> "StoredTensors":
-        """Those whose names begin so, by the rest of their names."""
+        """The tensors whose names begin with `prefix`, by the rest of their names."""
         part = copy.copy(self)
         part._prefix += prefix
         part.shapes = {n.removeprefix(prefix): shape for n, shape in self.shapes.items() if n.startswith(prefix)}

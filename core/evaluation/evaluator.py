@@ -69,7 +69,7 @@ def evaluate_shard(
 
 @torch.inference_mode()
 def detect(detector: TrainedDetector, batch: Batch) -> tuple[list[dict], int]:
-    """Detections in one batch, in COCO's result format with the original category ids; and queries not finite."""
+    """Detections in one batch in COCO's result format, with the set's category ids; and how many queries not finite."""
     images = normalised(batch.images, batch.padding_mask)
     predictions = detector.model(images, batch.padding_mask)
     results = top_detections(predictions, batch.original_sizes, detector.config.eval.top_k)
@@ -101,9 +101,9 @@ def merge(results: Iterable[ShardResult]) -> list[dict]:
 def evaluation(
     detector: TrainedDetector, index: ShardIndex, results: Iterable[ShardResult], weights: str, began: float
 ) -> Evaluation:
-    """The results of all shards as one, scored against the shards' annotations.
+    """Merge the results of all shards, and score them against the shards' annotations.
 
-    weights: their digest, as in the result. began: by time.perf_counter.
+    weights: their SHA-256, as in the result. began: when the evaluation did, by time.perf_counter.
     """
     results, ground_truth = list(results), index.ground_truth()
     found, num_not_finite = merge(results), sum(result.num_not_finite for result in results)
@@ -123,7 +123,7 @@ def evaluation(
 
 
 def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
-    """Every category of the shards must be one that the checkpoint knows. Raises ValueError that names the others."""
+    """Raise ValueError that names the categories of the shards that the checkpoint does not know."""
     known: dict[int, str | None] = dict.fromkeys(range(detector.config.model.num_classes))
     remedy = "Evaluate on shards packed from data with the checkpoint's categories"
     if detector.categories is None:
@@ -134,5 +134,5 @@ def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
 
 
 def without_score_of(index: ShardIndex) -> str:
-    """The warning for shards that lack objects."""
+    """The warning for shards without objects to evaluate on."""
     return f"{index.location}: {index.lack}, so evaluations on it give no {headline()} (-1)"

@@ -36,13 +36,14 @@ MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: w
 
 @dataclass(frozen=True)
 class Measure:
-    """On what a score was taken, as digests: the shards, and the settings that change what is detected in them."""
+    """What a score was measured on, as SHA-256 digests: the shards, and the settings that change the detections."""
 
     shards: str
     settings: str
 
     @staticmethod
     def of(config: Config, index: ShardIndex) -> "Measure":
+        """The measure of an evaluation with this configuration on these shards."""
         seen = {name: getattr(config.data, name) for name in ("validation_short_side", "long_side")}
         settings = json.dumps({**seen, "top_k": config.eval.top_k}, sort_keys=True)
         shards = "\n".join(shard.sha256 for shard in index.shards)
@@ -54,7 +55,7 @@ UNKNOWN = Measure("", "")  # of what `ddetr eval` of the first release wrote, wh
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one checkpoint, and of what they are. A file has null for NaN."""
+    """The scores of one checkpoint, and what they were measured on. In a file NaN is null."""
 
     metrics: dict[str, float]  # by name, 0 to 1; -1 without such objects, NaN where the model was not finite
     headline: str  # the name of the score that checkpoints are compared by
@@ -68,7 +69,7 @@ class Result:
     measure: Measure | None  # None: of the first release, by the run itself
 
     def score(self, name: str) -> float:
-        """NaN where there is none."""
+        """The score of this name, 0 to 1; NaN if there is none."""
         score = self.metrics.get(name, math.nan)
         return score if score >= 0 else math.nan
 
@@ -95,7 +96,7 @@ def write(folder: Path, result: Result) -> None:
 
 
 def read(folder: Path) -> list[Result]:
-    """The results in a checkpoint, or in a folder of results, the newest last; none of other weights than it has now.
+    """The results in a folder of a checkpoint or of results, the newest last; none of other weights than it holds now.
 
     Raises ValueError that names the file when it cannot be read.
     """
@@ -103,7 +104,7 @@ def read(folder: Path) -> list[Result]:
 
 
 def folder_of(file: Path) -> Path:
-    """Where `ddetr eval` puts what it finds of a file of weights: into its run, or beside the file."""
+    """The folder into which `ddetr eval` writes results of a file of weights: in its run, or beside the file."""
     checkpoint = file.parent
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent / "eval" / checkpoint.name
@@ -111,7 +112,7 @@ def folder_of(file: Path) -> Path:
 
 
 def known(file: Path) -> list[Result]:
-    """All that is known of a file of weights, also of one of a run that is deleted: the newest result of each measure.
+    """The newest result of each measure of a file of weights, even if its checkpoint was deleted.
 
     Raises ValueError and OSError as `read`.
     """
@@ -122,7 +123,7 @@ def known(file: Path) -> list[Result]:
 
 
 def is_evaluated(checkpoint: Path, measure: Measure) -> bool:
-    """Whether there is such a result beside it; or one that cannot be read, which is not taken for none."""
+    """Whether a checkpoint has a result of this measure, or one that cannot be read and may be of it."""
     try:
         return any(result.measure in (measure, None) for result in read(checkpoint))
     except (OSError, ValueError):
@@ -130,9 +131,9 @@ def is_evaluated(checkpoint: Path, measure: Measure) -> bool:
 
 
 def counted(own: Measure | None, found: Iterable[Measure | None]) -> set[Measure | None]:
-    """The measures whose scores are compared: a run's `own` and what the first release recorded of its runs' own.
+    """The measures whose scores are compared: a run's `own`, and None, which the first release recorded for that.
 
-    Where nothing was measured so, the most frequent one.
+    If no result has one of these, the most frequent measure.
     """
     found = list(found)
     if own in found or None in found:
@@ -141,14 +142,14 @@ def counted(own: Measure | None, found: Iterable[Measure | None]) -> set[Measure
 
 
 def comparable(results: Mapping[Path, list[Result]], own: Measure | None = None) -> dict[Path, Result]:
-    """Of each checkpoint the newest result that counts."""
+    """The newest result of each checkpoint that is of a `counted` measure."""
     measures = counted(own, (result.measure for found in results.values() for result in found))
     chosen = {path: [result for result in found if result.measure in measures] for path, found in results.items()}
     return {path: found[-1] for path, found in chosen.items() if found}
 
 
 def without_score(num_not_finite: int) -> str:
-    """What an evaluation says that met so many queries with numbers that are not finite."""
+    """The message of an evaluation in which so many queries gave numbers that are not finite."""
     return (
         f"{num_not_finite} queries gave infinities or NaN and detect nothing, so this evaluation has no score: the "
         "model has diverged, or its numbers overflow. Go on from an earlier checkpoint"
@@ -161,7 +162,7 @@ def weights_digest(file: Path) -> str:
 
 
 def _stated_digest(folder: Path, name: str) -> str | None:
-    """What the manifest says of a file; None without a usable one."""
+    """The SHA-256 of a file by the manifest; None without a usable one."""
     try:
         return member(member(read_manifest(folder)["files"], name, dict), "sha256", str)
     except (OSError, ValueError):
@@ -234,9 +235,9 @@ def _metrics(values: dict[str, Any], headline: str) -> dict[str, float]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While the results of a checkpoint are read and written again: its run and `ddetr eval` may do so at once.
+    """A lock on the results of a checkpoint, which its run and `ddetr eval` may read and rewrite at once.
 
-    Raises OSError when another program holds the manifest's lock for longer than that takes.
+    Raises OSError when another program holds the manifest's lock for longer than _LOCK_SECONDS.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():

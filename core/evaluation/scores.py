@@ -1,4 +1,4 @@
-"""What detections are scored by: protocols, each a set of named numbers from ground truth and detections."""
+"""The protocols that score detections: each gives a set of named numbers from ground truth and detections."""
 
 import math
 from collections import Counter
@@ -50,11 +50,12 @@ def check_protocols() -> None:
 
 
 def headline() -> str:
+    """The name of the score by which checkpoints are compared."""
     return PROTOCOLS[0].headline
 
 
 def meanings() -> dict[str, str]:
-    """Of every score, by name, in their order."""
+    """What every score is, by name, in their order."""
     return {name: meaning for protocol in PROTOCOLS for name, meaning in protocol.meanings.items()}
 
 
@@ -68,7 +69,8 @@ def in_brief(metrics: Mapping[str, float], headline: str) -> str:
 def scored(ground_truth: dict[str, Any], detections: list[dict[str, Any]], num_not_finite: int = 0) -> dict[str, float]:
     """The numbers of all protocols by name.
 
-    All are NaN when so many queries were not finite: no score of such a model may be preferred to another one's.
+    All are NaN if any query was not finite: no score of such a model may be preferred to another one's. Raises
+    ValueError when a protocol computes other scores than it names.
     """
     if num_not_finite:
         return dict.fromkeys(meanings(), math.nan)

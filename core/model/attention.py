@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a module (section 4.1, equation 3), and the ordinary one (equation 1).
+"""Multi-scale deformable attention as a module (section 4.1, equation 3), and multi-head attention (equation 1).
 
 Shapes: N images, Q queries, C hidden_dim, H heads, L levels, P points, S tokens of all levels, D = C / H.
 """
@@ -64,9 +64,10 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each query attends to every token: nn.MultiheadAttention, its parameters, their names and initial values.
+    """Multi-head attention with the parameters of nn.MultiheadAttention, their names and initial values (equation 1).
 
-    On a CPU torch has no fused attention with dropout, and what it does instead keeps the dropped weights thrice.
+    With dropout on a CPU it is written out: torch has no fused attention for that, and what it does instead keeps
+    three copies of the attention weights.
     """
 
     def __init__(self, hidden_dim: int, heads: int, dropout: float) -> None:

@@ -25,8 +25,8 @@ class Backbone(nn.Module):
 
     With `backbone_norm=frozen_batch` the published fine-tuning applies: batch norms, the stem and the first
     stage (everything before C3) do not train. With `group` all of it trains from scratch.
-    Raises ValueError, which says why, when timm has no such model or none that gives such maps of images of any size,
-    OSError when its pretrained weights are neither in their cache nor can be fetched.
+    Raises ValueError when timm has no such model, or one that does not give these maps for images of any size.
+    Raises OSError when its pretrained weights are not in the cache and cannot be fetched.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -111,7 +111,7 @@ def _build(config: ModelConfig) -> nn.Module:
 
 
 def _replace_batch_norms(module: nn.Module) -> None:
-    """Group norms of eight channels a group, which every width of timm's models allows."""
+    """Replace batch norms by group norms of eight channels a group, which every width of timm's models allows."""
     for name, child in module.named_children():
         if not isinstance(child, nn.BatchNorm2d):
             _replace_batch_norms(child)

@@ -1,4 +1,4 @@
-"""What a detector costs: parameters and multiply-adds of each of its parts.
+"""The cost of a detector: parameters and multiply-adds (FLOPs) of each of its parts.
 
 Nothing is computed: the model runs on torch's meta device, where tensors have shapes but no values.
 A multiply-add is what the paper's table 1 counts as one FLOP. Convolutions, matrix products, attention and deformable

@@ -35,7 +35,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class BoxLoss:
-    """A part of the loss that matched queries alone have. of: (R,) from R pairs. weight: among the parts."""
+    """A part of the loss over matched queries only. of: the loss (R,) of R pairs. weight: its factor in the total."""
 
     of: Callable[[Matched], Tensor]
     weight: Callable[[OptimConfig], float]
@@ -67,7 +67,7 @@ class Losses:
     cardinality_error: Tensor  # (L,) how many objects an image's count is off by; not a loss
 
     def weighted(self, config: OptimConfig) -> Tensor:
-        """The same table times each part's weight; its sum is what is minimised."""
+        """The table (P, L) times each part's weight; its sum is the loss that is minimised."""
         weights = {"class": config.class_weight} | {name: part.weight(config) for name, part in BOX_LOSSES.items()}
         return torch.stack([values * weights[part] for part, values in zip(self.parts, self.values, strict=True)])
 
@@ -81,18 +81,18 @@ def criterion(
     num_matched: Tensor | float | None = None,
     num_images: Tensor | float | None = None,
 ) -> Losses:
-    """Match each output of the detector to the batch's objects, where that is not known yet, and take the losses.
+    """Match each output to the batch's objects, unless its matches are known, and compute the losses.
 
-    num_objects is the number of objects in the whole step, num_shares the number of equal shares (ranks times
-    micro-batches) that it is divided in, of which this batch is one: with them, the mean of the shares' gradients is
-    the gradient of the whole. num_matched is how many of the objects find a query: fewer where an image has more
-    objects than there are queries; num_images, how many images of the step are real. Both matter to softmax alone.
-    Of an output that has each object `repeats` times the losses are means over those.
+    num_objects: objects in the whole step. num_shares: equal shares (world size times micro-batches) of the step, of
+    which this batch is one. With both, the mean of the shares' gradients is the gradient of the global batch.
+    num_matched: how many of the objects find a query: fewer when an image has more objects than queries. num_images:
+    real images in the whole step. These two matter with softmax only.
+    Losses of an output that has each object `repeats` times are means over those.
     Outputs whose labels are "objects" have label 0 for every object: proposals are matched without regard to classes
     (section 4.2).
 
-    The host waits for the device once, for the matching costs. Until they are there the device has the part of the
-    class loss that needs no matching.
+    The host waits for the device once, for the matching costs. Meanwhile the device computes the part of the class
+    loss that needs no matching.
     """
     stacks = [_Stacked(outputs, batch.labels) for outputs in _of_one_shape(predictions)]
     unknown = [stacked.stack for stacked in stacks if stacked.matches is None]
@@ -133,7 +133,7 @@ def criterion(
 
 
 def _of_one_shape(predictions: Predictions) -> list[list[Output]]:
-    """The outputs in their order, together those that one kernel can take together."""
+    """The outputs in their order, in groups that can be stacked."""
     together: dict[tuple, list[Output]] = {}
     for output in predictions.outputs:
         known = None if output.matches is None else sum(len(queries) for queries, _ in output.matches)
@@ -177,7 +177,7 @@ def _matched(stack: Stack, matches: Matches, batch: Batch) -> Matched:
 def _focal(logits: Tensor, config: OptimConfig, labels: Tensor | None = None) -> Tensor:
     """Sigmoid focal loss (Lin et al., equation 5), summed over the classes: (...) from logits (..., K).
 
-    Without labels: when no class is true. With labels (R,) for logits (R, K): what their being true changes.
+    Without labels: the loss if no class is true. With labels (R,) for logits (R, K): the change if these are true.
     """
     if labels is not None:
         logits = logits.gather(-1, labels[:, None])
@@ -191,7 +191,7 @@ def _focal(logits: Tensor, config: OptimConfig, labels: Tensor | None = None) ->
 def _cross_entropy(logits: Tensor, config: OptimConfig, labels: Tensor | None = None) -> Tensor:
     """Weighted cross entropy with "no object" as the last class (DETR, section 3.1): (...) from logits (..., K).
 
-    Without labels: when there is no object. With labels (R,) for logits (R, K): what an object of that class changes.
+    Without labels: the loss without an object. With labels (R,) for logits (R, K): the change by these objects.
     """
     log_probability = logits.log_softmax(-1)
     loss = -config.no_object_weight * log_probability[..., -1]
@@ -200,7 +200,7 @@ def _cross_entropy(logits: Tensor, config: OptimConfig, labels: Tensor | None = 
 
 @torch.no_grad()
 def _class_error(matched: Matched) -> Tensor:
-    """100 where nothing is matched, as published."""
+    """Percent of the matched queries whose best class is wrong; 100 if nothing is matched, as published."""
     right = matched.logits.argmax(-1) == matched.labels
     return 100 - 100 * right.float().sum() / max(1, len(right))
 

@@ -28,7 +28,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The parts that exist once beside the layers.
+    """Encoder, decoder, and the parts that exist once beside their layers.
 
     Embeddings are modules, called for their rows: ZeRO-3 gathers a parameter only when its own module is called.
     """
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
 class DeformableDetr(nn.Module):
     """Deformable DETR with its two variants, iterative box refinement and two-stage (section 4).
 
-    Raises ValueError when timm cannot build the backbone.
+    Raises ValueError when the backbone cannot be used, OSError when its pretrained weights cannot be fetched.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -86,7 +86,10 @@ class DeformableDetr(nn.Module):
         self._reset_parameters()
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> Predictions:
-        """images (N, 3, H, W) normalised, zero on padding; padding_mask (N, H, W) bool, True on padding."""
+        """images (N, 3, H, W) normalised, zero on padding; padding_mask (N, H, W) bool, True on padding.
+
+        Returns logits (N, Q, K) and boxes (N, Q, 4) of every decoder layer, and with two_stage the proposals.
+        """
         tokens, position, shapes, mask, valid_ratios = self._tokens(images, padding_mask)
         memory = self.transformer.encoder(tokens, position, valid_ratios, shapes, mask)
         proposals = None
@@ -183,7 +186,7 @@ Detector = DeformableDetr | Detr
 
 
 def build(config: ModelConfig) -> Detector:
-    """The detector of `model.architecture`. Raises ValueError when timm cannot build the backbone."""
+    """Build the detector of `model.architecture`. Raises what `DeformableDetr` raises."""
     return Detr(config) if config.architecture == "detr" else DeformableDetr(config)
 
 

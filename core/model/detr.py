@@ -85,7 +85,7 @@ class DetrTransformer(nn.Module):
 class Detr(nn.Module):
     """DETR, and DETR-DC5 with `dilation`.
 
-    Raises ValueError when timm cannot build the backbone.
+    Raises ValueError when the backbone cannot be used, OSError when its pretrained weights cannot be fetched.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -102,7 +102,10 @@ class Detr(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> Predictions:
-        """images (N, 3, H, W) normalised, zero on padding; padding_mask (N, H, W) bool, True on padding."""
+        """images (N, 3, H, W) normalised, zero on padding; padding_mask (N, H, W) bool, True on padding.
+
+        Returns logits (N, Q, K) and boxes (N, Q, 4) of every decoder layer.
+        """
         features = self.input_proj(self.backbone(images)[-1])
         mask = padding_of(features, padding_mask)
         position = sine_position(mask, self.config.hidden_dim, centred=False).to(features.dtype)

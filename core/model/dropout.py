@@ -1,4 +1,4 @@
-"""Dropout that keeps little and, on a CPU, does not wait for random numbers."""
+"""Dropout that draws few random bits on a CPU and keeps little memory for the backward pass."""
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ class Dropout(nn.Dropout):
         return _Dropout.apply(input, self.p) if self.draws_for(input) else super().forward(input)
 
     def after_relu(self, input: Tensor) -> Tensor:
-        """Dropout of ReLU, in place. On a CPU the result alone is kept: it is zero where either made it so."""
+        """ReLU, then dropout, in place. On a CPU only the result is kept for the backward pass: it shows both masks."""
         if self.draws_for(input):
             return _DropoutOfReLU.apply(input, self.p)
         return super().forward(input.relu_())
 
     def draws_for(self, input: Tensor) -> bool:
-        """Whether the random bits are ours."""
+        """Whether this class draws the random bits itself: in training on a CPU, unless compiled."""
         return self.training and self.p > 0 and input.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

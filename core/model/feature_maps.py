@@ -1,4 +1,4 @@
-"""What a timm model makes of images, seen on the meta device, where tensors have a shape and a graph but no values.
+"""The feature maps of a timm model, examined on the meta device: tensors have a shape and a graph but no values.
 
 Shapes: N images of H x W pixels, s the stride of a feature map.
 """
@@ -20,10 +20,11 @@ SIZES = ((1, 33), (47, 95), (65, 129))
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """piece: height and width of an image must be multiples of it, then maps are (H / s, W / s), rounded up.
+    """What a timm model needs for its feature maps.
 
-    used: names of the parameters that the wanted maps are computed from. before_c3: of those that the last finer map
-    is computed from, before anything is computed at the stride of C3.
+    piece: height and width of an image must be multiples of it; maps are then (H / s, W / s), rounded up. used: names
+    of the parameters that the wanted maps are computed from. before_c3: those that the last finer map is computed
+    from, less those of modules first called when the stride of C3 was reached.
     """
 
     piece: int
@@ -32,9 +33,9 @@ class FeatureMaps:
 
 
 def feature_maps(body: nn.Module, indices: Sequence[int]) -> FeatureMaps:
-    """The feature maps `indices` of a timm model with `features_only`.
+    """Examine the feature maps `indices` of a timm model with `features_only`.
 
-    Raises ValueError, which says why, when images of any size cannot be brought to give maps of their stride.
+    Raises ValueError, which says why, when images of some size give no maps of their stride, however they are padded.
     """
     info = cast(FeatureInfo, body.feature_info)
     reductions = info.reduction()

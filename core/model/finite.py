@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the first module of a forward pass that made one, the first tensor that holds one."""
+"""Infinities and NaN: the first module of a forward pass that made one, the first tensor that holds one."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from ...data.text import visible
 
 @contextmanager
 def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Within it, a forward pass of `model` leaves the name of the first such module in the list.
+    """A context in which a forward pass of `model` puts the first module with such an output into the list.
 
     A module's inner modules finish before it, so the innermost one is named. Every output is read on the host: for a
     forward pass that is known to go wrong, not for every step.
@@ -41,7 +41,7 @@ def _is_finite(output: object) -> bool:
 
 
 def finite_or_poison(loss: Tensor) -> Tensor:
-    """`loss`, made so that an infinite one has gradients that are not numbers, which every rank sees and skips."""
+    """`loss`, whose gradients are NaN if it is not finite: so every rank sees that in its gradients, and skips."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 

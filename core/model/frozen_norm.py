@@ -1,7 +1,7 @@
 """Frozen batch norms; in a ResNet folded into the convolutions before them.
 
 A frozen norm is a scale and a shift of each channel. Both are computed in float32, from buffers that stay float32 under
-any precision, and applied in the features' type. Taken into the convolution's weights and bias, they cost a pass
+any precision, and applied in the features' type. Folded into the convolution's weights and bias, they cost a pass
 over the weights instead of two over the features. Parameters and buffers keep their names. In float32 on a CPU the
 convolution and its norm stay apart: the published arithmetic, rounding included.
 """
@@ -42,7 +42,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 class FrozenNormAct(FrozenNorm):
-    """With the dropout and the activation that some models have in their norm."""
+    """A frozen norm with the dropout and the activation that some timm models have in it."""
 
     drop: nn.Module
     act: nn.Module
@@ -87,7 +87,7 @@ class FoldedConv2d(nn.Conv2d):
 def freeze_batch_norms(body: nn.Module) -> None:
     """Freeze a timm model's batch norms in place, and fold those of a ResNet.
 
-    Other models have none that is known to follow a convolution and nothing else.
+    In other models no batch norm is known to follow a convolution and nothing else.
     """
     freeze_batch_norm_2d(body)
     for module in list(body.modules()):

@@ -1,4 +1,4 @@
-"""What a detector ends in: class and box heads."""
+"""The class and box heads of a detector."""
 
 import math
 from itertools import pairwise
@@ -30,7 +30,10 @@ class MLP(nn.Module):
 
 
 def class_head(config: ModelConfig) -> nn.Linear:
-    """Logits of a query; sigmoid heads find nothing yet (published initialisations)."""
+    """The layer from queries (..., C) to class logits (..., K), or with softmax K + 1, "no object" the last.
+
+    With sigmoid each class begins at PRIOR_PROBABILITY, as published.
+    """
     if config.classification == "softmax":
         return nn.Linear(config.hidden_dim, config.num_classes + 1)
     head = nn.Linear(config.hidden_dim, config.num_classes)

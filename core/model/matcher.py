@@ -1,4 +1,4 @@
-"""Bipartite matching of predictions to objects (DETR, equation 1, with the focal class cost of Deformable DETR).
+"""Hungarian matching of predictions to objects (DETR, equation 1, with the focal class cost of Deformable DETR).
 
 Shapes: D decoder layers, N images, Q queries, K logits of a query, T boxes of all images together, M most boxes of
 one image, C candidates of a box.
@@ -61,7 +61,7 @@ class Matching:
         self._copy = HostCopy(torch.cat(parts))
 
     def solve(self) -> list[Matches]:
-        """For each stack, layer and image: the least total cost, each box with one query and no query twice."""
+        """For each stack, layer and image the pairs of least total cost, with no box and no query twice."""
         if self._most == 0:
             nothing = np.empty(0, dtype=np.int64)
             return [[[(nothing, nothing)] * images for _ in range(layers)] for layers, images, _ in self._shapes]
@@ -97,8 +97,8 @@ def _is_sparse(queries: int, most: int) -> bool:
 def _assign(costs: np.ndarray, candidates: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Queries, rising, and the boxes assigned to them; costs (M, Q), or (M, C) of the named candidates.
 
-    A box's M best queries are enough: were it assigned to another, one of these would be free, as M - 1 other boxes
-    take at most M - 1 of them, and no dearer.
+    A box's M best queries are enough, because the M - 1 other boxes take at most M - 1 of them. If the box had a query
+    beyond them, one of them would be free, and cost no more.
     """
     if candidates is not None:
         names, columns = np.unique(candidates, return_inverse=True)
@@ -121,7 +121,7 @@ def _slots(num_boxes: Sequence[int], most: int) -> Tensor:
 
 
 def _cost(stack: Stack, targets: Tensor, slots: Tensor, config: OptimConfig, softmax: bool) -> Tensor:
-    """(D, N, M, Q); targets (N, M, 4)."""
+    """Matching costs (D, N, M, Q) of class, L1 and GIoU; targets (N, M, 4)."""
     logits, boxes = stack.logits.float(), stack.boxes.float()
     layers, images, queries = boxes.shape[:3]
     index = stack.labels[slots][None, :, None, :].expand(layers, images, queries, -1)

@@ -1,4 +1,4 @@
-"""What a detector predicts: named outputs, of each of which losses are taken.
+"""The predictions of a detector: named outputs, each with losses of its own.
 
 Shapes: N images, Q queries, S tokens of all levels, K logits of a query. Boxes are (cx, cy, w, h) in [0, 1] of the
 unpadded image.
@@ -16,7 +16,7 @@ ImageMatches = tuple[np.ndarray, np.ndarray]  # queries, and the boxes of the im
 
 @dataclass(frozen=True)
 class Output:
-    """One prediction a query.
+    """One prediction per query, of a decoder layer or of the first stage.
 
     labels: what the classes tell apart: the categories, or objects from nothing (every object has label 0 then).
     matches: image by image, where they are known beforehand, each object `repeats` times; otherwise queries are matched
@@ -35,8 +35,9 @@ class Output:
 class Predictions:
     """What one forward pass predicts.
 
-    decoder: the outputs of its layers, first to last; the last one's are the detections. others: what has a loss beside
-    them. softmax: whether a query's logits are alternatives, "no object" the last (DETR), or each its own question.
+    decoder: the outputs of its layers, first to last; the last one's are the detections. others: further outputs with
+    losses, such as the proposals. softmax: whether a query has one class by softmax, "no object" the last (DETR), or
+    each class by a sigmoid of its own.
     """
 
     decoder: tuple[Output, ...]
@@ -47,7 +48,7 @@ class Predictions:
     def of(
         layers: Sequence[tuple[Tensor, Tensor]], proposals: tuple[Tensor, Tensor] | None = None, softmax: bool = False
     ) -> "Predictions":
-        """From (logits, boxes) of the decoder's layers, which are called "0", "1", ..., and of the first stage."""
+        """From (logits, boxes) of the decoder's layers, which are named "0", "1", ..., and of the first stage."""
         decoder = tuple(Output(str(layer), logits, boxes) for layer, (logits, boxes) in enumerate(layers))
         others = () if proposals is None else (Output(PROPOSALS, *proposals, labels="objects"),)
         return Predictions(decoder, others, softmax)

@@ -34,7 +34,7 @@ class Source:
 
 
 def source(backbone: str) -> Source | None:
-    """None where nothing is fetched: a model of a local folder, or one that timm has no weights of."""
+    """Where timm fetches a backbone's weights; None for a model of a local folder and one without weights."""
     kind, name = parse_model_name(backbone)
     config = get_pretrained_cfg(name, allow_unregistered=True) if kind is None else None
     repository = name.partition("@")[0] if kind == "hf-hub" else (config.hf_hub_id if config else None)
@@ -61,11 +61,10 @@ def source(backbone: str) -> Source | None:
 
 @contextlib.contextmanager
 def fetching(backbone: str, weights: bool) -> Iterator[None]:
-    """Within it timm may fetch what it lacks of a backbone: its weights, and what it is where only the hub knows that.
-    What is in the cache is taken without a question.
+    """A context in which timm may fetch a backbone's weights, and its configuration if only the hub has that.
 
-    Raises OSError, after PATIENCE_SECONDS where nothing answers, that says where the weights are looked for and how to
-    do with or without them.
+    What is in the cache is taken without asking the hub. Raises OSError that says where the weights are looked for and
+    how to do with or without them; if the hub does not answer, after PATIENCE_SECONDS.
     """
     found = source(backbone) if weights or ":" in backbone else None
     if found is None:
@@ -87,14 +86,14 @@ def fetching(backbone: str, weights: bool) -> Iterator[None]:
 
 
 def check(backbone: str) -> None:
-    """Whether the weights are there or their server is, without fetching them. Raises what `fetching` raises."""
+    """Check that the weights are cached or the hub answers, without fetching them. Raises OSError as `fetching`."""
     found = source(backbone)
     if found is not None and not found.is_cached and (silence := _silence(found)) is not None:
         raise OSError(_advice(backbone, found, silence))
 
 
 def _silence(found: Source) -> Exception | None:
-    """What prevents an answer of the hub, if anything does; any answer is one. Nobody waits for other servers twice."""
+    """The error that keeps the hub from answering; None for any answer, and for other servers, which are not asked."""
     if not found.is_hub:
         return None
     try:

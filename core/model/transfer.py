@@ -1,11 +1,11 @@
-"""Copies between host and device that nothing waits for before it must."""
+"""Asynchronous copies between host and device."""
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """A tensor on its way to the host: the device goes on working until `wait`, and after."""
+    """An asynchronous copy from a GPU to the host, which waits for it only in `wait`. A CPU tensor is not copied."""
 
     def __init__(self, source: Tensor) -> None:
         self._host = source.detach()
@@ -23,5 +23,5 @@ class HostCopy:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """`host` on `device`; a GPU fetches it when it comes to that, without making the host wait."""
+    """Copy `host` to `device`; to a GPU from pinned memory, without making the host wait."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

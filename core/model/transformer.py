@@ -19,12 +19,12 @@ SpatialShapes = Sequence[tuple[int, int]]
 
 
 class TransformerLayer(nn.Module):
-    """What every layer ends in: the feed-forward network.
+    """The base of every layer: the feed-forward network that it ends in.
 
-    The layers make its modules in their own place: the order of parameters is that of optimizer states on disk.
+    Subclasses make its modules, each in its own order of parameters.
     """
 
-    keeps_activations = True  # false: they are computed again for the backward pass
+    keeps_activations = True  # False: activation checkpointing, they are computed again for the backward pass
     linear1: nn.Linear
     linear2: nn.Linear
     dropout: Dropout
@@ -34,7 +34,7 @@ class TransformerLayer(nn.Module):
 
 
 def run_layer(layer: nn.Module, *inputs: object) -> Tensor:
-    """The forward pass of a TransformerLayer, with its activations kept or not."""
+    """The forward pass of a TransformerLayer, with activation checkpointing unless it `keeps_activations`."""
     if cast(TransformerLayer, layer).keeps_activations or not torch.is_grad_enabled():
         return layer(*inputs)
     return checkpoint(layer, *inputs, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""What a run that goes on is told of settings that are not those of its checkpoint any more."""
+"""Messages about settings that differ between a resumed run and its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ def changed_settings(before: Config, after: Config) -> dict[str, str]:
 
 
 def told_of_changes(before: Config, after: Config, folder: Path, done: Position, per_epoch: int) -> list[str]:
-    """Lines for a run in `folder` that has come so far under `before` and goes on under `after`.
+    """Messages for a run in `folder` that has come to `done` under `before` and resumes under `after`.
 
-    per_epoch: steps of an epoch under `after`. A folder that was moved is no change of its settings.
+    per_epoch: steps of an epoch under `after`. A folder that was moved is not told as a changed setting.
     """
     changed = changed_settings(before, after)
     if after.train.name == folder.name:

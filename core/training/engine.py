@@ -1,4 +1,4 @@
-"""What DeepSpeed needs: the JSON, the engine, and its part of a checkpoint."""
+"""DeepSpeed: its configuration JSON, the engine around the detector, and the engine's state in a checkpoint."""
 
 import logging
 import math
@@ -25,10 +25,10 @@ from .world import World
 log = logging.getLogger("ddetr")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What fp16's loss scale depends on; stage 0 has no hysteresis.
+# The state of fp16's dynamic loss scaling; ZeRO stage 0 has no hysteresis.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-# Gradients reduced at once. DeepSpeed's 500 million would be a buffer of gigabytes on each GPU, and never full:
-# with the 40 million of these models the first reduction would wait for the last gradient.
+# Gradient elements reduced at once. DeepSpeed's default of 500 million is a buffer of gigabytes on each GPU, and never
+# full: with the 40 million parameters of these models the first reduction would wait for the last gradient.
 BUCKET_ELEMENTS = 10_000_000
 
 # Keys of the DeepSpeed JSON that follow from our configuration, and where to set each instead.
@@ -45,9 +45,10 @@ _MODELLED = {
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed JSON that follows from the configuration.
+    """The DeepSpeed JSON of a configuration.
 
-    Raises ValueError when train.deepspeed_extra sets what another key of the configuration decides.
+    Raises ValueError when train.deepspeed_extra sets what another setting decides, or an offload to NVMe or MiCS
+    shards, which checkpoints cannot gather.
     """
     train = config.train
     for key in train.deepspeed_extra:
@@ -80,9 +81,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 class Engine:
-    """The DeepSpeed engine around the detector, the weights' moving average, the buffers that half precision rounds.
+    """The DeepSpeed engine around the detector, and the EMA of its weights. Constructing it is collective.
 
-    `run` is deepspeed's own engine: call it for the forward pass, then `run.backward`, then `step` of this class.
+    `run` is DeepSpeed's own engine: call it for the forward pass, then `run.backward`, then `step` of this class.
+    Frozen parameters and buffers are kept beside it, as they are before mixed precision rounds them.
     """
 
     def __init__(self, model: Detector, config: Config, world: World) -> None:
@@ -93,7 +95,7 @@ class Engine:
         freeze_without_rate(model, config.optim)
         self._names = dict(model.named_parameters())
         frozen = {name: parameter for name, parameter in self._names.items() if not parameter.requires_grad}
-        # What never changes, before half precision rounds it and stage 3 takes it apart.
+        # What never changes, before half precision rounds it and ZeRO stage 3 partitions it.
         self._constant = {name: t.detach().clone() for name, t in (*frozen.items(), *model.named_buffers())}
         layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
         for layer in layers:
@@ -103,7 +105,7 @@ class Engine:
                 module.compile(dynamic=True)
         self._optimizer = adamw(model, config.optim)  # DeepSpeed wraps it and keeps its groups
         trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        # DeepSpeed makes its float32 weights from the rounded ones of half precision.
+        # In mixed precision DeepSpeed makes its float32 weights from the rounded half-precision ones.
         exact = {
             n: p.detach().clone() for n, p in self._names.items() if p.requires_grad and self.dtype != torch.float32
         }
@@ -118,9 +120,9 @@ class Engine:
         self._average = MovingAverage(self._state.masters, decay) if decay is not None else None
 
     def step(self, number: int) -> bool:
-        """The optimizer step `number`, from 1, of all gradients since the last one; whether it took place.
+        """End a micro-batch; after the last one of a step, take optimizer step `number`, from 1, and update the EMA.
 
-        It does not, on any rank, when a gradient on one of them is not finite.
+        False: the step was skipped on all ranks, because a gradient on one of them is not finite.
         """
         last_micro_batch, before = self.run.is_gradient_accumulation_boundary(), self.run.skipped_steps
         self.run.step()
@@ -130,18 +132,20 @@ class Engine:
         return taken
 
     def set_learning_rate(self, base: float) -> None:
+        """Set the learning rate of each parameter group: `base` times the group's scale."""
         for group in self._optimizer.param_groups:
             group["lr"] = base * group["scale"]
 
     @property
     def gradient_norm(self) -> float:
-        """Of the last optimizer step, before clipping."""
+        """Of the last optimizer step over all ranks, before gradient clipping."""
         norm = self.run.get_global_grad_norm() if self._own_norm is None else self._own_norm
         assert norm is not None, "asked before the first step"
         return float(norm)
 
     @property
     def loss_scale(self) -> float:
+        """Factor on the loss in the backward pass: fp16's loss scaling; 1 in other precisions."""
         return float(cast(Any, self.run.optimizer).loss_scale) if self.config.train.precision == "fp16" else 1.0
 
     def _clip(self, optimizer: Any, *_: object) -> None:
@@ -152,10 +156,11 @@ class Engine:
         optimizer.overflow = not math.isfinite(self._own_norm)  # DeepSpeed's way to be told so
 
     def snapshot(self, run_directory: Path, position: Position, categories: Categories) -> Callable[[], Path]:
-        """Copy all that a checkpoint holds to rank 0's memory. Collective.
+        """Gather all that a checkpoint holds in rank 0's host memory. Collective.
 
-        What it returns writes the checkpoint, on rank 0 and at any time later: whole or, with an OSError, not at all.
-        Raises FloatingPointError on all ranks when a value of some rank is not finite: no run can go on from there.
+        Returns a function that writes the checkpoint, on rank 0 and at any time later: whole or, with an OSError, not
+        at all. Raises FloatingPointError on all ranks when a weight, a moment or the EMA of some rank is not finite,
+        because no run can resume from there.
         """
         state = self._state
         beside = self._beside
@@ -191,11 +196,10 @@ class Engine:
         return written
 
     def load(self, stored: Checkpoint) -> Position:
-        """What `stored` has beside the weights, which the model brought along: the optimizer's state, the moving
-        average and the loss scale; returns the position.
+        """Load moments, EMA and loss scale of a checkpoint, whose weights the model has already; returns its position.
 
-        It may have been written by another number of ranks and another ZeRO stage. Raises ValueError when it is of
-        other parameters.
+        The checkpoint may be of another world size and ZeRO stage. Raises ValueError when it is of other parameters,
+        lacks the EMA that this run keeps, or holds a value that is not finite.
         """
         state = self._state
         check_trained(state.trained, stored.trained, stored.folder)
@@ -208,13 +212,13 @@ class Engine:
 
     @property
     def _beside(self) -> dict[str, list[Tensor]]:
-        """All that a checkpoint holds of the trained parameters: of each kind a tensor beside each master."""
+        """What a checkpoint holds of the trained parameters: weights, moments and EMA, each a tensor per master."""
         beside = {"weights": self._state.masters} | self._state.slots
         return beside if self._average is None else beside | {"average": self._average.values}
 
     @property
     def _scaler(self) -> Any:
-        """Where DeepSpeed keeps fp16's loss scale; nothing in other precisions."""
+        """DeepSpeed's object with the state of fp16's loss scaling; an empty one in other precisions."""
         if self.config.train.precision != "fp16":
             return SimpleNamespace()
         optimizer = cast(Any, self.run.optimizer)
@@ -222,7 +226,7 @@ class Engine:
 
 
 def _clips_itself(config: Config) -> bool:
-    """DeepSpeed tells the gradient norm of every combination but this one, so here the clipping is ours."""
+    """Whether gradient clipping is ours: DeepSpeed tells the gradient norm in every combination but this one."""
     return config.train.zero_stage == 0 and config.train.precision == "fp32"
 
 

@@ -1,8 +1,8 @@
-"""What the ranks tell each other beside the training's collectives: that they live, where they are, and when to stop.
+"""Heartbeats of the ranks, beside the training's collectives: who is alive, where each rank is, and when to stop.
 
-A collective operation waits for every rank, and tells nobody for whom. Here each rank writes every few seconds, to the
-store at which the ranks met, what it does, its last images and its stack. When one falls silent, dies or nobody gets
-on, all others log who was where and end, for the launcher to start them again.
+A collective operation waits for every rank, and does not say for which one. Here each rank writes its activity, its
+last images and its stack to the rendezvous store every few seconds. When a rank dies or falls silent, or none makes
+progress, the others log where each rank was and exit, so that the launcher starts them again.
 """
 
 import datetime
@@ -41,7 +41,7 @@ from .world import World
 
 log = logging.getLogger("ddetr")
 
-TRY_AGAIN = 75  # exit status of a rank that is well, but ended because of others (EX_TEMPFAIL of sysexits.h)
+TRY_AGAIN = 75  # exit status of a healthy rank that ends because of others (EX_TEMPFAIL of sysexits.h)
 _BEAT_SECONDS = 2.0
 _PUBLISH_SECONDS = 5.0
 _FRAMES = 24
@@ -53,10 +53,10 @@ _Place = tuple[int, int, str, float, Iterable[int]]  # moves, step, activity, si
 
 
 class Watch:
-    """A context in which a rank trains. With a single rank it only remembers whether it was asked to stop.
+    """The context in which a rank trains: it sends and judges heartbeats. A single rank only records a stop request.
 
-    tell: gets one line of what was found before the process ends. finish: what this rank still does then, alone, within
-    so many seconds. Collective to enter.
+    tell: called with one line about the fault before the process exits. finish: called then, with a limit in seconds,
+    for what this rank still does alone. Entering is collective.
     """
 
     def __init__(
@@ -72,18 +72,20 @@ class Watch:
         self._place: _Place = (0, 0, "starting", time.monotonic(), ())
 
     def at(self, activity: str, step: int, images: Iterable[int] | None = None) -> None:
-        """What this rank does from now on. images: the ids of a new batch."""
+        """Record what this rank does from now on. images: ids of a new batch; None: still those of the last one."""
         moves, *_, last_images = self._place
         self._place = (moves + 1, step, activity, time.monotonic(), last_images if images is None else images)
 
     def stop(self) -> bool:
-        """Whether some rank was asked to stop; the others know it a few seconds later."""
+        """Whether some rank was asked to stop; the other ranks learn it a few seconds later."""
         return self._stop
 
     def ask_to_stop(self) -> None:
+        """Ask all ranks to save and stop; safe in a signal handler."""
         self.asked = self._stop = True
 
     def name(self, rank: int) -> str:
+        """A rank with its host, for a message."""
         return named([rank], self._identities)
 
     def __enter__(self) -> "Watch":
@@ -140,7 +142,7 @@ class Watch:
                 if beat != self._heard[other][0]:
                     self._heard[other] = (beat, now)
 
-    # In another one: what follows from what was heard.
+    # In a second thread: the judgement of what was heard.
 
     def _judge(self) -> None:
         looked = self._moved = time.monotonic()
@@ -166,7 +168,7 @@ class Watch:
         return judge(self._identities, self._states(), beats, quiet, self._patience, self._address)
 
     def _publish(self, found: Finding) -> str:
-        """What all ranks shall say: the first text that reaches the store, or ours where none answers."""
+        """Publish a finding; returns the text that all ranks log: the first in the store, or ours without an answer."""
         texts = [self._described(found, {rank: word for rank, (word, _) in self._heard.items()})]
         if time.monotonic() - self._exchanged > self._patience.silence:
             return texts[0]
@@ -186,7 +188,7 @@ class Watch:
         return texts[-1]
 
     def _give_up(self, text: str, *, concluded: bool = False) -> None:
-        """End this process, whose training thread waits for what will not come."""
+        """Log the finding and end this process, whose training thread waits in a collective that will not finish."""
         if not self._judged.acquire(blocking=False) or self._ended.is_set():
             return
         text = "\n".join(visible(line) for line in text.split("\n"))  # from a store that others may write to
@@ -210,7 +212,7 @@ class Watch:
         os._exit(TRY_AGAIN)
 
     def _let_others_read(self) -> None:
-        """The store may be in this process, and end with it."""
+        """Wait until the other ranks have read the verdict: the store may be in this process, and end with it."""
         if self._world.rank == 0:
             time.sleep(2 * self._every + 1)
 
@@ -218,7 +220,7 @@ class Watch:
         return described(found, Beats.of(words), self._identities, self._states())
 
     def _states(self) -> States:
-        """Of the other ranks on this machine."""
+        """Process states of the other ranks on this machine."""
         mine = self._identities[self._world.rank]
         return {
             rank: _state(other.pid)
@@ -238,7 +240,7 @@ class Watch:
         return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
     def _connected(self) -> dist.Store:
-        """A connection of its own: one that waits for an answer holds up whoever shares it."""
+        """A new connection to the store: a call that waits for an answer blocks all that share its connection."""
         timeout = datetime.timedelta(seconds=self._patience.silence)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore(self._prefix, dist.TCPStore(host, port, is_master=False, timeout=timeout))
@@ -250,14 +252,14 @@ def _short(filename: str) -> str:
 
 
 def _machine() -> str:
-    """The same for two processes that see each other in /proc."""
+    """An id that is equal for two processes if they see each other in /proc."""
     if not Path("/proc/self/ns/pid").exists():
         return uuid.uuid4().hex
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
 def _state(pid: int) -> str | None:
-    """The letter of /proc: R, S, T (stopped), Z (dead) ...; None where there is no such process."""
+    """The process state in /proc: R, S, T (stopped), Z (dead) ...; None when there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading

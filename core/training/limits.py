@@ -1,4 +1,4 @@
-"""How much may go wrong in a run before it ends: counts, and nothing else."""
+"""Limits on skipped steps and damaged images, after which a run ends: counts, and nothing else."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Limits:
-    """most_skipped: steps in a row that no rank took. most_bad: different images that cannot be used."""
+    """Counts and their limits. most_skipped: skipped steps in a row. most_bad: different damaged images."""
 
     most_skipped: int
     most_bad: float
@@ -14,7 +14,7 @@ class Limits:
     bad: frozenset[str] = frozenset()
 
     def after(self, skipped: bool, bad_samples: Iterable[str]) -> "Limits":
-        """With what happened in one more step."""
+        """The counts after one more step."""
         return replace(self, skipped=self.skipped + 1 if skipped else 0, bad=self.bad.union(bad_samples))
 
     @property

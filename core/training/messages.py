@@ -1,4 +1,4 @@
-"""What one rank tells another: JSON of a declared type. What arrives is never a pickle, and never believed unseen."""
+"""Messages between ranks: JSON of a declared type, validated when it arrives, and never a pickle."""
 
 import builtins
 import functools
@@ -24,7 +24,7 @@ ERRORS: Mapping[str, type[Exception]] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """An error of one rank, for the others to raise as well: its kind, its text, and what an OSError has beside."""
+    """An error of one rank, for the others to raise as well: its type and text, and an OSError's other arguments."""
 
     kind: str
     text: str
@@ -43,7 +43,7 @@ class Failure:
         return Failure(kind, text, error.errno, error.strerror, names)
 
     def error(self) -> Exception:
-        """It again; with the text alone where the rest says something else."""
+        """The error again; from its text alone when the other arguments do not give the same text."""
         kind = ERRORS.get(self.kind, OSError)
         if self.errno is not None:
             names = [Path(name) if is_path else name for name, is_path in self.names]
@@ -64,7 +64,7 @@ def encoded(value: Any, kind: Any) -> bytes:
 
 
 def decoded(content: bytes, kind: Any, sender: str) -> Any:
-    """What `encoded` was given. Raises OSError that names the sender when it is something else."""
+    """The value that `encoded` was given. Raises OSError that names the sender when it is not of that kind."""
     try:
         return _adapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
@@ -78,7 +78,7 @@ def decoded(content: bytes, kind: Any, sender: str) -> Any:
 
 
 def _writable(text: str) -> str:
-    """A file's name may hold bytes that are no UTF-8."""
+    """Text that UTF-8 can write: a file's name may hold bytes that it cannot."""
     return text.encode(errors="backslashreplace").decode()
 
 

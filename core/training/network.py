@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet, and on which of a machine's addresses they listen: on none that was not given."""
+"""Rendezvous: where the ranks of a run meet, and on which of a machine's addresses the store, gloo and NCCL listen."""
 
 import datetime
 import errno
@@ -10,15 +10,15 @@ import time
 import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
-_BACKLOG = 2048  # ranks that knock at the same time
+_BACKLOG = 2048  # ranks that connect at the same time
 
 
 def hosted_store(
     address: str, port: int, timeout: datetime.timedelta, clients: int | None = None
 ) -> tuple[dist.TCPStore, int]:
-    """A store that listens at this numeric address of this machine alone, and its port; 0 takes a free one.
+    """A TCPStore that listens at this numeric address of this machine alone, and its port; port 0 takes a free one.
 
-    torch's own listens on every interface, whatever host it is told. clients: wait until so many are there.
+    torch's own listens on every interface, whatever host it is given. clients: how many to wait for.
     Raises OSError when it cannot listen there.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -38,9 +38,9 @@ def hosted_store(
 def own_address(host: str, patience: float = 0) -> str | None:
     """The numeric address of `host` if this machine has it, otherwise None.
 
-    patience: seconds in which the name may become known, as that of a new pod does.
-    Raises OSError when the name stays unknown, or when this machine knows itself by it only on loopback, where no other
-    reaches it.
+    patience: seconds to wait until the name resolves, as that of a new pod does.
+    Raises OSError when it does not, or when the name of this machine resolves here to loopback alone, where no other
+    machine reaches it.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -66,7 +66,7 @@ def own_address(host: str, patience: float = 0) -> str | None:
 
 
 def address_towards(host: str) -> str:
-    """This machine's numeric address on the way to `host`. Raises OSError when there is none."""
+    """This machine's numeric address on the route to `host`. Raises OSError when there is none."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -77,9 +77,10 @@ def address_towards(host: str) -> str:
 
 
 def keep_to(host: str, alone: bool) -> None:
-    """Have gloo and NCCL listen on loopback when all ranks are on this machine, otherwise gloo on the way to `host`.
+    """Set the network interface of gloo and NCCL to loopback when all ranks are on this machine.
 
-    gloo alone takes the interface of this machine's name, NCCL any that it finds. What the user has set stays.
+    Otherwise set that of gloo to the one on the route to `host`: by default gloo takes the interface of this machine's
+    name. NCCL finds its own. What the user has set stays. Raises OSError when no interface has the address.
     """
     if alone:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -89,7 +90,7 @@ def keep_to(host: str, alone: bool) -> None:
 
 
 def _is_own(family: int, address: tuple) -> bool:
-    """Whether one can be reached there: the kernel refuses to bind to the address of another machine."""
+    """Whether this machine has the address: the kernel refuses to bind to that of another machine."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((address[0], 0, *address[2:]))

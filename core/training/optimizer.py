@@ -1,4 +1,4 @@
-"""AdamW with the published parameter groups, and the rate that fits a batch (section 5, implementation details)."""
+"""AdamW with the published parameter groups and learning rates (section 5, implementation details)."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +14,7 @@ PUBLISHED_RATES = {"deformable_detr": (2e-4, 32), "detr": (1e-4, 64)}
 
 
 def freeze_without_rate(model: nn.Module, config: OptimConfig) -> None:
-    """With optim.backbone_multiplier=0 the backbone is no trained part: no gradient, no state, no share in the norm."""
+    """Freeze the backbone if optim.backbone_multiplier=0: no gradient, no moments, no share in the gradient norm."""
     if config.backbone_multiplier == 0:
         for name, parameter in model.named_parameters():
             if name.startswith("backbone."):
@@ -22,7 +22,7 @@ def freeze_without_rate(model: nn.Module, config: OptimConfig) -> None:
 
 
 def check_trained(trained: Collection[str], stored: Collection[str], checkpoint: Path) -> None:
-    """Whether a checkpoint's optimizer state is of the parameters that train now. Raises ValueError if not."""
+    """Raise ValueError unless a checkpoint's optimizer state is of the parameters that train now."""
     if set(trained) == set(stored):
         return
     lacking, idle = set(trained) - set(stored), set(stored) - set(trained)
@@ -38,9 +38,10 @@ def check_trained(trained: Collection[str], stored: Collection[str], checkpoint:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """The trained parameters in three groups: base, backbone and sampling, each with its own rate under "scale".
+    """The trained parameters in three groups: base, backbone and sampling, each with its own learning rate.
 
-    A group without parameters is left out. `lr` holds the rate at full strength.
+    `scale` is the group's factor on the base rate, `lr` the rate after warm-up and before any drop. A group without
+    parameters is left out.
     """
     named: dict[str, list[nn.Parameter]] = {"base": [], "backbone": [], "sampling": []}
     for name, parameter in model.named_parameters():
@@ -61,6 +62,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over `parameter_groups`."""
     return torch.optim.AdamW(
         parameter_groups(model, config),
         lr=config.learning_rate,
@@ -71,9 +73,10 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def state_of(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """What it keeps of a float32 weight: "step", and slots of the weight's shape by name.
+    """The optimizer's state of a float32 weight: "step", and the moments by name, each of the weight's shape.
 
-    Where no step has been taken yet it is made as AdamW makes it: averages of the gradient and of its square.
+    Before the first step it is made as AdamW makes it: zeros for the first moment (exp_avg) and the second
+    (exp_avg_sq).
     """
     state = optimizer.state[master]
     if not state:
@@ -85,9 +88,10 @@ def state_of(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tens
 
 
 def rate_advice(config: Config) -> str | None:
-    """What the linear rule (Goyal et al., 2017) makes of the published rate, when the run's is more than twice off.
+    """A warning when the learning rate is off by more than a factor of 2 from the linear scaling rule; otherwise None.
 
-    None as well for a backbone trained from scratch, for which nothing is published.
+    The rule (Goyal et al., 2017) scales the published rate with the batch size. None as well for a backbone trained
+    from scratch, for which no rate is published.
     """
     if config.model.backbone_norm == "group":
         return None

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: reports of steps, checkpoints and evaluations, and now and then a line to read."""
+"""Reports of a run to its observers: steps, checkpoints, evaluations, start, end; and progress lines in the log."""
 
 import logging
 import statistics
@@ -17,7 +17,7 @@ log = logging.getLogger("ddetr")
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. The same on every rank, but for the times and the memory, which are the rank's own."""
+    """One optimizer step. The same on every rank, except times and memory, which are the rank's own."""
 
     step: int  # counted from 1
     epoch: int  # counted from 0
@@ -28,15 +28,15 @@ class StepReport:
     images: int  # over all ranks, that carried a loss
     step_seconds: float  # the whole step, waiting for data included
     data_wait_seconds: float
-    own_seconds: float  # of the step: until the rank's losses were there, its batch and its share of the model included
+    own_seconds: float  # of this rank in the step: waiting for its batch, forward passes and losses
     skipped: bool  # a loss or a gradient was not finite: no rank changed its weights
     memory_bytes: int  # largest so far: allocated on the GPU, or resident on a CPU
     loss_scale: float
     class_error: float  # percent of the last layer's matched queries whose best class is wrong
     cardinality_error: float  # of the last layer: queries with an object, as DETR counts them, less objects; per image
-    not_finite: str | None  # of a skipped step: where on which ranks, with their images
+    not_finite: str | None  # of a skipped step: what was not finite first, on which ranks and images
     bad_samples: tuple[str, ...]  # left out by any rank: shard, key, and what is wrong
-    slow_ranks: tuple[str, ...]  # that hold up the others since these steps: which, where, how much
+    slow_ranks: tuple[str, ...]  # that have become slow: which, on which host, and their seconds
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,15 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class SavingReport:
-    """The state after this step is saved next: from there a run may go on."""
+    """A save of the state after this step begins; a run may resume from there."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
+    """A checkpoint is complete, or could not be written. Only rank 0 reports it."""
+
     step: int
     path: str
     seconds: float  # until it was complete
@@ -66,7 +68,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class FaultReport:
-    """What ends the run, although this rank is well: one line."""
+    """This rank is healthy and ends because of others: one line that says why."""
 
     step: int
     message: str
@@ -74,7 +76,7 @@ class FaultReport:
 
 @dataclass(frozen=True)
 class StartReport:
-    """The run begins, or goes on. machines: what the ranks run on, in lines to read."""
+    """The run starts or resumes. machines: what the ranks run on, as lines of the log."""
 
     resumes: bool
     ranks: int
@@ -85,7 +87,7 @@ class StartReport:
 
 @dataclass(frozen=True)
 class EndReport:
-    """The run goes no further, in order."""
+    """The run ended in order. reason: finished, or asked to stop."""
 
     reason: str
 
@@ -104,9 +106,9 @@ def named_losses(values: list[float], parts: tuple[str, ...], layers: tuple[str,
 
 
 class Pace:
-    """Finds ranks that need longer than the others for their batch and their share of the model.
+    """Finds slow ranks (stragglers), by their own seconds: waiting for a batch, forward passes and losses.
 
-    Under ZeRO stage 3 the model's weights come from all ranks, so there only a late batch shows.
+    Under ZeRO stage 3 a forward pass gathers weights from all ranks, so there only a slow data loader shows.
     """
 
     STEPS = 20  # looked at together
@@ -117,7 +119,7 @@ class Pace:
         self._known: set[int] = set()
 
     def slow(self, seconds: list[float]) -> list[tuple[int, str]]:
-        """Ranks that have become slow, each with what to say of it. seconds: of one step, of each rank."""
+        """Ranks that have become slow, each with a message. seconds: the own seconds of each rank in one step."""
         self._window.append(seconds)
         if len(self._window) < self.STEPS:
             return []
@@ -132,7 +134,7 @@ class Pace:
 
 
 class Progress:
-    """One readable line every few steps, with the rate since the last line and the time left."""
+    """Logs a line every train.log_every_steps: losses, images per second since the last line, time left."""
 
     def __init__(self, config: Config, step: int, schedule: Schedule, quiet: bool) -> None:
         self.quiet = quiet

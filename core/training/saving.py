@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: it stands still while its state is copied, and then goes on."""
+"""Asynchronous checkpoints: training stands still while its state is copied, and goes on while a thread writes it."""
 
 import logging
 import shutil
@@ -28,10 +28,10 @@ class _Writing:
 
 
 class Saver:
-    """Writes one checkpoint at a time, on rank 0, and deletes the ones that are too many; the others only ask it to.
+    """Writes checkpoints one at a time in a thread of rank 0, and deletes surplus ones.
 
-    keep: how many of the newest stay (0: all), beside the best by the scores of `measure`. A checkpoint that cannot be
-    written is reported, and ends no run.
+    keep: how many of the newest stay (0: all), beside the best by the scores of `measure`. An OSError in writing is
+    reported, and does not end the run.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Saver:
         self._last: Future[Path] | None = None
 
     def begin(self, snapshot: Callable[[], Callable[[], Path]], step: int) -> None:
-        """Copy the state, which is collective, and write it. Waits for the one before it."""
+        """Copy the state with `snapshot`, which is collective, and begin to write it. Waits for the last checkpoint."""
         began = time.perf_counter()
         self.close()
         write = snapshot()
@@ -54,7 +54,7 @@ class Saver:
             threading.Thread(target=self._write, args=(write, path), name="checkpoint", daemon=True).start()
 
     def look(self) -> None:
-        """Report a checkpoint that is complete by now."""
+        """Report a checkpoint that is complete by now, without waiting."""
         if self._writing is not None and self._writing.path.done():
             self._report(self._writing, self._writing.waited)
 
@@ -66,12 +66,12 @@ class Saver:
             self._report(writing, writing.waited + time.perf_counter() - began)
 
     def wait(self, seconds: float) -> None:
-        """At most so long for the checkpoint that is being written; from any thread."""
+        """Wait at most so long for the checkpoint that is being written; may be called from any thread."""
         if (writing := self._writing) is not None:
             wait([writing.path], seconds)
 
     def written(self) -> Path | None:
-        """The checkpoint begun last, on every rank, when it is complete; None before the first.
+        """Wait for the checkpoint begun last; its path, on every rank, or None before the first.
 
         Collective. Raises OSError when it could not be written.
         """

@@ -1,9 +1,7 @@
-"""Which step of a run is which: its epoch, its learning rate, what is due after it, where a resume goes on.
+"""The schedule of a run: epochs, learning-rate schedule, when to save and evaluate, where a resume goes on.
 
-Arithmetic alone.
-
-A step is an optimizer step, counted over the whole run. What was done of a run is told in epochs, because a resume may
-find another number of steps in an epoch: another batch size, or shards that were packed anew.
+Pure arithmetic. A step is an optimizer step, counted over the whole run. Progress is kept in epochs, because a resume
+may find another number of steps per epoch: another batch size, or shards that were packed anew.
 """
 
 from dataclasses import dataclass
@@ -13,11 +11,11 @@ from typing import NamedTuple
 from ..config import Config, OptimConfig, TrainConfig
 from ..progress import Position
 
-LINEAR_SHARE = 0.4  # of the run, in which the linear schedule falls
+LINEAR_SHARE = 0.4  # of the run, at its end, in which the linear learning-rate schedule falls to zero
 
 
 class End(Enum):
-    """Why a run goes no further."""
+    """Why a run ended."""
 
     FINISHED = "finished"  # its last step is taken, and evaluated if that was due
     ASKED = "asked to stop"  # by a signal to this rank
@@ -25,7 +23,7 @@ class End(Enum):
 
 
 class Due(NamedTuple):
-    """What happens after a step. An evaluation is of a checkpoint, so whoever evaluates saves."""
+    """What is due after a step. An evaluation reads a checkpoint, so `evaluate` implies `save`."""
 
     save: bool
     evaluate: bool
@@ -45,8 +43,8 @@ class Every:
 class Schedule:
     """The steps of a run of `epochs` epochs, or `max_steps` steps if those are fewer.
 
-    shift: by how much the count of steps is ahead of epochs of `per_epoch` steps; not 0 after a resume that found
-    another number of them.
+    shift: the count of steps, less the steps that the same progress takes at `per_epoch` steps an epoch. It is 0 unless
+    a resume has found another number of steps per epoch.
     """
 
     per_epoch: int
@@ -59,9 +57,9 @@ class Schedule:
     def of(
         cls, train: TrainConfig, per_epoch: int, done: Position | None = None, *, evaluates: bool = True
     ) -> "Schedule":
-        """Of a new run, or of one that has come so far. A part of an epoch counts as the same part of a new one.
+        """The schedule of a new run, or of one that resumes at `done`: a part of an epoch stays the same part.
 
-        evaluates: whether there is anything to evaluate on.
+        evaluates: whether there is a validation set.
         """
         every = Every(
             train.checkpoint_every_epochs,
@@ -76,19 +74,21 @@ class Schedule:
 
     @property
     def last_step(self) -> int:
+        """The step that ends the run."""
         last = self.epochs * self.per_epoch + self.shift
         return last if self.max_steps is None else min(last, self.max_steps)
 
     @property
     def num_epochs(self) -> int:
-        """Those that begin before the last step."""
+        """Epochs of the run, a last partial one included."""
         return -(-(self.last_step - self.shift) // self.per_epoch)
 
     def epoch(self, step: int) -> int:
-        """From 0, after so many steps."""
+        """The epoch, from 0, of the step that follows `step` others."""
         return (step - self.shift) // self.per_epoch
 
     def step_in_epoch(self, step: int) -> int:
+        """How many of `step` steps belong to the epoch that goes on, or begins, after them."""
         return (step - self.shift) % self.per_epoch
 
     def end_of_epoch(self, step: int) -> int:
@@ -96,7 +96,11 @@ class Schedule:
         return min((self.epoch(step) + 1) * self.per_epoch + self.shift, self.last_step)
 
     def due(self, step: int) -> Due:
-        """After `step`: evaluations and saves of every few epochs when those are whole, both at the end."""
+        """What is due after `step`.
+
+        Saves and evaluations of every few epochs are due at the end of an epoch, saves of every few steps within it.
+        After the last step a save is due, and an evaluation if the run evaluates.
+        """
         epochs, last = self.epoch(step), step >= self.last_step
         whole = self.step_in_epoch(step) == 0
 
@@ -108,13 +112,14 @@ class Schedule:
         return Due(evaluate or last or within or is_due(self.every.save_epochs), evaluate, last)
 
     def position(self, step: int, order: str) -> Position:
+        """The progress after `step` steps; order: the fingerprint of the order of the images."""
         return Position(step, self.epoch(step), self.step_in_epoch(step), self.per_epoch, order)
 
     def learning_rate(self, config: OptimConfig, step: int) -> float:
-        """The base group's rate at the step that follows `step` others.
+        """The base group's learning rate at the step that follows `step` others.
 
-        Linear warm-up over the run's first steps; then, as published, a tenth after each drop epoch, or a straight line
-        down to zero at the end.
+        Linear warm-up over optim.warmup_steps. Of the two schedules, "step" multiplies by 0.1 at each of
+        optim.drop_epochs (section 5), "linear" falls to zero over the last LINEAR_SHARE of the run.
         """
         warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "linear":
@@ -125,7 +130,7 @@ class Schedule:
 
 
 def other_plan(done: Position, schedule: Schedule, order: str) -> str | None:
-    """What to say where a run goes on with other steps per epoch, or amid an epoch whose order is another one now."""
+    """The message for a resume with other steps per epoch, or amid an epoch whose order of images changed."""
     in_epoch = schedule.step_in_epoch(done.step)
     again = ": some of its images come twice in it, others not" if done.step_in_epoch else ""
     if done.steps_per_epoch not in (0, schedule.per_epoch):
@@ -143,7 +148,7 @@ def other_plan(done: Position, schedule: Schedule, order: str) -> str | None:
 
 
 def nothing_left(done: Position, schedule: Schedule) -> str | None:
-    """What to say of a run that has taken its last step already, and how it goes on."""
+    """The message for a resume of a run that has taken its last step already, with the setting that continues it."""
     if done.step < schedule.last_step:
         return None
     by_steps = schedule.max_steps is not None and done.step >= schedule.max_steps
@@ -155,7 +160,7 @@ def nothing_left(done: Position, schedule: Schedule) -> str | None:
 
 
 def planned(schedule: Schedule, num_images: int, config: Config, done: Position | None) -> str:
-    """The steps of a run in one line."""
+    """The epochs and steps of a run in one line."""
     left = num_images - schedule.per_epoch * config.train.batch_size
     parts = [
         f"{num_images} images: {schedule.per_epoch} steps of {config.train.batch_size} images per epoch",

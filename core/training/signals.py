@@ -12,7 +12,7 @@ from ...data.stream import STOP_SIGNALS
 
 @contextmanager
 def stop_signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    """Within it, a signal that a scheduler, a launcher or Ctrl-C sends lets the run save and stop, on all ranks."""
+    """A context in which the signals of a scheduler, a launcher or Ctrl-C (STOP_SIGNALS) call `ask_to_stop`."""
     if threading.current_thread() is not threading.main_thread():  # signals reach the main one only; as under Ray Tune
         yield
         return

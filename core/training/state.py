@@ -1,8 +1,8 @@
-"""What training keeps of each parameter, whole and by name, wherever ZeRO has put its fragments.
+"""The training state by parameter (float32 weights, Adam's moments, EMA), gathered from where ZeRO partitioned it.
 
-DeepSpeed gives each rank a share of the float32 weights ("masters"), flat and several parameters in one, and the
-optimizer keeps tensors of the same shape beside each, its slots. Here they come together and are dealt out again, so a
-checkpoint depends on neither the number of ranks nor the ZeRO stage.
+DeepSpeed gives each rank a share of the float32 weights: flat tensors ("masters"), with several parameters in one. The
+optimizer keeps tensors of the same shape beside each, its slots (Adam's moments). This module gathers them by
+parameter and deals them out again, so a checkpoint depends on neither world size nor ZeRO stage.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The fragments of all ranks in rank 0's memory, each rank's in a row; nothing on the others."""
+    """The fragments of all ranks in rank 0's host memory: a row of fragments in each of `values`; empty elsewhere."""
 
     shapes: Mapping[str, torch.Size]
     fragments: Sequence[Sequence[Fragment]]
@@ -49,10 +49,10 @@ class Gathered:
 
 
 class TrainingState:
-    """The masters of a model in a DeepSpeed engine, and the optimizer's state of them. Collective to make.
+    """The masters of a model in a DeepSpeed engine, and the optimizer's state of them. Constructing it is collective.
 
-    parameters: all of the model, by name. trained: those that the optimizer had before the engine took it, in its
-    order.
+    parameters: all of the model, by name. trained: those that the optimizer had before DeepSpeed wrapped it, in its
+    order. stage: of ZeRO.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TrainingState:
         self._engine, self._optimizer, self._stage, self._world = engine, optimizer, stage, world
         names = {id(parameter): name for name, parameter in parameters.items()}
         named = {names[id(parameter)]: parameter for parameter in trained}
-        # A parameter under stage 3 has no element of its own.
+        # Under ZeRO stage 3 a parameter has no elements of its own.
         self._shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._fragments = list((self._whole, self._of_groups, self._of_groups, self._of_each)[stage](named))
         self._fragments_of = {name: [f for f in self._fragments if f.name == name] for name in self._shapes}
@@ -82,26 +82,27 @@ class TrainingState:
 
     @property
     def masters(self) -> list[Tensor]:
-        """This rank's share of the float32 weights, as the optimizer sees them: it changes them in place."""
+        """This rank's share of the float32 weights: the tensors that the optimizer changes in place."""
         if self._stage == 3:  # there the optimizer's groups are filled for the step only
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [master for group in self._optimizer.param_groups for master in group["params"]]
 
     @property
     def slots(self) -> dict[str, list[Tensor]]:
-        """By name, the optimizer's tensors beside each master."""
+        """The moments by name ("exp_avg", "exp_avg_sq"): a tensor per master."""
         states = [state_of(self._optimizer, master) for master in self.masters]
         return {slot: [state[slot] for state in states] for slot in states[0] if slot != "step"}
 
     @property
     def steps(self) -> dict[str, int]:
-        """How many steps the optimizer has taken for each parameter; it makes up for slots that begin at zero."""
+        """Optimizer steps taken for each parameter, which AdamW's bias correction depends on."""
         taken = [int(state_of(self._optimizer, master)["step"]) for master in self.masters]
         if self._stage == 0:
             return {fragment.name: taken[fragment.master] for fragment in self._fragments}
         return dict.fromkeys(self._shapes, max(taken))
 
     def set_steps(self, steps: Mapping[str, int]) -> None:
+        """Set the counts that `steps` returns; under ZeRO all parameters get the largest."""
         masters = self.masters
         if self._stage == 0:
             for fragment in self._fragments:
@@ -111,13 +112,13 @@ class TrainingState:
                 state_of(self._optimizer, master)["step"].fill_(max(steps.values()))
 
     def not_finite(self, beside: Sequence[Tensor]) -> list[str]:
-        """Parameters of which this rank holds a value that is not finite in `beside`: a tensor beside each master."""
+        """Parameters of which this rank holds a value that is not finite in `beside`, a tensor per master."""
         finite = torch.stack([tensor.isfinite().all() for tensor in beside]).tolist()
         held = (f for f in self._fragments if not finite[f.master])
         return [f.name for f in held if not bool(_run(beside[f.master], f.offset, f.numel).isfinite().all())]
 
     def gather(self, beside: Sequence[Tensor]) -> Gathered:
-        """What all ranks hold of each trained parameter in `beside`: a tensor beside each master. Collective."""
+        """Gather `beside`, a tensor per master, from all ranks on rank 0. Collective."""
         parts = [_run(beside[f.master], f.offset, f.numel) for f in self._fragments]
         if self._stage == 0:  # rank 0 has everything
             parts = [part.to("cpu", copy=True) for part in parts] if self._world.rank == 0 else []
@@ -127,7 +128,7 @@ class TrainingState:
         return Gathered(self._shapes, self._everyones, self._world.collect(mine, lengths))
 
     def deal(self, whole: Iterable[tuple[str, Tensor]], beside: Sequence[Tensor]) -> None:
-        """Fill `beside`, a tensor beside each master, with this rank's fragments of trained parameters by name."""
+        """Fill `beside`, a tensor per master, with this rank's fragments of `whole`: (name, values) of parameters."""
         for name, values in whole:
             for f in self._fragments_of.get(name, ()):
                 _run(beside[f.master], f.offset, f.numel).copy_(_run(values, f.start, f.numel))

@@ -1,6 +1,6 @@
-"""One optimizer step: forward, losses, backward, AdamW; and what made one go wrong.
+"""One optimizer step: gradient accumulation over micro-batches, then AdamW; and the diagnosis of a skipped step.
 
-Every random number of step s on rank r follows from (seed, s, r): a checkpoint needs no generator state.
+All random numbers of step s on rank r are a function of (seed, s, r), so a checkpoint needs no generator state.
 """
 
 import math
@@ -29,18 +29,19 @@ class Step:
     num_images: Tensor  # () how many images of all ranks carried a loss
     parts: tuple[str, ...]
     layers: tuple[str, ...]
-    taken: bool  # not when a gradient of some rank was not finite
-    compute_seconds: float  # that this rank's forward passes and losses took
+    taken: bool  # False: skipped on all ranks, because a gradient of some rank was not finite
+    compute_seconds: float  # of this rank's forward passes and losses
 
 
 def train_step(
     engine: Engine, micro_batches: list[Batch], number: int, config: Config, world: World, stop: bool
 ) -> Step | None:
-    """Optimizer step `number`, from 1: forward, losses and backward for each micro-batch, then AdamW.
+    """Take optimizer step `number`, from 1: forward, losses and backward of each micro-batch, then AdamW. Collective.
 
-    None, and nothing is done, when some rank asks to `stop`; then its micro-batches may be missing.
-    All ranks divide by the same number of objects. Forward and losses make the host wait for the device once a
-    micro-batch, for the matching; DeepSpeed's step does so too, for the norm of the gradients.
+    Returns None without a step when some rank asks to `stop`; the micro-batches of that rank may be missing.
+    Losses are normalised by the number of objects of the whole step, so gradients are those of the global batch. In
+    forward and losses the host waits for the device once per micro-batch, for the matching. DeepSpeed's step waits
+    as well, for the gradient norm.
     """
     totals = torch.tensor([0.0, 0.0, 0.0, float(stop)])
     for batch in micro_batches:
@@ -71,9 +72,9 @@ def train_step(
 def diagnosis(
     engine: Engine, micro_batches: list[Batch], losses: list[float], step: int, config: Config, world: World
 ) -> str:
-    """Where numbers of a skipped step stopped being finite, on which ranks and images. Collective.
+    """Say where the numbers of a skipped step stopped being finite, on which ranks and images. Collective.
 
-    The weights are still those of the step, and its random numbers can be drawn again.
+    losses: means over the ranks. The forward pass is repeated: its weights and random numbers are those of the step.
     """
     if all(math.isfinite(value) for value in losses):
         return "every loss is finite, a gradient is not" + (" (the loss scale)" if engine.loss_scale != 1 else "")
@@ -90,5 +91,5 @@ def diagnosis(
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """For dropout of this step."""
+    """Seed dropout for this step."""
     torch.manual_seed(step_seed(seed, step, rank))

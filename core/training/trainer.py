@@ -1,7 +1,7 @@
 """The training loop: batches in, optimizer steps, reports, checkpoints and evaluations out.
 
-The stream's position follows from the step, as all random numbers do: a resumed run repeats what the uninterrupted one
-does.
+The position in the data stream and all random numbers are functions of the step: a resumed run repeats what the
+uninterrupted one does.
 """
 
 import logging
@@ -51,7 +51,11 @@ log = logging.getLogger("ddetr")
 
 
 def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStream:
-    """This rank's batches. Raises ValueError when train.batch_size does not divide among ranks and micro-batches."""
+    """The data loader of this rank.
+
+    Raises ValueError when train.batch_size is no multiple of world size times train.accumulation, or exceeds the
+    number of images while data.remainder=drop.
+    """
     return TrainStream(
         index,
         config.data,
@@ -64,9 +68,10 @@ def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStr
 
 
 class Trainer:
-    """One rank of a run: what its loop works with. Collective to make.
+    """The training loop of one rank, and what it works with. Constructing it is collective.
 
-    observers: each gets every report. Raises ValueError or FileNotFoundError when weights cannot be loaded.
+    observers: each gets every report. Raises ValueError or OSError when the model cannot be built, or when the
+    checkpoint to resume from or train.initial_weights cannot be loaded.
     """
 
     def __init__(
@@ -99,10 +104,13 @@ class Trainer:
         self.watch = Watch(world, config.train, self._lost, self.saver.wait)
 
     def train(self) -> End:
-        """Until config.train.epochs or max_steps, or until one of STOP_SIGNALS, also while it evaluates or waits.
+        """Train up to train.epochs or train.max_steps, or until one of STOP_SIGNALS arrives; returns why it ended.
 
-        A step whose loss or gradient is not finite on some rank is skipped on all. Raises FloatingPointError after
-        train.most_skipped_steps of them in a row and SampleError for too many damaged images, when the state is saved.
+        A signal also ends an evaluation and the wait for a batch. A step whose loss or gradient is not finite on some
+        rank is skipped on all. Raises FloatingPointError after train.most_skipped_steps of them in a row, and
+        SampleError for more damaged images than data.most_bad_samples allows; the state is saved before. A state that
+        is not finite is not saved, and raises FloatingPointError. Raises OSError when the last checkpoint cannot be
+        written.
         """
         with closing(self.stream), self.watch, closing(self.saver), stop_signals(self.watch.ask_to_stop):
             evaluated = self._evaluates_what_was_left()
@@ -125,7 +133,7 @@ class Trainer:
             observer(report)
 
     def _batches(self) -> Iterator[tuple[int, list[Batch], float]]:
-        """The number of every step that is left, its micro-batches, and when it began; none when asked to stop."""
+        """Number, micro-batches and begin of every step that is left; without micro-batches once asked to stop."""
         while self.step < self.schedule.last_step:
             epoch, first = self.schedule.epoch(self.step), self.schedule.step_in_epoch(self.step)
             batches = self.stream.steps(epoch, first, self.watch.stop)
@@ -135,7 +143,7 @@ class Trainer:
                 yield number, next(batches, []), began
 
     def _step(self, number: int, micro_batches: list[Batch], began: float) -> StepReport | None:
-        """Take a step and report it; None when some rank is asked to stop."""
+        """Take a step and return its report; None when some rank was asked to stop."""
         waited = time.perf_counter() - began
         self.watch.at("training", number, [i for batch in micro_batches for i in batch.image_ids.tolist()])
         rate = self.schedule.learning_rate(self.config.optim, number - 1)
@@ -173,7 +181,7 @@ class Trainer:
         )
 
     def _check(self, report: StepReport) -> None:
-        """End a run in which too much goes wrong, its state saved."""
+        """Save the state and raise when too many steps in a row are skipped or too many images are damaged."""
         self.limits = self.limits.after(report.skipped, report.bad_samples)
         if self.limits.has_skipped_too_many:
             self._save(wait=True)
@@ -190,9 +198,10 @@ class Trainer:
             )
 
     def _save(self, *, wait: bool, needed: bool = True) -> Path | None:
-        """Where the state is saved, if that was waited for. Raises OSError if it is not, was waited for and is needed.
+        """Save the state, unless that is done; with `wait`, until it is complete, and return the checkpoint's path.
 
-        Where it is not needed, room may be made until the last step.
+        Raises OSError when the checkpoint is waited for, `needed` and not written. If it is not needed the error is
+        only reported and None returned: by the last step there may be room on the disk.
         """
         self.watch.at("saving", self.step)
         if self.step > self.saved_step:
@@ -208,7 +217,7 @@ class Trainer:
             return None
 
     def _evaluate(self, saved: Path | None) -> bool:
-        """Whether no evaluation is left for the run that continues this one."""
+        """Evaluate the checkpoint `saved`, if there is one; False when a stop leaves that to the resumed run."""
         assert self.index is not None
         if saved is None:
             self.progress.line(f"step {self.step} is not evaluated either")
@@ -219,7 +228,7 @@ class Trainer:
         return found is not None
 
     def _evaluates_what_was_left(self) -> bool:
-        """Evaluate the checkpoint that a run goes on from, where the process had ended before; as `_evaluate`."""
+        """Evaluate the checkpoint that the run resumes from, if that was due and not done; returns as `_evaluate`."""
         checkpoint, measure = self.checkpoint, self.measure
         if checkpoint is None or measure is None or not self.schedule.due(self.step).evaluate:
             return True
@@ -242,7 +251,10 @@ class Trainer:
 def _engine(
     config: Config, run_directory: Path, world: World, categories: Categories, resume: bool
 ) -> tuple[Engine, Path | None, Position | None]:
-    """The model in its engine, with the checkpoint that it goes on from, loaded, or the weights that are configured."""
+    """Build the engine, with the checkpoint to resume from or train.initial_weights loaded.
+
+    Returns it with that checkpoint's path and position; None without a resume.
+    """
     checkpoint = world.agree(lambda: find_checkpoint(run_directory), Path) if resume else None
     stored = Checkpoint.read(checkpoint) if checkpoint else None
     model_config = config.model
@@ -269,9 +281,9 @@ def _engine(
 def _of_all_ranks(
     done: Step, own_seconds: float, num_bad: int, world: World
 ) -> tuple[list[float], list[float], int, list[float], int]:
-    """Means over the ranks of losses and errors, the images of all, each rank's own seconds, how many samples are bad.
+    """Means of losses and errors over ranks, images of all ranks, seconds of each rank, bad samples of all ranks.
 
-    Collective, in one exchange.
+    Collective: one all-reduce.
     """
     means = torch.cat([done.losses.flatten(), done.errors, done.num_images[None]])
     seconds = torch.zeros(world.size).index_fill_(0, torch.tensor(world.rank), own_seconds)

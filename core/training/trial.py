@@ -1,4 +1,4 @@
-"""One step on a small image before a run: whatever cannot be built or trained says so now, and not after hours."""
+"""A trial step on a small image before a run, so that what cannot be built or trained fails now and not after hours."""
 
 import time
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SIDE = 128  # pixels of the image
 
 @dataclass(frozen=True)
 class Trial:
-    """loss: of a random model. trained, frozen: how many parameters."""
+    """loss: of a model with random weights. seconds: of the step. trained, frozen: how many parameters."""
 
     loss: float
     seconds: float
@@ -27,10 +27,10 @@ class Trial:
 
 
 def try_step(config: Config, world: World) -> Trial:
-    """Build the model in its engine as a run does, without fetching anything, and take a step on an image a rank.
+    """Build model and engine as a run does, without pretrained weights, and take a step on one image per rank.
 
     Collective. Raises what building, DeepSpeed or the step raises, and FloatingPointError when the step was skipped
-    because a number was not finite (in fp16 that is how the loss scale is found).
+    because a number was not finite; not in fp16, where skipped steps are how loss scaling finds its factor.
     """
     model_config = config.model.model_copy(update={"pretrained_backbone": False})
     train_config = config.train.model_copy(update={"batch_size": world.size, "accumulation": 1})

@@ -21,9 +21,9 @@ log = logging.getLogger("ddetr")
 def evaluate(
     checkpoint: Path, config: Config, index: ShardIndex, world: World, watch: Watch, step: int
 ) -> Result | None:
-    """The scores of a saved checkpoint, recorded beside it; None when some rank is asked to stop meanwhile. Collective.
+    """Evaluate a saved checkpoint and record the result beside it; None when some rank is asked to stop meanwhile.
 
-    Each rank takes every world.size-th shard, with a plain copy of the weights.
+    Collective. Each rank evaluates every world.size-th shard, with its own copy of the weights.
     """
     began = time.perf_counter()
     watch.at("evaluating", step)
@@ -40,7 +40,7 @@ def evaluate(
         if world.rank == 0:
             log.warning("the evaluation of step %d is left for the run that continues this one", step)
         return None
-    # A shard at a time: what a rank says at once is limited.
+    # A shard at a time: a message of a rank is limited to MOST_BYTES.
     rounds = range(-(-len(index.shards) // world.size))
     gathered = [world.to_first([_told(shard) for shard in mine[i : i + 1]], list[_Told]) for i in rounds]
 

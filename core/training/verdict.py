@@ -1,6 +1,6 @@
-"""Who is to blame when ranks hang or die, and what all of them log about it: functions of what was heard, nothing else.
+"""Which rank is at fault when ranks hang or die, and what all of them log about it.
 
-core/training/heartbeat.py hears it.
+Pure functions of the heartbeats that core/training/heartbeat.py has received.
 """
 
 import traceback
@@ -14,16 +14,16 @@ from pydantic import Field
 from .messages import decoded
 
 _MOST_SUSPECTS = 8  # whose images and stack are logged
-_INNERMOST = 4  # frames of a stack in which a collective operation shows that waits for others
+_INNERMOST = 4  # frames of a stack among which a waiting collective operation is looked for
 
-States = Mapping[int, str | None]  # the letter of /proc, or None for no such process, of each rank on this machine
+States = Mapping[int, str | None]  # of ranks on this machine: the process state in /proc, None: gone
 
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's word about itself."""
+    """One heartbeat: what a rank says of itself."""
 
-    moves: int  # how often it has said that it does something else
+    moves: int  # how often its activity has changed
     step: int
     activity: str
     seconds: float  # since it began that
@@ -42,10 +42,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Beats:
-    """The last words of ranks; of those that have said nothing yet, none."""
+    """The last heartbeat of each rank that has sent one."""
 
     known: dict[int, Beat]
-    foreign: str | None = None  # what is wrong with a word that is not one of ours
+    foreign: str | None = None  # what is wrong with a heartbeat that no rank of ddetr has sent; `known` is empty then
 
     @staticmethod
     def of(words: Mapping[int, bytes]) -> "Beats":
@@ -57,24 +57,24 @@ class Beats:
 
 @dataclass(frozen=True)
 class Quiet:
-    """For how many seconds nothing new has come."""
+    """Seconds without news."""
 
     store: float  # from the store where the ranks met
     ranks: Mapping[int, float]  # from each rank that this one listens to
-    moves: float  # since one of them got any further
+    moves: float  # of any progress; only rank 0 hears of all ranks, elsewhere 0
 
 
 @dataclass(frozen=True)
 class Patience:
-    """From how many seconds on a silence is a finding."""
+    """Timeouts in seconds, after which a silence is a finding."""
 
     silence: float  # of the store or a rank
-    stall: float  # of all
+    stall: float  # without progress of any rank
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, in a line, and with which ranks: None for those that are furthest behind."""
+    """What is wrong, in one line, and the suspect ranks; None: those that are furthest behind."""
 
     text: str
     suspects: list[int] | None
@@ -83,7 +83,7 @@ class Finding:
 def judge(
     identities: Sequence[Identity], states: States, beats: Beats, quiet: Quiet, patience: Patience, store: str
 ) -> Finding | None:
-    """What is wrong, the surest first; None as long as nothing is. store: its address."""
+    """The surest finding, None as long as nothing is wrong. store: the address of the rendezvous store."""
     if dead := [rank for rank, state in states.items() if state in (None, "Z", "X")]:
         return Finding(f"{named(dead, identities)} died", dead)
     seconds = f"{patience.silence:.0f} s"
@@ -100,12 +100,12 @@ def judge(
 
 
 def failure(rank: int, step: int, error: BaseException, identities: Sequence[Identity]) -> Finding:
-    """That a rank ends by an error of its own."""
+    """The finding that a rank ends by an error of its own."""
     return Finding(f"{named([rank], identities)} failed in step {step}: {type(error).__name__}: {error}", [rank])
 
 
 def described(finding: Finding, beats: Beats, identities: Sequence[Identity], states: States) -> str:
-    """The finding, a line for all ranks at the same place, and what is known of the suspects."""
+    """The log text of a finding: a line for all ranks at the same place, then images and stack of the suspects."""
     if beats.foreign is not None:  # the finding says so
         return finding.text
     places: dict[tuple[int, str, str], list[int]] = {}
@@ -125,7 +125,7 @@ def described(finding: Finding, beats: Beats, identities: Sequence[Identity], st
 
 
 def _furthest_behind(beats: Mapping[int, Beat], places: Mapping[tuple[int, str, str], list[int]]) -> list[int]:
-    """Of the ranks at the earliest step those that do not wait for others; first whoever is where few others are."""
+    """Ranks at the earliest step, if possible not in a collective; first those at a place with few other ranks."""
     behind = min((beat.step for beat in beats.values()), default=0)
     suspects = [rank for rank, beat in beats.items() if beat.step == behind]
     suspects = [rank for rank in suspects if not _waits(beats[rank])] or suspects
@@ -137,7 +137,7 @@ def _place(beat: Beat) -> tuple[int, str, str]:
 
 
 def named(ranks: Iterable[int], identities: Sequence[Identity]) -> str:
-    """`ranks 0, 1 on a, rank 2 on b`."""
+    """Ranks by host, for a message: `ranks 0, 1 on a, rank 2 on b`."""
     hosts: dict[str, list[int]] = {}
     for rank in ranks:
         hosts.setdefault(identities[rank].host, []).append(rank)

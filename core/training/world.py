@@ -1,7 +1,7 @@
-"""The ranks of a run: how this process becomes one of them, and what it says to all.
+"""The data parallel ranks of a run: how a process joins their process group, and the collectives among them.
 
-A rank is one process with one device. The environment that torchrun and the DeepSpeed launcher set (RANK,
-WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says which; without it a run is one rank.
+A rank is one process with one device. The environment variables of torchrun and the DeepSpeed launcher (RANK,
+WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) say which; without them the world size is 1.
 """
 
 import datetime
@@ -22,12 +22,16 @@ from ..model.transfer import to_device
 from .messages import MOST_BYTES, Failure, decoded, encoded
 from .network import LOOPBACK, hosted_store, keep_to, own_address
 
-COLLECTED_ELEMENTS = 25_000_000  # that rank 0 gets at once
+COLLECTED_ELEMENTS = 25_000_000  # that rank 0 receives at once, from all ranks together
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among all ranks, and its device."""
+    """This rank, the world size, the device, and collectives, in which every rank must take part.
+
+    kind: the type of a message, as in an annotation. Raises OSError for a message of another type or more than
+    MOST_BYTES.
+    """
 
     rank: int
     size: int
@@ -35,32 +39,32 @@ class World:
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` added up over all ranks, on this rank's device; in place when they are there already."""
+        """All-reduce: the sum of `values` over ranks, on this rank's device; in place when they are there already."""
         values = values if values.device == self.device else to_device(values, self.device)
         dist.all_reduce(values)
         return values
 
     def gather(self, mine: Sequence[Any], kind: Any) -> list[Any]:
-        """The lists of all ranks as one, rank after rank. kind: the type of an item, as in an annotation."""
+        """All-gather: the lists of all ranks as one, in the order of ranks. kind: the type of an item."""
         parts = self._everyones(encoded(list(mine), list[kind]), on_all=True)
         return [item for rank, part in enumerate(parts) for item in decoded(part, list[kind], f"rank {rank}")]
 
     def to_first(self, mine: Any, kind: Any) -> list[Any]:
-        """Every rank's object, of this type, on rank 0; nothing on the others."""
+        """Gather: every rank's object on rank 0; an empty list on the others."""
         parts = self._everyones(encoded(mine, kind), on_all=False)
         return [decoded(part, kind, f"rank {rank}") for rank, part in enumerate(parts)]
 
     def collect(self, mine: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Every rank's tensor of one dimension in rank 0's memory on the host; nothing on the others.
+        """Gather every rank's tensor of one dimension in rank 0's host memory; an empty list on the others.
 
-        lengths: of those tensors; rank 0 needs it.
+        lengths: of those tensors; only rank 0 needs it.
         """
         longest = self.agree(lambda: max(lengths), int)
         everyones = [torch.empty(length, dtype=mine.dtype) for length in lengths] if self.rank == 0 else []
         step = max(1, COLLECTED_ELEMENTS // self.size)
         for start in range(0, longest, step):
             size = min(step, longest - start)
-            # All the same size, and where they belong if that is the host.
+            # All pieces have the same size; on a CPU they are received where they belong.
             rooms = [whole[start : start + size] for whole in everyones]
             parts = [room if room.numel() == size and mine.is_cpu else mine.new_empty(size) for room in rooms]
             sent = mine[start : start + size]
@@ -71,7 +75,7 @@ class World:
         return everyones
 
     def agree(self, choose: Callable[[], Any], kind: Any) -> Any:
-        """Rank 0's choice, of this type, on every rank; its ValueError or OSError on every rank as well."""
+        """Broadcast: what `choose` returns on rank 0; its ValueError or OSError is raised on every rank as well."""
         error, content = None, b""
         if self.rank == 0:
             try:
@@ -89,10 +93,10 @@ class World:
             raise decoded(content[1:], Failure, "rank 0").error()
         return decoded(content[1:], kind, "rank 0")
 
-    # Messages as tensors of bytes, as long as the longest: the backends carry nothing else.
+    # Messages travel as tensors of bytes, padded to the longest: the backends carry nothing else.
 
     def _everyones(self, content: bytes, *, on_all: bool) -> list[bytes]:
-        """What each rank gave, on rank 0 or on all; nothing on the others. Raises OSError for more than MOST_BYTES."""
+        """Every rank's `content`, on rank 0 or on all. Raises OSError for more than MOST_BYTES."""
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(content)], device=self.device))
         numbers = self._checked(lengths)
@@ -125,7 +129,7 @@ def _bytes(message: Tensor) -> bytes:
 
 
 def device_for(config: TrainConfig, local_rank: int) -> torch.device:
-    """Raises ValueError when a GPU is asked for and there is none for this rank."""
+    """The device of a rank by train.device. Raises ValueError when it should be a GPU and this rank has none."""
     count = torch.cuda.device_count()
     if config.device == "cpu" or (config.device == "auto" and count == 0):
         return torch.device("cpu")
@@ -139,15 +143,15 @@ def device_for(config: TrainConfig, local_rank: int) -> torch.device:
 
 
 def local_size() -> int:
-    """Ranks of this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, DeepSpeed
 
 
 def join(config: TrainConfig) -> World:
     """Join the process group that the launcher describes, or make one of a single rank.
 
-    Raises ValueError for a GPU that is not there or half precision that the device cannot compute in, OSError when
-    the attention op is not built for the device.
+    Raises ValueError for a missing GPU, fp16 on a device without it, or a launcher that does not say where the ranks
+    meet. Raises OSError when the attention op is not built for the device, or rank 0 cannot listen where they meet.
     """
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
@@ -172,7 +176,7 @@ def join(config: TrainConfig) -> World:
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         raise ValueError(f"train.precision=fp16 needs a GPU; on this {device.type} use bf16 or fp32")
     if device.type == "cpu":
-        # All that DeepSpeed would compile on a machine's first run, for minutes, is a sum of tensors for inference.
+        # All that DeepSpeed would compile on a machine's first run, for minutes, is an all-reduce for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Later than core/training/heartbeat.py, which also says who is missing.
     patience = datetime.timedelta(seconds=config.collective_timeout_seconds + 2 * config.rank_timeout_seconds)
@@ -190,9 +194,9 @@ def join(config: TrainConfig) -> World:
 
 
 def _store(rank: int, size: int, alone: bool, timeout: datetime.timedelta) -> dist.Store:
-    """Where the ranks meet: of torch's own way, env://, everything listens on every interface.
+    """The rendezvous store; torch's own, by env://, listens on every interface.
 
-    alone: whether all ranks are on this machine. The launcher's store is used where there is one.
+    alone: whether all ranks are on this machine. The launcher's store is used if there is one.
     """
     if size == 1:
         keep_to(LOOPBACK, alone=True)
