@@ -3,26 +3,29 @@
 #   VENV=DIR          the virtual environment (.venv)
 #   PYTHON=EXE        the interpreter it is made from (the first Python >= 3.11 found)
 #   TESTS='PATH ...'  which tests `test`, `test-all` and `test-gpu` run (tests)
+#   WORKERS=N         how many processes run tests at the same time (2; 0: this one alone)
 #   COCO=DIR          what `bench` streams: a folder with annotations.json and images/ (build/bench: procedural)
 #   OFFLINE=1         a machine without a package registry: use the packages that PYTHON already has
 #   WHEELS=DIR        with OFFLINE=1: wheels to install beside them
 
 VENV ?= .venv
 TESTS ?= tests
+WORKERS ?= 2
 COCO ?= build/bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 export PYTHON OFFLINE
 
 SOURCES := $(wildcard core/*.py core/*/* ops/*.py ops/csrc/* data/*.py launch/* launch/*/* monitoring/*.py monitoring/*/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-gpu bench bench-gpu lint wheel clean
+.PHONY: help setup demo unit test test-all test-gpu bench bench-gpu lint wheel clean
 
 help:
 	@echo 'make demo       train, evaluate and look at a small detector on this machine (10 minutes on 2 cores)'
+	@echo 'make unit       the tests that start no process (2 minutes)'
 	@echo 'make test       lint, then every test that needs neither a GPU nor much time'
 	@echo 'make test-all   the slow tests as well'
 	@echo 'make test-gpu   the tests that need a CUDA device'
@@ -36,6 +39,9 @@ demo: setup
 	rm -rf demo
 	$(BIN)/python -m ddetr.launch.demo demo
 
+unit: setup
+	$(PYTEST) -m 'not processes and not slow and not gpu' $(TESTS)
+
 test: lint
 	$(PYTEST) -m 'not slow and not gpu' $(TESTS)
 
@@ -43,7 +49,7 @@ test-all: lint
 	$(PYTEST) -m 'not gpu' $(TESTS)
 
 test-gpu: setup gpu
-	$(PYTEST) -m gpu $(TESTS)
+	$(PYTEST) -n 0 -m gpu $(TESTS)
 
 bench: setup $(COCO)/annotations.json
 	$(BIN)/python benchmarks/deform_attn.py
@@ -56,7 +62,7 @@ bench: setup $(COCO)/annotations.json
 	$(BIN)/python benchmarks/scaling.py
 
 bench-gpu: setup gpu
-	$(PYTEST) -m gpu -k 'not sanitizer' tests/ops
+	$(PYTEST) -n 0 -m gpu -k 'not sanitizer' tests/ops
 	$(BIN)/python benchmarks/cuda_code.py
 	$(BIN)/python benchmarks/deform_attn.py --gpu
 	$(BIN)/python benchmarks/step.py --device cuda
@@ -81,7 +87,7 @@ wheel: setup
 setup: $(VENV)/.built
 
 clean:
-	rm -rf build dist demo *.egg-info ops/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo *.egg-info ops/*.so .coverage .pytest_cache .ruff_cache .hypothesis
 
 .PHONY: gpu
 gpu: setup

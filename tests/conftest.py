@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What a run of this account was trained with is remembered there: not in the home of who runs the tests.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ddetr-state-")
+
+STARTS = frozenset(("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"))  # events of sys.audit
+_alone: list[str] = []  # the test at hand, if it is one of `make unit`
+
+
+def _refuse_processes(event: str, _: tuple) -> None:
+    if event in STARTS and _alone:
+        raise AssertionError(f"{_alone[0]} starts a process ({event}): mark it with pytest.mark.processes")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests of `make unit` start no process."""
+    if not any(map(item.get_closest_marker, ("processes", "slow", "gpu"))):
+        _alone.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _alone.clear()
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,10 +57,10 @@ def golden() -> Path:
 def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shards with 24 procedural images of 96 pixels and 3 classes."""
     from ddetr.data.shards import pack
-    from ddetr.launch.data import synth
+    from ddetr.data.synthetic import draw_set
 
     folder = tmp_path_factory.mktemp("synthetic")
-    synth(folder / "coco", 24, 96, 3, 7)
+    draw_set(folder / "coco", images=24, size=96, classes=3, seed=7, workers=1)
     shards = folder / "shards"
     pack(folder / "coco/annotations.json", folder / "coco/images", shards, workers=1, shard_bytes=64 << 10)
     return shards

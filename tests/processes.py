@@ -43,9 +43,10 @@ class Command:
         folder: Path | None = None,
         program: Path | None = None,
     ) -> None:
+        self.args = [*map(str, arguments)]
+        sys.audit("subprocess.Popen", "ddetr", self.args, folder, environment)
         self._outputs = [tempfile.NamedTemporaryFile(prefix="ddetr-") for _ in ("stdout", "stderr")]  # noqa: SIM115
         self._store: Any = None  # where the ranks meet: as torchrun, it listens as long as they run
-        self.args = [*map(str, arguments)]
         places = self._places(ranks) if ranks > 1 else [{}]
         self.processes = [
             _context.Process(

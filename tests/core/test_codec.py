@@ -113,6 +113,7 @@ def test_another_architecture_is_named_without_reading_a_tensor(tmp_path: Path) 
         found.fill(build(found.config.model))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("settings", [(), ("train.ema_decay=0.9",)], ids=["plain", "average"])
 def test_a_resume_reads_each_tensor_once_on_each_rank(train: Train, tmp_path: Path, settings: tuple[str, ...]) -> None:
     """And every byte for the checksum once, on rank 0, which alone looks at the headers before the run begins."""

@@ -21,6 +21,8 @@ from tests.core.runs import SMALL, collect, free_port, succeeded, trained, wait_
 from tests.data import file_server
 from tests.processes import Command
 
+pytestmark = pytest.mark.processes
+
 HOST = socket.gethostname()
 
 

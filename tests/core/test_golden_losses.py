@@ -15,6 +15,8 @@ import torch
 
 from tests.core.runs import collect, command, succeeded
 
+pytestmark = pytest.mark.processes
+
 FILE = Path(__file__).resolve().parent.parent / "golden/tiny_losses.json"
 PARTS = ("total", "class", "l1", "giou")
 

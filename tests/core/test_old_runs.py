@@ -13,7 +13,7 @@ from ddetr.core.evaluation import result
 from ddetr.core.progress import Position
 from ddetr.core.training.saving import prune
 from ddetr.data.shards import pack
-from ddetr.launch.data import synth
+from ddetr.data.synthetic import draw_set
 from safetensors.torch import load_file, save_file
 
 from tests.core.runs import succeeded, trained
@@ -27,7 +27,7 @@ RESUMED = json.loads((HERE / "old_runs_resumed.json").read_text())
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the runs were trained on."""
     folder = tmp_path_factory.mktemp("old")
-    synth(folder / "coco", 16, 64, 3, 7)
+    draw_set(folder / "coco", images=16, size=64, classes=3, seed=7, workers=1)
     pack(folder / "coco/annotations.json", folder / "coco/images", folder / "shards", workers=1)
     return folder / "shards"
 
@@ -45,6 +45,7 @@ def ddetr(*words: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["plain", "average"])
 def test_an_old_run_goes_on_as_its_release_took_it_on(name: str, old_runs: Path, shards: Path) -> None:
     directory, expected = old_runs / name, RESUMED[name]
@@ -111,6 +112,7 @@ def changed(old_runs: Path, lost: str) -> Path:
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["plain", "average"])
 def test_an_old_run_is_shown_reported_and_evaluated(name: str, old_runs: Path, shards: Path) -> None:
     directory = old_runs / name

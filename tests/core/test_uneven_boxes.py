@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 from ddetr.data.shards import pack
-from ddetr.launch.data import synth
+from ddetr.data.synthetic import draw_set
 
 from tests.core.runs import Train, succeeded
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module", params=["uneven", "empty"])
 def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images: half of them without a box and one with 400 of them; or one box in all, as none is refused."""
     folder = tmp_path_factory.mktemp(request.param)
-    synth(folder / "coco", 24, 96, 3, 7)
+    draw_set(folder / "coco", images=24, size=96, classes=3, seed=7, workers=1)
     file = folder / "coco/annotations.json"
     coco = json.loads(file.read_text())
     kept = coco["annotations"][:1]

@@ -5,13 +5,13 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ddetr.core.training.network import hosted_store, own_address
 
 from tests.core.runs import SMALL, command, free_port
+from tests.processes import Command
 
 JOIN = """
 import json, os, pickle, sys
@@ -48,21 +48,21 @@ def send(content, length=None):
 
 def two(folder: Path, code: str, second: str = "", **variables: str) -> list[subprocess.CompletedProcess[str]]:
     """Two ranks that run `code`; the second one `second` where it is given."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
     processes = []
     for rank in range(2):
-        line = [sys.executable, "-c", JOIN + ((rank and second) or code), str(folder / "executed")]
-        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), **variables}
-        pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(line, env=own, cwd=folder, stdout=pipe, stderr=pipe, text=True))
+        program = folder / f"rank{rank}.py"
+        program.write_text(JOIN + ((rank and second) or code))
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(Command(folder / "executed", environment=own, folder=folder, program=program))
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        statuses = [process.wait(300) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(processes, outputs, strict=True)
+        subprocess.CompletedProcess(process.args, status, process.stdout, process.stderr)
+        for process, status in zip(processes, statuses, strict=True)
     ]
 
 

@@ -66,10 +66,10 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
     from ddetr.core.evaluation.evaluator import evaluate_shard
     from ddetr.data.index import ShardIndex
     from ddetr.data.shards import pack
-    from ddetr.launch.data import synth
+    from ddetr.data.synthetic import draw_set
 
     folder = tmp_path_factory.mktemp("evaluated")
-    synth(folder / "coco", 18, 96, 3, 11)
+    draw_set(folder / "coco", images=18, size=96, classes=3, seed=11, workers=1)
     images, annotations = folder / "coco/images", folder / "coco/annotations.json"
     pack(annotations, images, folder / "drawn", workers=1)
     detector = load_detector(make_run(folder / "first", folder / "drawn", (20,)))

@@ -3,11 +3,12 @@
 import importlib.metadata
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from ddetr.launch.arguments import normalised_arguments
+
+from tests.processes import finished
 
 DDETR = Path(sys.executable).with_name("ddetr")
 COMMANDS = [
@@ -43,6 +44,7 @@ def assert_one_message(result: subprocess.CompletedProcess[str], *parts: str) ->
         assert part in result.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = ddetr(*command, "--help")
@@ -50,16 +52,19 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage: ddetr " + " ".join(command) in result.stdout
 
 
+@pytest.mark.processes
 def test_help_lists_every_command() -> None:
     listed = ddetr("--help").stdout
     for command in COMMANDS:
         assert f" {command[0]} " in listed
 
 
+@pytest.mark.processes
 def test_version() -> None:
     assert ddetr("--version").stdout.strip() == f"ddetr {importlib.metadata.version('ddetr')}"
 
 
+@pytest.mark.processes
 def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = ["torch", "deepspeed", "ray", "timm", "webdataset", "numpy", "matplotlib", "prometheus_client", "pydantic"]
     script = f"import sys, ddetr.launch.cli; print(*[name for name in {heavy!r} if name in sys.modules])"
@@ -67,33 +72,40 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert result.stdout.split() == []
 
 
+@pytest.mark.processes
 def test_a_misspelt_key_is_answered_with_the_near_one() -> None:
     assert_one_message(ddetr("train", "tiny", "train.bach_size=4"), "train.bach_size", "Did you mean train.batch_size?")
 
 
+@pytest.mark.processes
 def test_every_mistake_is_listed_at_once() -> None:
     result = ddetr("train", "tiny", "model.querys=4", "train.epochs=-1", "optim.learning_rate=fast")
     assert_one_message(result, "3 mistake(s)", "model.queries", "train.epochs", "optim.learning_rate")
 
 
+@pytest.mark.processes
 def test_a_misspelt_preset_is_answered_with_the_near_one() -> None:
     assert_one_message(ddetr("train", "tinny"), "tinny", "Did you mean tiny?", "r50_two_stage")
 
 
+@pytest.mark.processes
 def test_train_without_a_preset_says_what_to_name() -> None:
     assert_one_message(ddetr("train"), "name a preset", "--resume RUN_DIR")
     assert_one_message(ddetr("train", "train.epochs=1"), "name a preset")
 
 
+@pytest.mark.processes
 def test_resume_refuses_a_preset_and_a_folder_that_is_no_run(tmp_path: Path) -> None:
     assert_one_message(ddetr("train", "tiny", "--resume", tmp_path), "leave out tiny")
     assert_one_message(ddetr("train", "--resume", tmp_path), str(tmp_path), "config.yaml")
 
 
+@pytest.mark.processes
 def test_auto_resume_needs_a_name() -> None:
     assert_one_message(ddetr("train", "tiny", "train.auto_resume=true"), "train.name=NAME")
 
 
+@pytest.mark.processes
 def test_an_unknown_option_exits_2_with_the_near_one() -> None:
     result = ddetr("eval", "somewhere", "--outputt", "x")
     assert result.returncode == 2
@@ -101,6 +113,7 @@ def test_an_unknown_option_exits_2_with_the_near_one() -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.processes
 def test_missing_files_are_one_message(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     commands = (
@@ -115,12 +128,12 @@ def test_missing_files_are_one_message(tmp_path: Path) -> None:
         ["checkpoint", "export", absent, tmp_path / "out"],
         ["report", absent],
     )
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(lambda command: ddetr(*command, cwd=tmp_path), commands):
-            assert_one_message(result, str(absent))
+    for command in commands:
+        assert_one_message(finished(*command, folder=tmp_path), str(absent))
     assert list(tmp_path.iterdir()) == [], "a failed command left something behind"
 
 
+@pytest.mark.processes
 def test_traceback_on_request_wherever_it_stands() -> None:
     for arguments in (["--traceback", "train", "tinny"], ["train", "tinny", "--traceback"]):
         result = ddetr(*arguments)
@@ -129,25 +142,27 @@ def test_traceback_on_request_wherever_it_stands() -> None:
         assert result.stderr.splitlines()[-1].startswith("ddetr: ") or "Did you mean tiny?" in result.stderr
 
 
+@pytest.mark.processes
 def test_synth_pack_check_show(tmp_path: Path) -> None:
     coco, shards, picture = tmp_path / "coco", tmp_path / "shards", tmp_path / "samples.png"
-    assert ddetr("data", "synth", coco, "--images", "8", "--size", "64", "--seed", "3").returncode == 0
-    assert ddetr("data", "check", coco / "annotations.json", coco / "images").returncode == 0
-    packed = ddetr("data", "pack", coco / "annotations.json", coco / "images", shards, "--workers", "1")
+    assert finished("data", "synth", coco, "--images", "8", "--size", "64", "--seed", "3").returncode == 0
+    assert finished("data", "check", coco / "annotations.json", coco / "images").returncode == 0
+    packed = finished("data", "pack", coco / "annotations.json", coco / "images", shards, "--workers", "1")
     assert packed.returncode == 0, packed.stderr
     assert (shards / "index.json").is_file()
-    assert ddetr("data", "check", shards).returncode == 0
-    shown = ddetr("data", "show", shards, picture, "--count", "4", "data.flip_probability=1.0")
+    assert finished("data", "check", shards).returncode == 0
+    shown = finished("data", "show", shards, picture, "--count", "4", "data.flip_probability=1.0")
     assert shown.returncode == 0, shown.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_check_of_broken_data_exits_1(tmp_path: Path) -> None:
     coco = tmp_path / "coco"
-    ddetr("data", "synth", coco, "--images", "4", "--size", "64")
+    finished("data", "synth", coco, "--images", "4", "--size", "64")
     victim = sorted((coco / "images").iterdir())[0]
     victim.unlink()
-    result = ddetr("data", "check", coco / "annotations.json", coco / "images")
+    result = finished("data", "check", coco / "annotations.json", coco / "images")
     assert result.returncode == 1
     assert victim.name in result.stdout + result.stderr
 

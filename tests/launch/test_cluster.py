@@ -15,6 +15,8 @@ import yaml
 from tests.core.runs import SMALL, kill
 from tests.launch.listening import beyond_loopback, listening_until
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Callable[..., None]]:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.processes import finished
 
+pytestmark = pytest.mark.processes
+
 
 def ddetr(*arguments: object) -> subprocess.CompletedProcess[str]:
     return finished("data", *map(str, arguments))

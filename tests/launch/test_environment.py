@@ -14,11 +14,13 @@ import pytest
 from ddetr.launch.environment import SharedMemory, check_shared_memory
 
 from tests.core.runs import SMALL, free_port
+from tests.processes import Command
 
 HOST = socket.gethostname()
 PACKAGE = Path(ddetr.core.__path__[0]).parent
 
 
+@pytest.mark.processes
 def test_what_a_run_says_of_its_machines(synthetic_shards: Path, tmp_path: Path) -> None:
     (status, output), (other, _) = pair(tmp_path, synthetic_shards, everyone=["train.bandwidth_test_seconds=0.5"])
     assert (status, other) == (0, 0), output
@@ -32,29 +34,35 @@ def pair(
     folder: Path,
     shards: Path,
     *,
-    python: str = sys.executable,
+    python: Path | None = None,
     everyone: Sequence[str] = (),
     second: Sequence[str] = (),
     environment_of_second: Mapping[str, str] | None = None,
 ) -> list[tuple[int, str]]:
-    """Exit status and output of two ranks, of which the second has further arguments and another environment."""
+    """Exit status and output of two ranks, of which the second has further arguments and another environment.
+
+    python: an interpreter to start them with.
+    """
     port = str(free_port())
-    processes = []
+    processes: list[Command | subprocess.Popen[str]] = []
     for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment |= (environment_of_second or {}) if rank else {}
-        arguments = ["tiny", *SMALL, f"data.train={shards}", f"train.output={folder}", "train.name=pair"]
+        arguments = ["train", "tiny", *SMALL, f"data.train={shards}", f"train.output={folder}", "train.name=pair"]
         arguments += ["train.max_steps=1", *everyone, *(second if rank else ())]
-        command = [python, "-m", "ddetr.launch.cli", "train", *arguments]
-        pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+        if python is None:
+            processes.append(Command(*arguments, environment=environment))
+            continue
+        line = [python, "-m", "ddetr.launch.cli", *arguments]
+        environment, pipe = os.environ | environment, subprocess.PIPE
+        processes.append(subprocess.Popen(line, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    return [(process.wait(), output) for process, output in zip(processes, outputs, strict=True)]
 
 
 @pytest.mark.slow
@@ -96,12 +104,13 @@ def test_an_output_folder_that_is_not_shared_is_refused(synthetic_shards: Path, 
         f'{sys.executable} "$@"\nexec {sys.executable} "$@"\n'
     )
     wrapper.chmod(0o755)
-    for status, output in pair(folder, synthetic_shards, python=str(wrapper)):
+    for status, output in pair(folder, synthetic_shards, python=wrapper):
         assert status == 2, output
         assert f"train.output={folder} on {HOST} is not the folder that {HOST} has there" in output
     assert not list(folder.iterdir())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("options", [["--dry-run"], pytest.param([], marks=pytest.mark.slow)], ids=["dry run", "run"])
 def test_too_little_shared_memory_is_refused_with_the_remedies(
     options: list[str], synthetic_shards: Path, tmp_path: Path

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.processes
+
 LIFELINE = [sys.executable, "-m", "ddetr.launch.lifeline"]
 
 

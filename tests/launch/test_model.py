@@ -10,6 +10,8 @@ from ddetr.core.config import load
 from ddetr.core.model.cost import Cost, costs
 from ddetr.launch.model import model
 
+from tests.processes import finished
+
 DDETR = Path(sys.executable).with_name("ddetr")
 
 
@@ -35,6 +37,7 @@ def test_the_table_has_every_part_and_their_sum(capsys: pytest.CaptureFixture[st
     assert sum(float(cells[-1]) for part, cells in printed.items() if part != "total") == pytest.approx(100, abs=0.4)
 
 
+@pytest.mark.processes
 def test_without_a_network_and_with_a_size(tmp_path: Path) -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     command = [DDETR, "model", "detr_r50", "--image-size", "480", "640", "model.queries=50"]
@@ -44,13 +47,14 @@ def test_without_a_network_and_with_a_size(tmp_path: Path) -> None:
     assert "first stage" not in result.stdout
 
 
+@pytest.mark.processes
 def test_mistakes_are_one_message() -> None:
     for arguments, expected in (
         (["tinny"], "Did you mean tiny?"),
         (["tiny", "model.querys=4"], "Did you mean model.queries?"),
         (["tiny", "--image-size", "0", "640"], "image_size=(0, 640)"),
     ):
-        result = subprocess.run([DDETR, "model", *arguments], capture_output=True, text=True, timeout=120, check=False)
+        result = finished("model", *arguments)
         assert result.returncode == 2
         assert result.stderr.startswith("ddetr: ")
         assert "Traceback" not in result.stderr

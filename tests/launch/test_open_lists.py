@@ -23,6 +23,7 @@ from ddetr.launch.sweep import read_sweep
 from ddetr.launch.train import run
 
 from tests.core.runs import SMALL
+from tests.processes import finished
 
 ADDED = """
 def add():
@@ -61,27 +62,20 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.fixture
-def ddetr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def ddetr(tmp_path: Path) -> Callable[..., str]:
     """Runs the command line in processes that have the additions; returns what it prints."""
-    (tmp_path / "added").mkdir()
-    (tmp_path / "added/sitecustomize.py").write_text(CUSTOMIZED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "added"))
+    program = tmp_path / "program.py"
+    program.write_text(f"{ADDED}\nadd()\nfrom ddetr.launch.cli import main\nmain()\n")
 
-    def command(*arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ddetr.launch.cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env={**os.environ, "COLUMNS": "200"},
-            check=False,
-        )
+    def command(*arguments: str | Path) -> str:
+        done = finished(*arguments, environment={"COLUMNS": "200"}, program=program)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     return command
 
 
+@pytest.mark.processes
 def test_in_a_run_its_records_and_its_report(ddetr: Callable[..., str], synthetic_shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = [*SMALL, f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}", "train.max_steps=6"]
@@ -105,7 +99,11 @@ def test_in_a_run_its_records_and_its_report(ddetr: Callable[..., str], syntheti
     assert "hits 1.000" in ddetr("checkpoint", "inspect", folder)
 
 
-def test_in_a_search(ddetr: Callable[..., str], synthetic_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_in_a_search(synthetic_shards: Path, tmp_path: Path) -> None:
+    """Also Ray's workers have the additions."""
+    (tmp_path / "added").mkdir()
+    (tmp_path / "added/sitecustomize.py").write_text(CUSTOMIZED)
     overrides = [*SMALL, f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}", "train.max_steps=4"]
     sweep = {
         "base": "tiny",
@@ -116,7 +114,11 @@ def test_in_a_search(ddetr: Callable[..., str], synthetic_shards: Path, tmp_path
         "output": str(tmp_path / "out"),
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    said = ddetr("tune", tmp_path / "sweep.yaml")
+    line = [sys.executable, "-m", "ddetr.launch.cli", "tune", tmp_path / "sweep.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "added"), "COLUMNS": "200"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
     assert "constant 0.1250" in said
     (trial,) = json.loads((tmp_path / "out/results.json").read_text())["trials"]
     assert trial["best"] == 0.125

@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.processes import finished
 
+pytestmark = pytest.mark.processes
+
 ROW = "1 0.5 0.5 0.25 0.5\n"
 
 

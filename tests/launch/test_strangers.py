@@ -34,6 +34,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
     return json.loads(file.read_text())["results"][-1]["metrics"]
 
 
+@pytest.mark.processes
 def test_a_command_is_shown_not_run(run_directory: Path, stranger: Stranger, tmp_path: Path) -> None:
     shards, marker = run_directory.parent / "shards", tmp_path / "executed"
     order = f"data.validation=pipe:touch {marker}; cat {shards}/{{}}"
@@ -47,6 +48,7 @@ def test_a_command_is_shown_not_run(run_directory: Path, stranger: Stranger, tmp
     assert marker.exists()
 
 
+@pytest.mark.processes
 def test_the_ways_to_allow_it_work(run_directory: Path, stranger: Stranger, server: FileServer, tmp_path: Path) -> None:
     shards = run_directory.parent / "shards"
     assert run("eval", run_directory, "--output", tmp_path / "expected").exception is None

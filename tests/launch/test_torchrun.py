@@ -13,6 +13,8 @@ from ddetr.data.shared_memory import REMEDY
 
 from tests.core.runs import SMALL, kill, start, wait_for
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # as the scripts have it
 

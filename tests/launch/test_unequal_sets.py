@@ -12,7 +12,7 @@ from ddetr.core.config import Config, load
 from ddetr.core.evaluation.coco import MEANINGS
 from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
-from ddetr.launch.data import synth
+from ddetr.data.synthetic import draw_set
 from ddetr.launch.evaluate import evaluate
 from ddetr.launch.sweep import read_sweep
 from ddetr.launch.train import check_beforehand
@@ -30,7 +30,7 @@ MakeSet = Callable[..., Path]
 def make_set(tmp_path_factory: pytest.TempPathFactory) -> MakeSet:
     """make_set(name, change): the shards of a drawn set whose json is changed before."""
     folder = tmp_path_factory.mktemp("sets")
-    synth(folder / "coco", 24, 96, 3, 7)
+    draw_set(folder / "coco", images=24, size=96, classes=3, seed=7, workers=1)
 
     def make(name: str, change: Callable[[Json], None] = lambda coco: None) -> Path:
         coco = json.loads((folder / "coco/annotations.json").read_text())
@@ -90,6 +90,7 @@ def by_hand(truth: Path, detections: list[Json], category_ids: list[int]) -> dic
     return dict(zip(MEANINGS, scored.stats.tolist(), strict=True))
 
 
+@pytest.mark.processes
 def test_a_validation_set_with_fewer_categories_is_scored_over_its_own(
     make_set: MakeSet, whole: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_other_categories_are_named_with_the_side_that_has_them(
     assert message.isprintable()
 
 
+@pytest.mark.processes
 def test_a_set_without_objects_is_not_trained_on(make_set: MakeSet, whole: Path, empty: Path, tmp_path: Path) -> None:
     crowds = make_set("crowds", lambda coco: [annotation.update(iscrowd=1) for annotation in coco["annotations"]])
     boxes = int(ShardIndex.load(crowds).samples["num_boxes"].sum())
@@ -159,6 +161,7 @@ def test_a_set_without_objects_is_not_trained_on(make_set: MakeSet, whole: Path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_a_validation_set_without_objects_is_told_of_and_the_run_goes_on(
     whole: Path, empty: Path, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

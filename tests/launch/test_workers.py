@@ -10,7 +10,7 @@ from ddetr.core.evaluation.evaluator import evaluate_shard
 from ddetr.data.index import ShardIndex
 from ddetr.data.location import Location
 from ddetr.data.shards import pack
-from ddetr.launch.data import synth
+from ddetr.data.synthetic import draw_set
 from ddetr.launch.evaluate import CPU_THREADS
 from ddetr.launch.workers import ShardWorker
 
@@ -22,7 +22,7 @@ def test_requests_grow_with_the_shards_and_not_with_their_square(
     fetch: str, run_directory: Path, tmp_path: Path
 ) -> None:
     """Opening asks about each shard, reading for each of them or each image."""
-    synth(tmp_path / "coco", 16, 96, 3, 11)
+    draw_set(tmp_path / "coco", images=16, size=96, classes=3, seed=11, workers=1)
     settings = [f"data.cache={tmp_path}/cache", f"data.fetch={fetch}"]
     detector = load_detector(run_directory, overrides=settings)
     for shard_bytes in (64 << 10, 16 << 10, 4 << 10):

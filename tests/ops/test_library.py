@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from ddetr.ops import library
 
+pytestmark = pytest.mark.processes
+
 CALL = """
 import torch
 from ddetr.ops import deform_attn
