@@ -11,6 +11,14 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
 
 
+def split(line: str) -> list[str]:
+    """The words of a command without its remark; of what a shell could not read, the words between blanks."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:
+        return line.split()
+
+
 @dataclass(frozen=True)
 class Document:
     path: Path  # from the root of the repository
@@ -41,11 +49,7 @@ class Document:
         """
         text = "\n".join(self.blocks("sh", "") + INDENTED.findall(FENCED.sub("", self.text)))
         for line in text.replace("\\\n", " ").splitlines():
-            try:
-                words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            except ValueError:  # no command, such as the output of one
-                continue
-            if words:
+            if words := split(line.strip().removeprefix("$ ")):
                 yield words
 
     @property

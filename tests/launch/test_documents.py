@@ -19,7 +19,7 @@ from ddetr.launch.sweep import read_sweep
 from ddetr.monitoring.metrics import METRICS
 from pydantic import TypeAdapter
 
-from tests.launch.documents import DOCUMENTS, REPOSITORY, Document
+from tests.launch.documents import DOCUMENTS, REPOSITORY, Document, split
 
 # CHANGELOG.md speaks of what was, RESULTS.md of what was measured at some commit.
 CURRENT = [document for document in DOCUMENTS if document.path.name not in ("CHANGELOG.md", "RESULTS.md")]
@@ -90,8 +90,8 @@ def command_lines(document: Document) -> Iterator[tuple[list[str], bool]]:
         elif (arguments := train_arguments(words)) is not None:
             yield arguments, True
     for span in document.spans:
-        words = span.split()
-        if words[0] == "ddetr" and len(words) > 1:
+        words = split(span)
+        if words[:1] == ["ddetr"] and len(words) > 1:
             yield words[1:], False
         elif (arguments := train_arguments(words)) is not None:
             yield arguments, False
@@ -131,12 +131,18 @@ def test_commands_are_those_of_the_command_line(document: Document, tmp_path: Pa
 
 
 def settings(document: Document) -> Iterator[tuple[str, str]]:
-    """Every `section.key` or `section.key=value` within a line and in blocks of a shell."""
-    for text in [*document.spans, *(" ".join(words) for words in document.shell_lines)]:
-        sections = "|".join(Config.model_fields)
-        for key, value in re.findall(rf"(?<![\w./@-])((?:{sections})\.\w+)(?:=(\S+))?", text):
-            if not re.search(r"\.(md|py|yaml|yml|json|jsonl|sh|svg|png|html|safetensors|sbatch|txt|pth|tar)$", key):
-                yield key, value
+    """Every `section.key` and `section.key=value` within a line and in blocks of a shell; no value for the first."""
+    key = rf"(?:{'|'.join(Config.model_fields)})\.\w+"
+    for words in [*map(split, document.spans), *document.shell_lines]:
+        for word in words:
+            if override := re.match(rf"({key})=(.+)", word):
+                yield override[1], override[2].rstrip(",.;:)")
+                continue
+            for name in re.findall(rf"(?<![\w./@-]){key}", word):
+                if not re.search(
+                    r"\.(md|py|yaml|yml|json|jsonl|sh|svg|png|html|safetensors|sbatch|txt|pth|tar)$", name
+                ):
+                    yield name, ""
 
 
 @current
@@ -145,8 +151,8 @@ def test_settings_exist_and_their_values_fit(document: Document) -> None:
         section, name = key.split(".")
         fields = Config.model_fields[section].annotation.model_fields
         assert name in fields, f"{document.path}: {key} is no setting"
-        if value and "..." not in value and not re.fullmatch(r"[A-Z_]+\W*", value) and not value.startswith("{"):
-            _, read_value = read(f"{key}={value.rstrip(',.;:)')}", Config)
+        if value and "..." not in value and not re.fullmatch(r"[A-Z_]+", value):  # which stand for one
+            _, read_value = read(f"{key}={value}", Config)
             adapter: TypeAdapter[Any] = TypeAdapter(Annotated[fields[name].annotation, fields[name]])
             adapter.validate_python(read_value)
 
