@@ -113,4 +113,4 @@ def test_a_backbone_of_timm() -> None:
     from ddetr.core.model.backbone import Backbone
 
     _, _, preset, *overrides = command("ddetr model r50")
-    assert Backbone(load(preset, overrides).model).channels == (24, 48, 288)
+    assert Backbone(load(preset, overrides).model).channels == (16, 24, 288)
