@@ -28,7 +28,7 @@ class StepReport:
     images: int  # over all ranks, that carried a loss
     step_seconds: float  # the whole step, waiting for data included
     data_wait_seconds: float
-    own_seconds: float  # of the step: until the rank's losses were there, its batch and its share of the model included
+    own_seconds: float  # of the step: waiting for its batch, forward passes and losses
     skipped: bool  # a loss or a gradient was not finite: no rank changed its weights
     memory_bytes: int  # largest so far: allocated on the GPU, or resident on a CPU
     loss_scale: float
