@@ -31,7 +31,9 @@ PROBE_ELEMENTS = (1_000, 100_000, 1_000_000, 10_000_000)
 SIZES = ((4, "the tiny preset"), (40, "r50"), (210, "Swin-L"), (1000, "a ViT of a billion"))
 
 # For the predictions on GPUs: assumptions, not measurements.
-IMAGES_A_SECOND = 25.0  # of one GPU in bf16, forward and backward of r50 at 800 x 1066
+# Of one GPU, forward and backward of r50 at COCO's sizes: the most that a published training time comes to (an A100 in
+# fp32), and a guess at a newer one in bf16.
+IMAGES_A_SECOND = (7.3, 25.0)
 IMAGES_A_GPU = 2
 GPUS_A_NODE = 8
 NODE_BYTES_A_SECOND = 200e9  # of an all-reduce within a node (NVLink)
@@ -57,7 +59,8 @@ def main() -> None:
         return
     if not arguments.gpus:
         measured(arguments)
-    predictions(parameters=40.1e6)
+    for rate in IMAGES_A_SECOND:
+        predictions(rate, parameters=40.1e6)
     memory()
 
 
@@ -106,7 +109,7 @@ def seconds(times: list[float]) -> str:
 def bytes_a_parameter(precision: str, stage: int, ranks: int) -> tuple[float, float]:
     """Of a rank: weights with AdamW's state, and gradients."""
     width = 4 if precision == "fp32" else 2
-    master = 8 if precision == "fp32" else 12  # the averages, and the float32 weights where there are others
+    master = 8 if precision == "fp32" else 12  # AdamW's moments, and the float32 weights where there are others
     return (
         width / (ranks if stage == 3 else 1) + master / (ranks if stage > 0 else 1),
         width / (ranks if stage > 1 else 1),
@@ -223,11 +226,12 @@ def probe() -> tuple[float, float]:
     return times[0], 4 * PROBE_ELEMENTS[-1] / (times[-1] - times[0])
 
 
-def predictions(parameters: float) -> None:
-    """Weak scaling on GPUs: each takes as many images, however many there are."""
-    compute = IMAGES_A_GPU / IMAGES_A_SECOND
+def predictions(rate: float, parameters: float) -> None:
+    """Weak scaling on GPUs: each takes as many images, however many there are. rate: images a second of one GPU."""
+    compute = IMAGES_A_GPU / rate
     print(
-        f"\nassumed: {compute:.3f} s of computing {IMAGES_A_GPU} images a step on each GPU, bf16, jitter {JITTER:.0%}"
+        f"\nassumed: {rate:g} images/s of each GPU, so {compute:.3f} s for the {IMAGES_A_GPU} of a step; gradients and "
+        f"weights in bf16, jitter {JITTER:.0%}"
     )
     print("| GPUs | exchange of stage 0, ms | of 1 and 2 | of 3 | slowest rank, ms | efficiency of stage 0 | "
           "of 1 and 2 | of 3 | images/s, stage 1 |")  # fmt: skip
