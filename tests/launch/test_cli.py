@@ -16,6 +16,7 @@ COMMANDS = [
     ["data", "synth"],
     ["data", "show"],
     ["train"],
+    ["config"],
     ["model"],
     ["eval"],
     ["predict"],
