@@ -100,7 +100,9 @@ def _named(kind: Any) -> str:
 
 def _bounded(kind: Any, of_field: list[Any]) -> str:
     item, of_item = _of_items(kind)
-    least, above, most, below = None, None, None, None
+    least: Any = None
+    above: Any = None
+    most = below = None
     for bound in of_item or of_field:
         if isinstance(bound, Gt):
             above = bound.gt

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.documents import MOST_BYTES, parse_yaml
 from .mistakes import ConfigError, brief
+from .overrides import model_at
 from .ownership import ForeignSettingError
 from .sections import Config
 
@@ -29,8 +30,8 @@ class Layer:
 
     @property
     def keys(self) -> Iterator[str]:
-        for section, settings in self.values.items():
-            yield from (f"{section}.{key}" for key in settings if isinstance(settings, dict))
+        """The settings that it has, where it is sections of settings."""
+        return (f"{section}.{key}" for section, settings in self.values.items() for key in settings)
 
 
 def preset_names() -> list[str]:
@@ -109,22 +110,21 @@ def came_with_weights(file: Path) -> bool:
 
 
 def _path(preset_or_path: str | Path, named_in: Path | None) -> Path:
-    path = PRESETS / f"{preset_or_path}.yaml"
-    if not os.path.isfile(path):  # unlike Path.is_file, it takes any text for a name
-        path = (named_in.parent if named_in else Path()) / preset_or_path
-    if not os.path.isfile(path):
-        near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        if str(preset_or_path).partition(".")[0] in Config.model_fields:
-            hint = " A setting is written section.key=value."
-        name = brief(str(preset_or_path))
-        if named_in is not None:
-            name = f"{named_in}: {BASE}: {name}"
-            hint = f" beside {named_in.name}.{hint}"
-        else:
-            hint = f".{hint}"
-        raise ConfigError(f"{name}: no such preset or file{hint} Presets: {', '.join(preset_names())}")
-    return path
+    if str(preset_or_path) in preset_names():
+        return PRESETS / f"{preset_or_path}.yaml"
+    path = (named_in.parent if named_in else Path()) / preset_or_path
+    if os.path.isfile(path):  # unlike Path.is_file, it takes any text for a name
+        return path
+    name = brief(str(preset_or_path))
+    said = f"{name}: no such preset or file"
+    if named_in is not None:
+        said = f"{named_in}: {BASE}: {said} beside {named_in.name}"
+    near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    section, _, key = name.partition(".")
+    if (model := model_at([section], Config)) and key in model.model_fields:
+        hint = " A setting is written section.key=value."
+    raise ConfigError(f"{said}.{hint} Presets: {', '.join(preset_names())}")
 
 
 def _read(path: Path, *, aliases: bool) -> dict[str, Any]:

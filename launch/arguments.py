@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 OVERRIDES = "section.key=value"
-CONFIGURATION = f"PRESET_OR_FILE... {OVERRIDES}"
+CONFIGURATION = f"PRESET_OR_FILE {OVERRIDES}"
 
 Overrides = Annotated[
     list[str] | None,

@@ -69,8 +69,9 @@ def differences(one: str, other: str) -> bool:
     configs = [_read([name], ()) for name in (one, other)]
     rows = []
     for key in (entry.key for section in section_names() for entry in entries(section)):
-        if _raw(configs[0], key) != _raw(configs[1], key):
-            left, right = (_value(config, key) for config in configs)
+        raw = [_raw(config, key) for config in configs]
+        if raw[0] != raw[1]:
+            left, right = ("not given" if _is_open(config, key) else _value(config, key) for config in configs)
             rows.append((key, left, right if left != right else f"{right} (with another login or query)"))
     console = _console()
     if not rows:
@@ -110,16 +111,19 @@ def _facts(entry: Entry, config: Config | None) -> list[tuple[str, str]]:
     return [(label, text) for label, text in facts if text]
 
 
+def _is_open(config: Config, key: str) -> bool:
+    """Whether the training set decides it."""
+    return key == CLASSES and not gives_classes(config)
+
+
 def _raw(config: Config, key: str) -> Any:
     section, name = key.split(".")
-    if key == CLASSES and not gives_classes(config):
-        return None
-    return getattr(getattr(config, section), name)
+    return None if _is_open(config, key) else getattr(getattr(config, section), name)
 
 
 def _value(config: Config, key: str) -> str:
     """As an override has it, without a login."""
     value = _raw(config, key)
-    if key == CLASSES and value is None:
+    if _is_open(config, key):
         return f"as many as the training set has ({config.model.num_classes} without one)"
     return visible(in_one_line(without_logins(list(value) if isinstance(value, tuple) else value)))

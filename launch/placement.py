@@ -78,7 +78,7 @@ def from_anywhere(config: Config, here: Path | None = None) -> Config:
     here: the folder that relative paths and commands mean, by default the one of this process.
     """
     here = here or Path.cwd()
-    placed = {
+    moved: dict[str, str] = {
         f"{name}.{key}": value.from_anywhere(here)
         for name, section in config
         for key, value in section
@@ -86,8 +86,8 @@ def from_anywhere(config: Config, here: Path | None = None) -> Config:
     }
     scheme, colon, folder = config.model.backbone.partition(":")
     if colon and scheme.lower() == "local-dir":
-        placed["model.backbone"] = f"{scheme}:{Location(folder).from_anywhere(here)}"
-    return changed(config, [written(key, value) for key, value in placed.items()], "the configuration")
+        moved["model.backbone"] = f"{scheme}:{Location(folder).from_anywhere(here)}"
+    return changed(config, [written(key, value) for key, value in moved.items()], "the configuration")
 
 
 @contextlib.contextmanager

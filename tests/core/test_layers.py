@@ -88,6 +88,8 @@ def test_a_base_that_is_none_is_said(base: str, said: str, tmp_path: Path) -> No
 def test_a_setting_without_a_value_is_not_taken_for_a_file() -> None:
     with pytest.raises(ConfigError, match=r"train\.epochs: no such preset or file\. A setting is written section.key="):
         load(["tiny", "train.epochs"])
+    with pytest.raises(ConfigError, match=r"train\.yaml: no such preset or file\. Presets"):
+        load("train.yaml")
 
 
 ORDER = "data: {train: 'pipe:touch executed; cat {}'}\n"
