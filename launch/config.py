@@ -78,7 +78,7 @@ def differences(one: str, other: str) -> bool:
         console.print(Text(visible(f"{one} and {other} are equal: no setting differs")))
         return False
     rows.insert(0, ("setting", visible(brief(one)), visible(brief(other))))
-    widths = [max(len(row[column]) for row in rows if len(row[column]) <= COLUMN) for column in (0, 1)]
+    widths = [max((len(row[column]) for row in rows if len(row[column]) <= COLUMN), default=0) for column in (0, 1)]
     for number, (key, left, right) in enumerate(rows):
         line = f"{key:<{widths[0]}}  {left:<{widths[1]}}  {right}"
         console.print(Text(line, style="" if number else "bold"))

@@ -88,6 +88,13 @@ def test_differences_are_a_line_each(tmp_path: Path) -> None:
     ]
     (tmp_path / "same.yaml").write_text("base: r50\n")
     assert "no setting differs" in ddetr("config", "--diff", "r50", tmp_path / "same.yaml")
+    long = tmp_path / f"{'a' * 40}.yaml"
+    long.write_text(f"base: r50\ntrain: {{output: {'b' * 40}, name: {'c' * 40}}}\n")
+    lines = ddetr("config", "--diff", long, "r50", status=1).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["train.output", "b" * 40, "runs"],
+        ["train.name", "c" * 40, "null"],
+    ]
     stored = load("tiny", ["train.name=theirs", "data.train=pipe:touch executed", "model.num_classes=80"])
     run = tmp_path / "theirs"
     run.mkdir()
