@@ -1,18 +1,17 @@
 """The configuration: a YAML preset or file, then dotted overrides, checked as a whole before anything starts."""
 
-import difflib
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from ..data.documents import MOST_BYTES, parse_yaml
+from ..data.documents import parse_yaml
 from ..data.location import Location
+from .layers import BASE, came_with_weights, layers, merged, preset_names, sections
 from .mistakes import ConfigError, brief, described, listed
-from .overrides import assign, read, switches_for_numbers
+from .overrides import assign, read, switches_for_numbers, written
 from .ownership import ORDERS, check_own, is_shortened
 from .sections import Config, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -26,57 +25,100 @@ __all__ = [
     "came_with_weights",
     "changed",
     "dump",
+    "gives_classes",
     "load",
     "parse",
     "preset_names",
+    "with_classes",
     "without_logins",
 ]
 
-PRESETS = Path(__file__).resolve().parent / "presets"
 
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def load(preset_or_path: str | Path, overrides: Iterable[str] = (), *, of_run: bool = False) -> Config:
+def load(
+    preset_or_path: str | Path | Sequence[str | Path],
+    overrides: Iterable[str] = (),
+    *,
+    of_run: bool = False,
+    named_in: Path | None = None,
+    acts: bool = True,
+) -> Config:
     """Read a preset (by name) or a YAML file, apply `section.key=value` overrides, check everything.
 
+    Of several, later ones win, setting by setting; so does a file over its `base: PRESET_OR_FILE`.
     `model.queries=100`, `optim.drop_epochs=[30,40]`, `train.name=123`, `data.train=null`: core/overrides.py.
-    of_run: the file is a run's, even where it does not look so.
+    of_run: the file is a run's, even where it does not look so. named_in: the file that names it, beside which a
+    relative path is looked for. acts: whether anything is done with it; what is only shown gives no orders.
     Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one, and
-    ForeignSettingError when the file came with weights and gives orders that are not the user's.
+    ForeignSettingError when a file came with weights and gives orders that are not the user's.
     """
+    names = [preset_or_path] if isinstance(preset_or_path, str | Path) else preset_or_path
     overrides = list(overrides)
-    path = _path(preset_or_path)
-    foreign = path.parent != PRESETS and (of_run or came_with_weights(path))
-    config = _checked(_read(path, aliases=not foreign), overrides, str(preset_or_path))
-    if foreign:
-        check_own(config, ORDERS, overrides, path)
+    found = [layer for name in names for layer in layers(name, of_run=of_run, named_in=named_in)]
+    config = _checked(merged(found), overrides, " + ".join(map(str, found)) or "the settings")
+    last = {key: layer for layer in found for key in layer.keys}
+    for layer in found if acts else ():
+        if layer.foreign:
+            check_own(config, [key for key in ORDERS if last.get(key) is layer], overrides, layer.path)
     return config
 
 
 def parse(text: str, source: str, overrides: Iterable[str] = ()) -> Config:
     """What `dump` has written, perhaps in a stranger's file; `source` names it in the error. Raises ConfigError."""
     try:
-        values = parse_yaml(text)
+        values = sections(parse_yaml(text), source)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{source}: its configuration cannot be read: {error}") from error
-    return _checked(_sections(values, source), overrides, source)
+    if BASE in values:
+        raise ConfigError(
+            f"{source}: its configuration names a {BASE}, but one that comes with a run or weights is whole"
+        )
+    return _checked(values, overrides, source)
 
 
 def changed(config: Config, overrides: Iterable[str], source: str) -> Config:
     """`config` with overrides applied, checked as `load` does; `source` names it in the error."""
-    return _checked(config.model_dump(mode="json"), overrides, source)
+    return _checked(_given(config), overrides, source)
+
+
+def gives_classes(config: Config) -> bool:
+    """Whether somebody has set model.num_classes: otherwise it is the default, which the training set replaces."""
+    return "num_classes" in config.model.model_fields_set
+
+
+def with_classes(config: Config, num_classes: int) -> Config:
+    """`config` for a training set of so many classes: the same one where somebody has set their number."""
+    if gives_classes(config):
+        return config
+    return changed(config, [written("model.num_classes", num_classes)], "the training set")
 
 
 def dump(config: Config, *, for_others: bool = False) -> str:
     """The whole configuration as YAML that `load` reads back to an equal one.
 
+    A number of classes that nobody has set is left out, so that the training set decides it then, too.
     for_others: the addresses in it without logins and queries, for what is printed or handed on.
     """
+    values = _given(config)
+    return yaml.dump(without_logins(values) if for_others else values, Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists in one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
+
+
+def _given(config: Config) -> dict[str, Any]:
+    """All values, but not a number of classes that nobody has set."""
     values = config.model_dump(mode="json")
-    return yaml.safe_dump(without_logins(values) if for_others else values, sort_keys=False)
+    if not gives_classes(config):
+        del values["model"]["num_classes"]
+    return values
 
 
 def without_logins(values: Any) -> Any:
@@ -104,46 +146,3 @@ def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> C
     if mistakes:
         raise listed(source, mistakes)
     return config
-
-
-def _path(preset_or_path: str | Path) -> Path:
-    path = PRESETS / f"{preset_or_path}.yaml"
-    if not os.path.isfile(path):  # unlike Path.is_file, it takes any text for a name
-        path = Path(preset_or_path)
-    if not os.path.isfile(path):
-        near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        name = brief(str(preset_or_path))
-        raise ConfigError(f"{name}: no such preset or file.{hint} Presets: {', '.join(preset_names())}")
-    return path
-
-
-def _read(path: Path, *, aliases: bool) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            values = parse_yaml(file.read(MOST_BYTES + 1), aliases=aliases)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return _sections(values, str(path))
-
-
-def _sections(values: Any, source: str) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{source}: expected sections ({', '.join(Config.model_fields)}), got {type(values).__name__}"
-        )
-    return values
-
-
-def came_with_weights(file: Path) -> bool:
-    """Whether a file, or what it is a link to, lies somewhere in a run directory or beside a model.safetensors."""
-    places = [Path(os.path.abspath(file)), file.resolve()]
-    if places[0].is_relative_to("/proc/self/fd"):  # handed over by the program that started this one
-        return False
-    if any((place.parent / "model.safetensors").exists() for place in places):
-        return True
-    return any(
-        any((folder / name).exists() for name in ("metrics.jsonl", "events.jsonl"))
-        or any(folder.glob("checkpoints/step_*"))
-        for folder in {folder for place in places for folder in place.parents}
-    )

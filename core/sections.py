@@ -4,14 +4,19 @@ Reading and checking it as a whole: core/config.py.
 """
 
 import json
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.config import DataConfig
 from ..data.location import Location
+from ..data.multiples import nearest
+from ..data.setting import setting
 from ..data.text import visible
 
+MOST_CHANNELS = 4096  # of a token
+NORM_GROUPS = 32
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 
 
@@ -22,44 +27,65 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The detector (Deformable DETR, section 4 and appendix A.4). The defaults are the published ones."""
 
-    architecture: Literal["deformable_detr", "detr"] = "deformable_detr"
-    backbone: str = Field(default="resnet50.tv_in1k", description="any timm model that supports features_only")
-    pretrained_backbone: bool = True
-    backbone_norm: Literal["frozen_batch", "group"] = Field(
-        default="frozen_batch", description="frozen_batch needs pretrained weights; group trains from scratch"
+    architecture: Literal["deformable_detr", "detr"] = setting(
+        "deformable_detr", "detector: Deformable DETR, or DETR, the paper's baseline"
     )
-    dilation: bool = Field(default=False, description="C5 at stride 16 instead of 32 (the published DC5)")
-    hidden_dim: int = Field(default=256, gt=0, le=4096)
-    heads: int = Field(default=8, gt=0, le=1024)
-    levels: int = Field(default=4, ge=1, le=16)
-    points: int = Field(default=4, ge=1, le=256)
-    multi_scale_attention: bool = Field(
-        default=True, description="false: a token of the encoder sees its own level only (the paper's table 2)"
+    backbone: str = setting("resnet50.tv_in1k", "backbone (feature extractor): any timm model with features_only")
+    pretrained_backbone: bool = setting(True, "the backbone starts from its pretrained weights, which timm fetches")
+    backbone_norm: Literal["frozen_batch", "group"] = setting(
+        "frozen_batch",
+        "normalisation in the backbone: frozen_batch (frozen batch norm) needs pretrained weights; group (group norm) "
+        "trains from scratch",
     )
-    encoder_layers: int = Field(default=6, ge=1, le=128)
-    decoder_layers: int = Field(default=6, ge=1, le=128)
-    feedforward_dim: int = Field(default=1024, gt=0, le=65536)
-    queries: int = Field(default=300, gt=0, le=100_000)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    box_refine: bool = False
-    two_stage: bool = False
-    proposal_size: float = Field(
-        default=0.05,
+    dilation: bool = setting(False, "dilated convolutions: C5 at stride 16 instead of 32 (the published DC5)")
+    hidden_dim: int = setting(
+        256, "hidden dimension of the transformer (embedding width)", unit="channels of a token", gt=0, le=MOST_CHANNELS
+    )
+    heads: int = setting(8, "number of heads of multi-head attention", unit="heads per attention layer", gt=0, le=1024)
+    levels: int = setting(
+        4,
+        "feature levels (scales) of deformable attention: C3, C4, C5 and stride-2 levels; 1 is C5 alone; not 2",
+        unit="levels",
+        ge=1,
+        le=16,
+    )
+    points: int = setting(4, "sampling points of deformable attention", unit="points per head and level", ge=1, le=256)
+    multi_scale_attention: bool = setting(
+        True, "false: a token of the encoder sees its own level only (the paper's table 2)"
+    )
+    encoder_layers: int = setting(6, "depth of the transformer encoder", unit="layers", ge=1, le=128)
+    decoder_layers: int = setting(6, "depth of the transformer decoder", unit="layers", ge=1, le=128)
+    feedforward_dim: int = setting(
+        1024, "hidden width of the feed-forward networks (FFN)", unit="channels of a token", gt=0, le=65536
+    )
+    queries: int = setting(300, "object queries: the most objects found", unit="queries per image", gt=0, le=100_000)
+    dropout: float = setting(0.1, "dropout in the transformer while training", unit="probability", ge=0, lt=1)
+    box_refine: bool = setting(
+        False, "iterative bounding box refinement: each decoder layer corrects the boxes of the one before"
+    )
+    two_stage: bool = setting(False, "two-stage: the encoder proposes boxes, the best of which become object queries")
+    proposal_size: float = setting(
+        0.05,
+        "side of the first stage's boxes (anchors) on the finest level; doubles with each level",
+        unit="share of the image's side",
         gt=0,
         lt=0.99,
-        description="side of the first stage's boxes on the finest level, in image sides; doubles with each level",
     )
-    num_classes: int = Field(default=80, gt=0, le=1_000_000)
-    classification: Literal["sigmoid", "softmax"] = Field(
-        default="sigmoid", description='sigmoid: focal loss; softmax: cross entropy with "no object" (DETR)'
+    num_classes: int = setting(
+        80, "object classes; not given, as many as the training set's index lists", unit="classes", gt=0, le=1_000_000
+    )
+    classification: Literal["sigmoid", "softmax"] = setting(
+        "sigmoid", 'classification loss: sigmoid, focal loss; softmax, cross entropy with "no object" (DETR)'
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
-        if self.hidden_dim % self.heads:
-            raise ValueError(f"hidden_dim must be a multiple of heads, got {self.hidden_dim} and {self.heads}")
-        if self.hidden_dim % 32:
-            raise ValueError(f"hidden_dim must be a multiple of 32 (the norm's groups), got {self.hidden_dim}")
+        divisor = math.lcm(self.heads, NORM_GROUPS)
+        if self.hidden_dim % divisor:
+            raise ValueError(
+                f"hidden_dim must be a multiple of heads and of {NORM_GROUPS} (the norm's groups), got "
+                f"{self.hidden_dim} with heads={self.heads}; {nearest(self.hidden_dim, divisor, MOST_CHANNELS)}"
+            )
         if self.levels == 2:
             raise ValueError("levels must be 1 (C5 alone) or at least 3 (C3, C4, C5 and stride-2 levels), got 2")
         if self.dilation and self.levels > 1:
@@ -77,84 +103,136 @@ class ModelConfig(_Section):
         return self
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+_Epoch = Annotated[int, Field(ge=0)]
+
+
 class OptimConfig(_Section):
     """AdamW, parameter groups, losses and schedule (section 5, implementation details)."""
 
-    learning_rate: float = Field(default=2e-4, gt=0)
-    backbone_multiplier: float = Field(default=0.1, ge=0, description="rate of the backbone; 0 freezes it")
-    sampling_multiplier: float = Field(default=0.1, gt=0, description="rate of sampling offsets and reference points")
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    clip_norm: float = Field(default=0.1, ge=0, description="largest gradient norm; 0 does not clip")
-    schedule: Literal["step", "linear"] = Field(
-        default="step", description="step drops at drop_epochs; linear falls to zero over the last 40 % of the run"
+    learning_rate: float = setting(
+        2e-4, "learning rate of AdamW, for train.batch_size images a step", unit="step size", gt=0
     )
-    drop_epochs: tuple[int, ...] = Field(
-        default=(40,), description="step: epochs after which the rate is divided by ten"
+    backbone_multiplier: float = setting(
+        0.1, "learning rate of the backbone; 0 freezes it", unit="multiple of learning_rate", ge=0
     )
-    warmup_steps: int = Field(default=0, ge=0)
-    class_weight: float = Field(default=2.0, ge=0)
-    l1_weight: float = Field(default=5.0, ge=0)
-    giou_weight: float = Field(default=2.0, ge=0)
-    focal_alpha: float = Field(default=0.25, ge=0, le=1)
-    focal_gamma: float = Field(default=2.0, ge=1, description="below 1 its gradient is not finite for sure answers")
-    no_object_weight: float = Field(default=0.1, gt=0, le=1, description='weight of "no object" under softmax (DETR)')
+    sampling_multiplier: float = setting(
+        0.1,
+        "learning rate of sampling offsets and reference points",
+        unit="multiple of learning_rate",
+        gt=0,
+    )
+    betas: tuple[_Decay, _Decay] = setting(
+        (0.9, 0.999), "AdamW's betas: decay of the first and second moments", unit="decay factor per step"
+    )
+    weight_decay: float = setting(1e-4, "AdamW's decoupled weight decay", unit="multiple of the learning rate", ge=0)
+    clip_norm: float = setting(
+        0.1, "gradient clipping: a longer gradient is scaled down to this; 0 does not clip", unit="L2 norm", ge=0
+    )
+    schedule: Literal["step", "linear"] = setting(
+        "step",
+        "learning-rate schedule: step drops at drop_epochs; linear falls to zero over the last 40 % of the run",
+    )
+    drop_epochs: tuple[_Epoch, ...] = setting(
+        (40,), "learning-rate decay of schedule=step: after these the rate is divided by ten", unit="epochs"
+    )
+    warmup_steps: int = setting(
+        0, "learning-rate warm-up: the rate rises linearly so long at the start", unit="optimizer steps", ge=0
+    )
+    class_weight: float = setting(2.0, "weight of the classification loss, and in matching", unit="loss weight", ge=0)
+    l1_weight: float = setting(5.0, "weight of the boxes' L1 loss, and in matching", unit="loss weight", ge=0)
+    giou_weight: float = setting(2.0, "weight of the boxes' GIoU loss, and in matching", unit="loss weight", ge=0)
+    focal_alpha: float = setting(
+        0.25, "focal loss: share of the positives, 1 - alpha that of the negatives", unit="loss weight", ge=0, le=1
+    )
+    focal_gamma: float = setting(
+        2.0, "focal loss: focusing; below 1 its gradient is not finite for sure answers", unit="exponent", ge=1
+    )
+    no_object_weight: float = setting(
+        0.1, 'weight of "no object" in the cross entropy of softmax (DETR)', unit="loss weight", gt=0, le=1
+    )
 
 
 class TrainConfig(_Section):
     """One training run and how DeepSpeed executes it."""
 
-    output: Location = Field(default=Location("runs"), description="folder in which the run's own folder is made")
-    name: str | None = Field(default=None, description="the run's own folder; by default the time of its start")
-    auto_resume: bool = Field(
-        default=False, description="with name: continue the run of that name if it has a checkpoint; for launchers"
+    output: Location = setting(Location("runs"), "output directory, in which the run's own folder is made")
+    name: str | None = setting(None, "name of the run, that of its folder; by default the time of its start")
+    auto_resume: bool = setting(
+        False, "with name: resume the run of that name if it has a checkpoint; for launchers that repeat their command"
     )
-    initial_weights: Location | None = Field(
-        default=None, description="checkpoint to start from: a run, a safetensors file or a published checkpoint"
+    initial_weights: Location | None = setting(
+        None, "fine-tuning: checkpoint to start from: a run, a safetensors file or a published checkpoint"
     )
-    new_class_head: bool = Field(
-        default=False, description="with initial_weights: class heads of another number of classes start anew"
+    new_class_head: bool = setting(
+        False, "fine-tuning: with initial_weights, all class heads start anew, whatever their classes"
     )
-    epochs: int = Field(default=50, gt=0)
-    max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps")
-    batch_size: int = Field(default=32, gt=0, description="images per optimizer step over all ranks")
-    accumulation: int = Field(default=1, gt=0, description="forward and backward passes per optimizer step")
-    seed: int = Field(default=42, ge=0)
-    rank_timeout_seconds: float = Field(
-        default=60, gt=0, description="a rank of which nothing is heard so long is lost: the others stop and name it"
+    epochs: int = setting(50, "length of the run: passes over the training set", unit="epochs", gt=0)
+    max_steps: int | None = setting(None, "stop after so many, if epochs has more", unit="optimizer steps", gt=0)
+    batch_size: int = setting(
+        32,
+        "global batch size: over all ranks and gradient accumulation",
+        unit="images per optimizer step",
+        gt=0,
     )
-    collective_timeout_seconds: float = Field(
-        default=1800, gt=0, description="when no rank gets any further for so long, all stop and say where they are"
+    accumulation: int = setting(
+        1,
+        "gradient accumulation: micro-batches that each rank adds up",
+        unit="forward and backward passes per optimizer step",
+        gt=0,
     )
-    bandwidth_test_seconds: float = Field(
-        default=2, ge=0, description="how long the ranks exchange data before the first step, to see how fast; 0: not"
+    seed: int = setting(42, "random seed of weights, order, augmentation and dropout", unit="seed", ge=0)
+    rank_timeout_seconds: float = setting(
+        60, "heartbeat: a rank silent for so long is lost; the others stop and name it", unit="seconds", gt=0
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(
-        default=0, ge=0, description="CPU threads per rank; 0 shares this machine's cores among its ranks"
+    collective_timeout_seconds: float = setting(
+        1800, "hang detection: no rank gets on for so long: all stop and say where they are", unit="seconds", gt=0
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    compile: bool = Field(default=False, description="torch.compile for the backbone and each transformer layer")
-    checkpoint_activations: bool = Field(
-        default=False, description="compute a transformer layer again for its backward pass instead of keeping it"
+    bandwidth_test_seconds: float = setting(
+        2, "all-reduce test before the first step, which measures the network; 0 leaves it out", unit="seconds", ge=0
     )
-    ema_decay: float | None = Field(
-        default=None, gt=0, lt=1, description="evaluate and export a moving average of the weights (0.9997, say)"
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device: auto takes GPUs where there are any")
+    threads: int = setting(
+        0,
+        "CPU threads (intra-op parallelism); 0 shares the machine's cores among its ranks",
+        unit="threads per rank",
+        ge=0,
     )
-    most_skipped_steps: int = Field(
-        default=10, gt=0, description="stop after so many steps in a row whose loss or gradient is not finite"
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "bf16", "mixed precision: bf16, fp16 (with loss scaling) or fp32 (none)"
     )
-    deepspeed_extra: dict[str, Any] = Field(default_factory=dict, description="merged into the DeepSpeed JSON")
-    checkpoint_every_epochs: int = Field(
-        default=1, ge=0, description="besides the ones before an evaluation and at the end"
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        1,
+        "DeepSpeed ZeRO, what is divided among the ranks: 1 optimizer state; 2 gradients too; 3 weights too; 0 nothing",
     )
-    checkpoint_every_steps: int | None = Field(default=None, gt=0, description="within an epoch")
-    keep_checkpoints: int = Field(
-        default=0, ge=0, description="newest ones that stay, besides the one with the best score (AP); 0 keeps all"
+    compile: bool = setting(False, "torch.compile for the backbone and each transformer layer")
+    checkpoint_activations: bool = setting(
+        False, "activation (gradient) checkpointing: transformer layers are computed again for the backward pass"
     )
-    evaluate_every_epochs: int = Field(default=1, ge=0, description="0 never evaluates while training")
-    log_every_steps: int = Field(default=10, gt=0)
+    ema_decay: float | None = setting(
+        None,
+        "EMA of the weights: evaluate and export an exponential moving average (0.9997, say)",
+        unit="decay factor per step",
+        gt=0,
+        lt=1,
+    )
+    most_skipped_steps: int = setting(
+        10, "stop after so many in a row whose loss or gradient is not finite", unit="optimizer steps", gt=0
+    )
+    deepspeed_extra: dict[str, Any] = setting({}, "merged into the DeepSpeed JSON, for what is not modelled here")
+    checkpoint_every_epochs: int = setting(
+        1, "checkpoint interval, besides those before an evaluation and at the end; 0: those alone", unit="epochs", ge=0
+    )
+    checkpoint_every_steps: int | None = setting(
+        None, "checkpoint interval within an epoch", unit="optimizer steps", gt=0
+    )
+    keep_checkpoints: int = setting(
+        0, "newest ones that stay, besides the one of the best score (AP); 0 keeps all", unit="checkpoints", ge=0
+    )
+    evaluate_every_epochs: int = setting(
+        1, "validation interval; 0 never evaluates while training", unit="epochs", ge=0
+    )
+    log_every_steps: int = setting(10, "logging interval of progress and metrics.jsonl", unit="optimizer steps", gt=0)
 
     @field_validator("name")
     @classmethod
@@ -197,20 +275,24 @@ class TrainConfig(_Section):
 class EvalConfig(_Section):
     """Evaluation and prediction."""
 
-    batch_size: int = Field(default=4, gt=0, le=1024, description="images of one exact size per forward pass")
-    top_k: int = Field(
-        default=100, gt=0, le=100_000, description="most detections of an image, over all queries and classes"
+    batch_size: int = setting(
+        4, "images of one exact size that are evaluated together", unit="images per forward pass", gt=0, le=1024
     )
-    score_threshold: float = Field(default=0.4, ge=0, le=1, description="least score that `ddetr predict` draws")
+    top_k: int = setting(
+        100, "most detections, over all queries and classes", unit="detections per image", gt=0, le=100_000
+    )
+    score_threshold: float = setting(
+        0.4, "confidence threshold: `ddetr predict` draws what scores at least so much", unit="score", ge=0, le=1
+    )
 
 
 class MonitorConfig(_Section):
     """The Prometheus exporter of each rank."""
 
-    enabled: bool = True
-    host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(
-        default=9400, ge=0, le=65535, description="rank r on a host listens on port + r; 0 takes a free port"
+    enabled: bool = setting(True, "each rank serves its metrics to Prometheus over HTTP")
+    host: str = setting("127.0.0.1", "bind address; 0.0.0.0 lets other machines reach it")
+    port: int = setting(
+        9400, "rank r of a host listens on port + r; 0 takes a free port", unit="TCP port", ge=0, le=65535
     )
 
 
@@ -226,7 +308,7 @@ class Config(_Section):
     def _fits_together(self) -> "Config":
         if self.train.batch_size % self.train.accumulation:
             raise ValueError(
-                f"train.batch_size must be a multiple of train.accumulation, "
-                f"got {self.train.batch_size} and {self.train.accumulation}"
+                f"train.batch_size must be a multiple of train.accumulation, got {self.train.batch_size} and "
+                f"{self.train.accumulation}; {nearest(self.train.batch_size, self.train.accumulation)}"
             )
         return self

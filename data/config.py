@@ -1,13 +1,18 @@
 """The `data` section of the configuration."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .location import Location
+from .setting import setting
 
 MOST_PIXELS = 250_000_000  # of an image; the largest real photograph tried has 182 million
 LONGEST_SIDE = 16384  # that a setting can ask for: the upper bounds below are for configurations of strangers
+
+MOST_SIDES = 1000  # to choose from
+
+_Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
 
 
 class DataConfig(BaseModel):
@@ -20,62 +25,82 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    train: Location | None = None
-    validation: Location | None = None
-    short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    validation_short_side: int = Field(default=800, gt=0, le=LONGEST_SIDE)
-    long_side: int = Field(
-        default=1333, gt=0, le=LONGEST_SIDE, description="most that a side of an image as the model sees it measures"
+    train: Location | None = setting(None, "shards to train on: a folder that `ddetr data pack` wrote, or its address")
+    validation: Location | None = setting(None, "shards to evaluate on while training, and for `ddetr eval`")
+    short_sides: tuple[_Side, ...] = setting(
+        (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        "multi-scale augmentation: a training image is resized so that its short side is one of these",
+        unit="pixels",
     )
-    crop: bool = Field(
-        default=True, description="half of the time resize to crop_resize_short_sides, crop, then resize"
+    validation_short_side: int = setting(
+        800, "short side of an image in evaluation and prediction", unit="pixels", gt=0, le=LONGEST_SIDE
     )
-    crop_resize_short_sides: tuple[int, ...] = (400, 500, 600)
-    crop_sizes: tuple[int, int] = (384, 600)
-    flip_probability: float = Field(default=0.5, ge=0, le=1)
-    workers: int = Field(
-        default=2, ge=0, le=1024, description="loader processes per rank; 0 loads in the training process"
+    long_side: int = setting(
+        1333,
+        "upper limit of the long side of an image, in training and evaluation",
+        unit="pixels",
+        gt=0,
+        le=LONGEST_SIDE,
     )
-    shuffle_window: int = Field(
-        default=8192, gt=0, le=1 << 32, description="samples shuffled together; bounds how far a sample moves"
+    crop: bool = setting(
+        True, "random-crop augmentation: half of the time resize to crop_resize_short_sides, crop, then resize"
     )
-    similar_sizes: bool = Field(
-        default=True, description="images of one step have about the same size, so that little is padded"
+    crop_resize_short_sides: tuple[_Side, ...] = setting(
+        (400, 500, 600), "short sides, one of which an image has before a random crop", unit="pixels"
     )
-    remainder: Literal["drop", "pad"] = Field(
-        default="drop",
-        description="images left over at an epoch's end: left out, or a step filled up with empty ones",
+    crop_sizes: tuple[_Side, _Side] = setting(
+        (384, 600), "smallest and largest side of a random crop, both drawn between them", unit="pixels"
     )
-    most_bad_samples: float = Field(
-        default=0.001, ge=0, le=1, description="share of the images that may be damaged before a run stops"
+    flip_probability: float = setting(
+        0.5, "horizontal-flip augmentation: how often an image is mirrored", unit="probability", ge=0, le=1
     )
-    most_pixels: int = Field(
-        default=MOST_PIXELS,
+    workers: int = setting(
+        2,
+        "data loader workers: processes that read and augment images; 0 does that in the training process",
+        unit="processes per rank",
+        ge=0,
+        le=1024,
+    )
+    shuffle_window: int = setting(
+        8192, "shuffle buffer: images shuffled together, by which each moves at most", unit="images", gt=0, le=1 << 32
+    )
+    similar_sizes: bool = setting(
+        True, "size bucketing: images of one step have about the same size, so that little is padded"
+    )
+    remainder: Literal["drop", "pad"] = setting(
+        "drop", "images left over at an epoch's end: drop leaves them out; pad fills a step up with empty ones"
+    )
+    most_bad_samples: float = setting(
+        0.001, "how many images may be damaged before a run stops", unit="share of the training images", ge=0, le=1
+    )
+    most_pixels: int = setting(
+        MOST_PIXELS,
+        "size limit of an image as stored; one that states more is bad, before any of it is decoded",
+        unit="pixels",
         gt=0,
         le=2_000_000_000,
-        description="of an image as stored; one that states more is bad, before any of it is decoded",
     )
-    fetch: Literal["shards", "samples"] = Field(
-        default="shards",
-        description="from a remote source: whole shards into the cache; or each time the samples that a rank needs",
+    fetch: Literal["shards", "samples"] = setting(
+        "shards", "from a remote source: shards, whole, into the cache; or samples, each time those that a rank needs"
     )
-    cache: Location = Field(
-        default=Location("~/.cache/ddetr/shards"), description="folder for shards that are not on a disk"
+    cache: Location = setting(Location("~/.cache/ddetr/shards"), "folder for copies of shards that are not on a disk")
+    cache_bytes: int = setting(100 << 30, "size limit of the cache", unit="bytes", gt=0, le=1 << 60)
+    fetch_attempts: int = setting(
+        8,
+        "retries: attempts in a row that bring nothing, before a remote source is given up",
+        unit="attempts",
+        gt=0,
+        le=1000,
     )
-    cache_bytes: int = Field(default=100 << 30, gt=0, le=1 << 60, description="most that folder holds")
-    fetch_attempts: int = Field(
-        default=8, gt=0, le=1000, description="in a row that bring nothing, before a source is given up"
+    fetch_timeout_seconds: float = setting(
+        30.0, "timeout: how long a remote source may be silent", unit="seconds", gt=0, le=3600
     )
-    fetch_timeout_seconds: float = Field(default=30.0, gt=0, le=3600, description="how long a source may be silent")
 
     @model_validator(mode="after")
-    def _sizes_are_positive_and_ordered(self) -> "DataConfig":
-        for name in ("short_sides", "crop_resize_short_sides", "crop_sizes"):
-            sizes = getattr(self, name)
-            if not sizes or min(sizes) <= 0:
-                raise ValueError(f"{name} must hold positive sizes in pixels, got {list(sizes)}")
-            if max(sizes) > LONGEST_SIDE or len(sizes) > 1000:
-                raise ValueError(f"{name} must hold at most 1000 sizes of at most {LONGEST_SIDE} pixels")
+    def _sizes_are_there_and_ordered(self) -> "DataConfig":
+        for name in ("short_sides", "crop_resize_short_sides"):
+            if not 1 <= len(sizes := getattr(self, name)) <= MOST_SIDES:
+                raise ValueError(f"{name} must hold 1 to {MOST_SIDES} sizes in pixels, got {len(sizes)}")
         if self.crop_sizes[0] > self.crop_sizes[1]:
             raise ValueError(f"crop_sizes must be (smallest, largest), got {list(self.crop_sizes)}")
         return self

@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from .multiples import nearest
+
 NOTHING = -1  # in place of a sample: an image without pixels of interest that carries no loss
 
 SeenSizes = Callable[[int, np.ndarray], np.ndarray]  # epoch, samples (n,) -> (height, width) they are seen at, (n, 2)
@@ -57,15 +59,16 @@ class StepPlan:
     seen_sizes: SeenSizes | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size % (self.accumulation * self.world_size):
+        divisor, images = self.accumulation * self.world_size, sum(self.shard_sizes)
+        if self.batch_size % divisor:
             raise ValueError(
-                f"train.batch_size must be a multiple of ranks * train.accumulation "
-                f"= {self.world_size} * {self.accumulation}, got {self.batch_size}"
+                f"train.batch_size must be a multiple of ranks * train.accumulation = {self.world_size} * "
+                f"{self.accumulation}, got {self.batch_size}; {nearest(self.batch_size, divisor)}"
             )
         if not self.steps_per_epoch:
             raise ValueError(
-                f"train.batch_size must be at most the number of images in the shards, {sum(self.shard_sizes)}, "
-                f"got {self.batch_size}; or set data.remainder=pad"
+                f"train.batch_size must be at most the number of images in the shards, {images}, got "
+                f"{self.batch_size}; {nearest(self.batch_size, divisor, images)}; or set data.remainder=pad"
             )
 
     @property

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 OVERRIDES = "section.key=value"
+CONFIGURATION = f"PRESET_OR_FILE {OVERRIDES}"
 
 Overrides = Annotated[
     list[str] | None,
@@ -18,6 +19,14 @@ Overrides = Annotated[
     ),
 ]
 
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run directory (its newest checkpoint), one `checkpoints/step_...` folder, a `model.safetensors`, "
+        "or a `.pth` in the published layout.",
+    ),
+]
 _ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
 
 
@@ -45,3 +54,17 @@ def normalised_arguments(arguments: Sequence[str]) -> list[str]:
 def is_override(argument: str) -> bool:
     """An override is `section.key=value`; an image file may hold an equals sign, but then it exists."""
     return re.match(r"[a-z_]+\.[a-z0-9_.]+=", argument) is not None and not Path(argument).exists()
+
+
+def names_and_overrides(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Presets and files, and the settings behind them. A name with `=` needs a slash before that: `./a=b.yaml`.
+
+    Raises ValueError for a name behind a setting.
+    """
+    arguments = list(arguments or ())
+    is_setting = [re.match(r"[^/=]*=", argument) is not None for argument in arguments]
+    count = is_setting.index(True) if True in is_setting else len(arguments)
+    if False in is_setting[count:]:
+        name = arguments[is_setting.index(False, count)]
+        raise ValueError(f"{name}: presets and files stand before the settings, which are written {OVERRIDES}")
+    return arguments[:count], arguments[count:]

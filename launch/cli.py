@@ -10,11 +10,21 @@ import os
 import sys
 import traceback as traceback_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from .arguments import OVERRIDES, Overrides, is_override, normalised_arguments
+from . import config_commands
+from .arguments import (
+    CONFIGURATION,
+    OVERRIDES,
+    CheckpointPath,
+    Overrides,
+    is_override,
+    names_and_overrides,
+    normalised_arguments,
+)
+from .checkpoint_commands import checkpoint_app
 from .console import LogFormatter, paragraph, say
 from .data_commands import data_app
 
@@ -27,18 +37,9 @@ app = typer.Typer(
     help="Train, evaluate and run Deformable DETR object detectors, on one CPU or on many GPU nodes.",
     epilog="`ddetr COMMAND --help` explains a command. Options may stand anywhere after the command.",
 )
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint, or write it in another format.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-CheckpointPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="A run directory (its newest checkpoint), one `checkpoints/step_...` folder, a `model.safetensors`, "
-        "or a `.pth` in the published layout.",
-    ),
-]
 ON_RAY = "On a Ray cluster"
 # Variables that name folders in which torch and others make theirs, some as soon as they are imported.
 FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCH_HOME", "HF_HOME", "TMPDIR")
@@ -75,9 +76,9 @@ def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar=f"PRESET_OR_FILE {OVERRIDES}",
+            metavar=CONFIGURATION,
             show_default=False,
-            help="A preset (r50_two_stage, say; a name that is none lists all) or a YAML file, then settings.",
+            help="Presets (`ddetr config` lists them) and YAML files, each on top of those before it, then settings.",
         ),
     ] = None,
     resume: Annotated[
@@ -141,6 +142,8 @@ def train(
 
     `ddetr train r50 data.train=shards/train train.batch_size=16 optim.learning_rate=1e-4`
 
+    `ddetr train r50_two_stage mine.yaml train.epochs=12`
+
     `ddetr train --resume runs/r50-0001`
 
     `ddetr train r50 data.train=shards/train train.name=r50 train.auto_resume=true`
@@ -153,18 +156,16 @@ def train(
     on_ray = {"ranks": ranks, "restarts": restarts, "wait": wait}
     if ray is None and (given := [f"--{name}" for name, value in on_ray.items() if value is not None]):
         raise ValueError(f"{', '.join(given)}: only with --ray; ranks on this machine: launch/local.sh --ranks N")
-    arguments = list(arguments or ())
-    preset = arguments.pop(0) if arguments and "=" not in arguments[0] else None
-    if resume is not None and preset is not None:
-        raise ValueError(f"--resume reads {resume}/config.yaml; leave out {preset} (overrides may stay)")
+    names, overrides = names_and_overrides(arguments)
+    if resume is not None and names:
+        raise ValueError(f"--resume reads {resume}/config.yaml; leave out {' '.join(names)} (overrides may stay)")
     if resume is not None and not (resume / "config.yaml").is_file():
         raise FileNotFoundError(f"{resume}: not a run directory, it holds no config.yaml")
-    source = resume / "config.yaml" if resume is not None else preset
-    if source is None:
+    if resume is None and not names:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr train tiny`, or a run with --resume RUN_DIR")
     if resume is not None:  # where it is now, whatever its file says of where it was
-        arguments += [written("train.output", str(resume.resolve().parent)), "train.auto_resume=false"]
-    config = load(source, arguments, of_run=resume is not None)
+        overrides += [written("train.output", str(resume.resolve().parent)), "train.auto_resume=false"]
+    config = load(names if resume is None else resume / "config.yaml", overrides, of_run=resume is not None)
     if continues:
         print("true" if resume is not None or config.train.auto_resume else "false")
         return
@@ -179,33 +180,8 @@ def train(
     run(config, resume=resume, dry_run=dry_run)
 
 
-@app.command()
-def model(
-    preset: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset or a YAML file.")],
-    overrides: Overrides = None,
-    image_size: Annotated[
-        tuple[int, int] | None,
-        typer.Option(
-            metavar="HEIGHT WIDTH",
-            help="Size of the image in pixels.  [default: 800 1120, the mean of COCO's images at evaluation]",
-        ),
-    ] = None,
-) -> None:
-    """Print what a model costs: parameters and GFLOPs (multiply-adds of one image) of each of its parts.
-
-    Examples:
-
-    `ddetr model r50_two_stage`
-
-    `ddetr model r50 model.encoder_layers=3 --image-size 480 640`
-    """
-    from ..core.config import load
-
-    config = load(preset, overrides or ())
-
-    from .model import model as print_costs  # only now: a misspelt key need not wait for torch
-
-    print_costs(config, image_size)
+app.command()(config_commands.config)
+app.command()(config_commands.model)
 
 
 @app.command("eval")
@@ -295,40 +271,6 @@ def tune(
     from .tune import tune as tune_sweep
 
     tune_sweep(sweep, ray)
-
-
-@checkpoint_app.command("inspect")
-def checkpoint_inspect(path: CheckpointPath) -> None:
-    """Print what a checkpoint holds: step, size of each part, categories, scores if it was evaluated, configuration."""
-    from .checkpoint import inspect
-
-    inspect(path)
-
-
-@checkpoint_app.command("export")
-def checkpoint_export(
-    path: CheckpointPath,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
-    overrides: Overrides = None,
-    format: Annotated[
-        Literal["safetensors", "published", "onnx"],
-        typer.Option(help="`published` is the layout of the paper's code; `onnx` needs the extra `ddetr[export]`."),
-    ] = "safetensors",
-    image_size: Annotated[
-        tuple[int, int] | None,
-        typer.Option(
-            metavar="HEIGHT WIDTH",
-            help="onnx: size of the images in pixels.  [default: a square of data.validation_short_side]",
-        ),
-    ] = None,
-) -> None:
-    """Write a checkpoint's weights in another format.
-
-    Example: `ddetr checkpoint export runs/r50-0001 r50.pth --format published`
-    """
-    from .checkpoint import export
-
-    export(path, output, format, image_size, overrides or ())
 
 
 @app.command()

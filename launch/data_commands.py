@@ -148,7 +148,14 @@ def data_show(
     output: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture to write.")],
     overrides: Overrides = None,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
-    preset: Annotated[str, typer.Option(metavar="PRESET_OR_FILE", help="Whose augmentation to apply.")] = "tiny",
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PRESET_OR_FILE",
+            show_default=False,
+            help="Whose augmentation to apply; may be given several times, later ones win.  [default: tiny]",
+        ),
+    ] = None,
 ) -> None:
     """Draw training samples with their boxes, after augmentation, as the detector sees them.
 
@@ -157,14 +164,21 @@ def data_show(
     from ..core.config import load
     from .data import show
 
-    show(shards, output, count, load(preset, overrides or ()))
+    show(shards, output, count, load(preset or "tiny", overrides or ()))
 
 
 @data_app.command("stats")
 def data_stats(
     shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A folder written by `ddetr data pack`.")],
     overrides: Overrides = None,
-    preset: Annotated[str, typer.Option(metavar="PRESET_OR_FILE", help="Whose settings to hold against it.")] = "r50",
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PRESET_OR_FILE",
+            show_default=False,
+            help="Whose settings to hold against it; may be given several times, later ones win.  [default: r50]",
+        ),
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that will train; a batch is divided among them.")] = 1,
 ) -> None:
     """Print a set's images, objects by class and size, aspect ratios and padding, and which settings to change.
@@ -174,4 +188,4 @@ def data_stats(
     from ..core.config import load
     from .statistics import stats
 
-    stats(shards, load(preset, overrides or ()), ranks)
+    stats(shards, load(preset or "r50", overrides or ()), ranks)

@@ -27,7 +27,8 @@ def model(config: Config, image_size: tuple[int, int] | None = None) -> None:
             Column(Text(head), justify="right")
             for head in ("trained\n(parameters)", "frozen\n(parameters)", "compute\n(GFLOPs)", "share\n(%)")
         ),
-        title=f"{config.model.architecture}, {config.model.backbone}, one image of {height} x {width} pixels",
+        title=f"{config.model.architecture}, {config.model.backbone}, {config.model.num_classes} classes, one image of "
+        f"{height} x {width} pixels",
         title_justify="left",
         caption="GFLOPs as the paper counts them: 10^9 multiply-adds of one forward pass",
         caption_justify="left",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.config import Config
+from ..core.config import Config, changed
+from ..core.overrides import written
 from ..data.location import Location
 
 Bundle = dict[str, float]
@@ -76,13 +77,17 @@ def from_anywhere(config: Config, here: Path | None = None) -> Config:
 
     here: the folder that relative paths and commands mean, by default the one of this process.
     """
-    values, here = config.model_dump(), here or Path.cwd()
-    for section in values.values():
-        section |= {key: value.from_anywhere(here) for key, value in section.items() if isinstance(value, Location)}
+    here = here or Path.cwd()
+    moved: dict[str, str] = {
+        f"{name}.{key}": value.from_anywhere(here)
+        for name, section in config
+        for key, value in section
+        if isinstance(value, Location)
+    }
     scheme, colon, folder = config.model.backbone.partition(":")
     if colon and scheme.lower() == "local-dir":
-        values["model"]["backbone"] = f"{scheme}:{Location(folder).from_anywhere(here)}"
-    return Config.model_validate(values)
+        moved["model.backbone"] = f"{scheme}:{Location(folder).from_anywhere(here)}"
+    return changed(config, [written(key, value) for key, value in moved.items()], "the configuration")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ..core.config import Config, ConfigError, changed
+from ..core.config import Config, ConfigError, changed, with_classes
 from ..core.evaluation.scores import headline
 from ..core.overrides import read
 from ..data.config import LONGEST_SIDE, DataConfig
@@ -176,6 +176,8 @@ def suggestions(index: ShardIndex, objects: np.ndarray, config: Config, ranks: i
     Nothing is advised for a set without objects.
     """
     seen, found = _Set(index, objects, ranks), []
+    if _is_trained_on(index, config):
+        config = with_classes(config, len(index.categories))
     while len(seen.single) and (remedy := _remedy(seen, config)) is not None:
         settings, reason, config = remedy
         found.append((settings, reason))

@@ -2,7 +2,7 @@
 
 It looks like this (all keys but base, samples and search have defaults):
 
-    base: tiny                        # a preset or a YAML file, as for `ddetr train`
+    base: tiny                        # a preset, or a YAML file beside this one, which may have a base itself
     overrides: [data.train=shards/train, data.validation=shards/val, train.epochs=12]
     metric: AP                        # a score of the evaluation; by default its headline
     mode: max
@@ -27,7 +27,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from ..core.config import Config, came_with_weights, changed, load
+from ..core.config import Config, came_with_weights, changed, dump, load
 from ..core.evaluation.scores import headline, meanings
 from ..core.mistakes import ConfigError, brief, described, listed
 from ..core.overrides import written
@@ -142,7 +142,7 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
     except ValidationError as error:
         raise listed(str(path), described(error, Sweep, as_paths=False)) from error
     try:
-        base = load(sweep.base, sweep.overrides)
+        base = load(sweep.base, sweep.overrides, named_in=path)
     except ConfigError as error:
         raise ConfigError(f"{path}, its base and overrides: {error}") from error
     if foreign:
@@ -183,7 +183,7 @@ def _refused(sweep: Sweep, base: Config) -> list[str]:
 
     def faults(config: Config) -> list[str]:
         """The optimizer's numbers matter to none of the checks."""
-        without = config.model_copy(update={"optim": base.optim}).model_dump_json()
+        without = dump(config.model_copy(update={"optim": base.optim}))
         if without not in known:
             try:
                 check_beforehand(config)

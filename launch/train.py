@@ -17,7 +17,7 @@ from ..core.checkpoint import checkpoints, find_checkpoint, load_weights
 from ..core.checkpoint.codec import Checkpoint
 from ..core.checkpoint.labels import check_evaluable, check_same
 from ..core.checkpoint.manifest import verify
-from ..core.config import Config, dump
+from ..core.config import Config, dump, gives_classes, with_classes
 from ..core.evaluation.evaluator import without_score_of
 from ..core.evaluation.result import Measure, is_evaluated
 from ..core.evaluation.scores import check_protocols, headline
@@ -66,7 +66,9 @@ def run(
     """
     check_protocols()
     _log_to_console()
-    train_index, validation_index = _open_data(config)
+    given = config
+    config, train_index, validation_index = _open_data(given)
+    told_of_classes = _told_of_classes(given, train_index)
     deepspeed_json = deepspeed_config(config)
     model = _without_weights(config)
     if config.train.compile:
@@ -97,7 +99,7 @@ def run(
         if dry_run:
             trial = try_step(config, world)
             if world.rank == 0:
-                _print_plan(config, stream, began, trial, world, deepspeed_json)
+                _print_plan(config, stream, began, told_of_classes, trial, world, deepspeed_json)
             return run_directory
         identity = world.agree(lambda: identify(run_directory), Identity)
         metrics = RunMetrics(identity.label, world.rank)
@@ -115,7 +117,7 @@ def run(
             stack.enter_context(announced(addresses, run_directory, identity.label))
 
         if world.rank == 0:
-            for line in machines:
+            for line in (*machines, *told_of_classes):
                 log.info(line)
             for line in began.told:
                 log.warning(line)
@@ -146,7 +148,7 @@ def check_beforehand(config: Config) -> None:
     """All that a `run` of one rank finds out about a configuration before it makes anything, and whether it will have
     a score, which a search needs. Raises what it raises, and ValueError.
     """
-    index, validation_index = _open_data(config)
+    config, index, validation_index = _open_data(config)
     if validation_index and validation_index.lack:
         raise ValueError(without_score_of(validation_index))
     training_stream(config, index, World(0, 1, 0, torch.device("cpu")))
@@ -154,7 +156,8 @@ def check_beforehand(config: Config) -> None:
     _fit_initial_weights(_without_weights(config), config, index.categories)
 
 
-def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
+def _open_data(config: Config) -> tuple[Config, ShardIndex, ShardIndex | None]:
+    """The sets of training and validation, and the configuration with the number of classes that the first one has."""
     if config.data.train is None:
         raise ValueError(
             "data.train is not set: give the folder of training shards that `ddetr data pack` wrote, data.train=FOLDER"
@@ -166,17 +169,24 @@ def _open_data(config: Config) -> tuple[ShardIndex, ShardIndex | None]:
             f"data.train={train_index.location}: {train_index.lack}, so there is nothing to train on; set data.train "
             "to shards with objects"
         )
-    if (count := len(train_index.categories)) != config.model.num_classes:
+    config = with_classes(config, count := len(train_index.categories))
+    if count != config.model.num_classes:
         raise ValueError(
             f"model.num_classes={config.model.num_classes}, but {train_index.location} has {count} categories; "
-            f"set model.num_classes={count}"
+            f"leave it out, or set model.num_classes={count}"
         )
     if validation_index:
         known = dict(zip(train_index.categories.ids, train_index.categories.names, strict=True))
         remedy = "Pack validation shards from data with all or some of the categories of training"
         where, place = "the training shards", train_index.location
         check_evaluable(validation_index.categories, validation_index.location, known, where, place, remedy)
-    return train_index, validation_index
+    return config, train_index, validation_index
+
+
+def _told_of_classes(given: Config, train: ShardIndex) -> list[str]:
+    if gives_classes(given):
+        return []
+    return [f"model.num_classes={len(train.categories)}: as many as {train.location} has categories"]
 
 
 def _told_of_validation(config: Config, train: ShardIndex, validation: ShardIndex | None) -> list[str]:
@@ -244,14 +254,20 @@ def _fetch_backbone(config: Config, world: World) -> None:
 
 
 def _print_plan(
-    config: Config, stream: TrainStream, began: "_Beginning", trial: Trial, world: World, deepspeed_json: dict[str, Any]
+    config: Config,
+    stream: TrainStream,
+    began: "_Beginning",
+    told_of_classes: list[str],
+    trial: Trial,
+    world: World,
+    deepspeed_json: dict[str, Any],
 ) -> None:
     schedule = Schedule.of(config.train, stream.steps_per_epoch, began.done)
     print(dump(config, for_others=True))
     print(f"# DeepSpeed: {json.dumps(deepspeed_json)}")
     ranks = f"{world.size} rank(s), device {world.device.type}"
     print(f"# {ranks}; {trial.trained / 1e6:.1f} M parameters trained, {trial.frozen / 1e6:.1f} M frozen")
-    for line in filter(None, (rate_advice(config), *began.told)):
+    for line in filter(None, (*told_of_classes, rate_advice(config), *began.told)):
         print(f"# {line}")
     print(f"# {planned(schedule, stream.num_samples, config, began.done)}")
     print(

@@ -1,11 +1,13 @@
 """Presets, overrides, and the one error that lists every mistake."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 from ddetr.core import config
 from ddetr.core.config import Config, ConfigError
 from ddetr.core.overrides import written
+from ddetr.launch.placement import from_anywhere
 
 
 @pytest.mark.parametrize("preset", config.preset_names())
@@ -46,11 +48,12 @@ def test_one_error_lists_every_mistake_with_a_suggestion() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.hidden_dim=100", "hidden_dim must be a multiple of heads"),
+        ("model.hidden_dim=100", "hidden_dim must be a multiple of heads and of 32 .*; nearest: 96 and 128"),
+        ("model.heads=5", "got 256 with heads=5; nearest: 160 and 320"),
         ("model.levels=2", "levels must be 1"),
         ("model.two_stage=true", "two_stage needs box_refine=true"),
-        ("train.accumulation=3", "train.batch_size must be a multiple of train.accumulation"),
-        ("data.short_sides=[]", "short_sides must hold positive sizes"),
+        ("train.accumulation=3", "train.batch_size must be a multiple of train.accumulation, .*; nearest: 30 and 33"),
+        ("data.short_sides=[]", "short_sides must hold 1 to 1000 sizes"),
     ],
 )
 def test_values_that_do_not_fit_together(override: str, message: str) -> None:
@@ -128,3 +131,44 @@ def test_file_that_is_not_a_mapping(tmp_path: Path) -> None:
 def test_configuration_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().train.epochs = 3  # type: ignore[misc]
+
+
+def test_the_number_of_classes_is_the_training_sets_unless_somebody_gave_it(tmp_path: Path) -> None:
+    """It stays open through all that makes one configuration out of another."""
+    open_ = config.load("r50", ["model.queries=7"])
+    (tmp_path / "written.yaml").write_text(config.dump(open_))
+    for same in (
+        open_,
+        config.changed(open_, ["train.seed=3"], "here"),
+        config.load(tmp_path / "written.yaml"),
+        config.parse(config.dump(open_, for_others=True), "here"),
+        from_anywhere(open_, tmp_path),
+        pickle.loads(pickle.dumps(open_)),
+    ):
+        assert same.model.num_classes == 80
+        assert not config.gives_classes(same)
+        resolved = config.with_classes(same, 12)
+        assert (resolved.model.num_classes, resolved.model.queries) == (12, 7)
+        assert config.gives_classes(resolved)
+        assert config.with_classes(resolved, 13) is resolved
+        assert "num_classes: 12" in config.dump(resolved)
+
+
+@pytest.mark.parametrize("number", [80, 12])
+def test_a_number_of_classes_that_was_given_stays(number: int, tmp_path: Path) -> None:
+    """Also when it is the default."""
+    (tmp_path / "mine.yaml").write_text(f"base: r50\nmodel: {{num_classes: {number}}}\n")
+    (tmp_path / "mine2.yaml").write_text("base: mine.yaml\n")
+    for given in (
+        config.load("r50", [f"model.num_classes={number}"]),
+        config.load(tmp_path / "mine.yaml"),
+        config.load([tmp_path / "mine2.yaml", "r50_refine"]),
+        config.parse(config.dump(config.load(tmp_path / "mine.yaml")), "here"),
+        from_anywhere(config.load(tmp_path / "mine.yaml"), tmp_path),
+    ):
+        assert config.with_classes(given, 3) is given
+        assert given.model.num_classes == number
+
+
+def test_lists_stand_in_one_line() -> None:
+    assert "\n  betas: [0.9, 0.999]\n" in config.dump(config.load("r50"))

@@ -28,5 +28,5 @@ def test_numbers_have_an_upper_bound(name):
 
 
 def test_lists_of_sizes_are_short():
-    with pytest.raises(ValidationError, match="at most 1000 sizes"):
+    with pytest.raises(ValidationError, match="must hold 1 to 1000 sizes"):
         DataConfig(short_sides=(800,) * 1001)

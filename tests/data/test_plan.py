@@ -163,7 +163,9 @@ def test_the_plan_goes_on_into_the_next_epoch():
 
 
 def test_batches_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"train.batch_size must be a multiple of .* = 4 \* 2, got 12"):
+    with pytest.raises(
+        ValueError, match=r"train.batch_size must be a multiple of .* = 4 \* 2, got 12; nearest: 8 and 16$"
+    ):
         plan(batch_size=12, accumulation=2, world_size=4)
-    with pytest.raises(ValueError, match=r"train.batch_size must be at most .* 50, got 51"):
+    with pytest.raises(ValueError, match=r"train.batch_size must be at most .* 50, got 51; nearest: 50; or set data"):
         plan(batch_size=51)

@@ -39,7 +39,8 @@ def make_run() -> Callable[..., Path]:
 
     def make(folder: Path, shards: Path, steps: tuple[int, ...], *overrides: str) -> Path:
         categories = ShardIndex.load(shards).categories
-        config = load("tiny", [*SMALL, f"data.train={shards}", f"data.validation={shards}", *overrides])
+        given = [f"model.num_classes={len(categories)}", f"data.train={shards}", f"data.validation={shards}"]
+        config = load("tiny", [*SMALL, *given, *overrides])
         for step in steps:
             torch.manual_seed(step)
             model = DeformableDetr(config.model)

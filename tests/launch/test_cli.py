@@ -17,6 +17,7 @@ COMMANDS = [
     ["data", "synth"],
     ["data", "show"],
     ["train"],
+    ["config"],
     ["model"],
     ["eval"],
     ["predict"],

@@ -54,7 +54,7 @@ def test_folders_import_only_what_they_may(folder: str) -> None:
 
 
 ROOMS = ("model", "checkpoint", "evaluation", "training")  # of core: each may import those before it
-CONFIGURATION = {"config", "mistakes", "overrides", "ownership", "progress", "sections"}
+CONFIGURATION = {"config", "glossary", "layers", "mistakes", "overrides", "ownership", "progress", "sections"}
 
 
 def test_rooms_of_core_import_only_what_they_may() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddetr.core.config import load
+from ddetr.core.config import load, with_classes
 from ddetr.core.model.detector import build
 from ddetr.data.batch import Batch
 from ddetr.data.categories import Categories
@@ -135,7 +135,14 @@ CONFIGURATIONS = {
     "demo": ["tiny"],
     "small images": ["tiny", "data.long_side=40", "data.short_sides=[32]"],
     "long side decides": ["r50", "data.long_side=300"],
-    "few queries": ["r50", "model.queries=3", "eval.top_k=2", "train.accumulation=4", "data.remainder=pad"],
+    "few queries": [
+        "r50",
+        "model.num_classes=7",
+        "model.queries=3",
+        "eval.top_k=2",
+        "train.accumulation=4",
+        "data.remainder=pad",
+    ],
     "few detections": ["detr_r50", "eval.top_k=20", "model.queries=40"],
     "four parts": ["r50_two_stage", "train.accumulation=4", "eval.top_k=1000", "model.queries=5000"],
 }
@@ -179,7 +186,7 @@ def test_nothing_is_advised_again_when_it_has_been_followed(sizes: list, setting
         advised += len(found)
         best = load(preset, [*overrides, *followed])
         assert suggestions(index, objects, best, ranks) == []
-        assert best.model.num_classes == classes
+        assert with_classes(best, classes).model.num_classes == classes
         plan = StepPlan((images,), best.train.batch_size, best.train.accumulation, 0, ranks, 0, 64, best.data.remainder)
         assert plan.steps_per_epoch, "the run can be begun"
     assert advised
@@ -234,7 +241,9 @@ def test_of_a_validation_set_only_what_evaluation_reads_is_advised(tmp_path: Pat
     config = load("r50", ["data.validation=./imagined", "data.train=elsewhere"])
     assert [setting for setting, _ in suggestions(index, objects, config)] == ["eval.top_k=150"]
     for own in (["data.validation=imagined"], ["data.validation=imagined", f"data.train={Path.cwd()}/imagined"]):
-        assert "model.num_classes=2" in dict(suggestions(index, objects, load("r50", own)))
+        given = [*own, "model.num_classes=80"]
+        assert "model.num_classes=2" in dict(suggestions(index, objects, load("r50", given)))
+        assert not any("num_classes" in setting for setting, _ in suggestions(index, objects, load("r50", own)))
 
 
 @pytest.mark.processes

@@ -118,7 +118,9 @@ def test_values_that_fit_only_together_are_not_refused(sweep: dict, tmp_path: Pa
     path.write_text(yaml.safe_dump(sweep))
     read_sweep(path)  # 3 heads do not fit the base's 64 channels, but 96
     sweep["search"]["model.heads"]["choice"].append(5)
-    assert mistakes(sweep, tmp_path) == ["model: hidden_dim must be a multiple of heads, got 64 and 5"]
+    (found,) = mistakes(sweep, tmp_path)
+    assert found.startswith("model: hidden_dim must be a multiple of heads and of 32")
+    assert found.endswith("got 64 with heads=5; nearest: 160")
 
 
 def test_what_trials_would_trip_over_is_told_before_the_first(
