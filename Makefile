@@ -25,7 +25,7 @@ SOURCES := $(wildcard core/*.py core/*/* ops/*.py ops/csrc/* data/*.py launch/* 
 
 help:
 	@echo 'make demo       train, evaluate and look at a small detector on this machine (10 minutes on 2 cores)'
-	@echo 'make unit       the tests that start no process (2 minutes)'
+	@echo 'make unit       the tests that start no process and run no whole model (2 minutes)'
 	@echo 'make test       lint, then every test that needs neither a GPU nor much time'
 	@echo 'make test-all   the slow tests as well'
 	@echo 'make test-gpu   the tests that need a CUDA device'
@@ -40,7 +40,7 @@ demo: setup
 	$(BIN)/python -m ddetr.launch.demo demo
 
 unit: setup
-	$(PYTEST) -m 'not processes and not slow and not gpu' $(TESTS)
+	$(PYTEST) -m 'not integration and not slow and not gpu' $(TESTS)
 
 test: lint
 	$(PYTEST) -m 'not slow and not gpu' $(TESTS)

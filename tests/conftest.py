@@ -21,7 +21,7 @@ _alone: list[str] = []  # the test at hand, if it is one of `make unit`
 
 def _refuse_processes(event: str, _: tuple) -> None:
     if event in STARTS and _alone:
-        raise AssertionError(f"{_alone[0]} starts a process ({event}): mark it with pytest.mark.processes")
+        raise AssertionError(f"{_alone[0]} starts a process ({event}): mark it with pytest.mark.integration")
 
 
 sys.addaudithook(_refuse_processes)
@@ -30,7 +30,7 @@ sys.addaudithook(_refuse_processes)
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Tests of `make unit` start no process."""
-    if not any(map(item.get_closest_marker, ("processes", "slow", "gpu"))):
+    if not any(map(item.get_closest_marker, ("integration", "slow", "gpu"))):
         _alone.append(item.nodeid)
     try:
         return (yield)

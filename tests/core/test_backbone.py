@@ -11,6 +11,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from tests.core.test_detector import small
 
+pytestmark = pytest.mark.integration
+
 # What must not train beside batch norms, by the beginnings of the parameters' names: the stem and the first stage.
 # HRNet's stages run side by side: of what gives its stride 4 alone nothing is used.
 FIRST_STAGE = {

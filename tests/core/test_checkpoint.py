@@ -15,6 +15,8 @@ from ddetr.core.config import Config, ModelConfig
 from ddetr.core.model.detector import Detector, build
 from ddetr.data.categories import Categories
 
+pytestmark = pytest.mark.integration
+
 CATEGORIES = Categories(ids=(1, 23, 56), names=("disc", "triangle", "cross"))
 
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from tests.core.runs import SMALL, Train, succeeded
 from tests.processes import finished
 
+pytestmark = pytest.mark.integration
+
 COUNTED_RUN = Path(__file__).with_name("counted_run.py")
 
 
@@ -113,7 +115,6 @@ def test_another_architecture_is_named_without_reading_a_tensor(tmp_path: Path) 
         found.fill(build(found.config.model))
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("settings", [(), ("train.ema_decay=0.9",)], ids=["plain", "average"])
 def test_a_resume_reads_each_tensor_once_on_each_rank(train: Train, tmp_path: Path, settings: tuple[str, ...]) -> None:
     """And every byte for the checksum once, on rank 0, which alone looks at the headers before the run begins."""

@@ -76,7 +76,7 @@ def test_device_follows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         device_for(auto, 2)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_nothing_is_compiled_on_first_use(tmp_path: Path) -> None:
     script = """
 from ddetr.core.config import TrainConfig

@@ -278,7 +278,7 @@ def index(synthetic_shards: Path) -> ShardIndex:
 @pytest.fixture(scope="module")
 def detector(index: ShardIndex) -> TrainedDetector:
     overrides = ["model.hidden_dim=64", "model.encoder_layers=1", "model.decoder_layers=2", "eval.top_k=20"]
-    config = load("tiny", [*overrides, "data.validation_short_side=64", "data.long_side=96"])
+    config = load("tiny", [*overrides, "model.num_classes=3", "data.validation_short_side=64", "data.long_side=96"])
     torch.manual_seed(3)
     model = DeformableDetr(config.model).eval().requires_grad_(False)
     for head in model.class_embed:

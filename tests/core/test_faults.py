@@ -21,7 +21,7 @@ from tests.core.runs import SMALL, collect, free_port, succeeded, trained, wait_
 from tests.data import file_server
 from tests.processes import Command
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 HOST = socket.gethostname()
 

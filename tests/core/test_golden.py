@@ -20,6 +20,8 @@ from ddetr.core.training.optimizer import parameter_groups
 from ddetr.data.batch import Batch
 from torch import Tensor
 
+pytestmark = pytest.mark.integration
+
 VARIANTS = ("plain_small", "two_stage_small")
 PARTS = {"loss_ce": "class", "loss_bbox": "l1", "loss_giou": "giou"}
 

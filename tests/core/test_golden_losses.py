@@ -15,7 +15,7 @@ import torch
 
 from tests.core.runs import collect, command, succeeded
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 FILE = Path(__file__).resolve().parent.parent / "golden/tiny_losses.json"
 PARTS = ("total", "class", "l1", "giou")

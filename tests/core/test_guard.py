@@ -52,7 +52,7 @@ def test_gradients_of_a_loss_that_is_not_finite_are_not_numbers(loss: float) -> 
     assert weight.grad.isnan().all() == (not torch.tensor(loss).isfinite())
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("ranks", "stage", "precision"),
     [
@@ -95,7 +95,7 @@ def test_a_poisoned_image_costs_one_step_on_every_rank(
         assert all(tensor.isfinite().all() for tensor in after.values())
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_run_that_only_skips_stops_with_its_state_saved(train: Train) -> None:
     run = train(1, "optim.learning_rate=1e30", "optim.clip_norm=0", "train.most_skipped_steps=3", steps=20)
     assert run.exit_status == 2
@@ -108,7 +108,7 @@ def test_a_run_that_only_skips_stops_with_its_state_saved(train: Train) -> None:
     assert [event["event"] for event in run.events].count("skipped") == 3
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("overrides", [(), ("train.ema_decay=0.5", "train.zero_stage=2")])
 def test_weights_that_are_not_finite_are_not_saved(train: Train, overrides: tuple[str, ...]) -> None:
     """A weight of 1 decays by 3e38 times itself and steps by as much: the first step leaves float32's range."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.core.runs import Run, Train, succeeded, trained
 from tests.processes import finished
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 EVERY_STEP = ("train.checkpoint_every_steps=1", "train.checkpoint_every_epochs=1")
 

@@ -45,7 +45,7 @@ def ddetr(*words: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["plain", "average"])
 def test_an_old_run_goes_on_as_its_release_took_it_on(name: str, old_runs: Path, shards: Path) -> None:
     directory, expected = old_runs / name, RESUMED[name]
@@ -112,7 +112,7 @@ def changed(old_runs: Path, lost: str) -> Path:
     return folder
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["plain", "average"])
 def test_an_old_run_is_shown_reported_and_evaluated(name: str, old_runs: Path, shards: Path) -> None:
     directory = old_runs / name

@@ -55,7 +55,7 @@ def test_losses_are_those_of_the_images_alone(softmax: bool) -> None:
     assert not results[0][-2][:, 1].any()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "architecture", [(), ("model.architecture=detr", "model.classification=softmax", "model.levels=1")]
 )
@@ -82,7 +82,7 @@ def damaged(synthetic_shards: Path, tmp_path: Path) -> tuple[Path, str]:
     return folder, f"{shard.name}: sample {shard.key(2)}"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_image_is_left_out_and_named(train: Train, damaged: tuple[Path, str], ranks: int) -> None:
     folder, key = damaged
@@ -96,7 +96,7 @@ def test_a_damaged_image_is_left_out_and_named(train: Train, damaged: tuple[Path
     assert run.output.count(f"left out in step {events[0]['step']}: ") == 1
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_too_many_damaged_images_stop_a_run(train: Train, damaged: tuple[Path, str]) -> None:
     folder, key = damaged
     run = train(1, f"data.train={folder}", "data.most_bad_samples=0", steps=12)

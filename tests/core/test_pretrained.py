@@ -86,7 +86,7 @@ def test_a_hub_that_says_nothing_is_not_waited_for(cache: Path, monkeypatch: pyt
         server.shutdown()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_run_says_so_before_it_writes_anything(synthetic_shards: Path, tmp_path: Path) -> None:
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": NOWHERE}
     line = [sys.executable, "-m", "ddetr.launch.cli", "train", "r50", f"data.train={synthetic_shards}"]

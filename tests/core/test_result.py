@@ -154,7 +154,7 @@ def test_what_the_command_of_the_first_release_wrote_decides_nothing(tmp_path: P
     assert scores_of(tmp_path) == {1: 0.3, 3: 0.4}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_two_programs_lose_no_result_of_each_other(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, 1)
     digest = result.weights_digest(checkpoint / WEIGHTS)

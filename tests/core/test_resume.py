@@ -46,7 +46,7 @@ def half_of(run: Run, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("written", "resumed"),
     [
@@ -127,7 +127,7 @@ def test_every_stage_writes_what_stage_0_writes(train: Train, stage: int) -> Non
     assert set(listed[0]["trained"].values()) == {STEPS}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_damaged_checkpoint_is_named_with_the_way_on(train: Train, tmp_path: Path) -> None:
     whole = succeeded(train(2, "train.zero_stage=1", *EXACT, steps=STEPS))
     run = Path(shutil.copytree(whole.directory, tmp_path / "damaged"))
@@ -179,7 +179,7 @@ def test_an_unreadable_evaluation_prevents_no_save(tmp_path: Path, side: str) ->
     assert path in checkpoints(tmp_path)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_another_batch_size_goes_on_with_the_next_epoch(train: Train, tmp_path: Path) -> None:
     """Two epochs of 3 steps, then one of 6: every image once more, at the rate of the third epoch."""
     settings = ("train.batch_size=8", "train.epochs=2", "optim.drop_epochs=[2]")
@@ -218,7 +218,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_full_disk_is_said_and_loses_nothing(synthetic_shards: Path, small_disk: Path) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={small_disk}", "train.name=full"]
     arguments += ["train.max_steps=5", "train.zero_stage=0", "train.checkpoint_every_steps=1"]
@@ -311,7 +311,7 @@ def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 ENDLESS_SAVING = Path(__file__).with_name("endless_saving.py")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_killed_at_any_instant_of_saving_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     """30 times SIGKILL at a random instant of a process that does nothing but save."""
     instants, last = random.Random(0), 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.core.runs import SMALL, Run, Train, collect, succeeded, trained, wait_for
 from tests.processes import Command, finished
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 
 def assert_same_losses(run: Run, reference: Run, rel: float) -> None:

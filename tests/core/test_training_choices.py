@@ -24,7 +24,7 @@ DETR = (
 )
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
@@ -52,7 +52,7 @@ def test_compiled_model_takes_the_same_steps(train: Train, dropout: float, toler
     assert compiled.losses == pytest.approx(eager.losses, rel=tolerance)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_compiling_under_stage_3_is_refused(train: Train) -> None:
     run = train(1, "train.compile=true", "train.zero_stage=3")
     assert run.exit_status == 2
@@ -62,7 +62,7 @@ def test_compiling_under_stage_3_is_refused(train: Train) -> None:
 FROZEN = ("model.dropout=0", "optim.clip_norm=0", "optim.backbone_multiplier=0", "train.checkpoint_every_steps=2")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_backbone_without_a_rate_has_no_share_in_the_gradient_norm(train: Train) -> None:
     """After one step AdamW's average is a tenth of the gradient: so the run that trains everything tells each part."""
     whole = succeeded(train(1, "train.zero_stage=1", *FROZEN[:2], steps=1))
@@ -76,7 +76,7 @@ def test_a_backbone_without_a_rate_has_no_share_in_the_gradient_norm(train: Trai
     assert frozen.steps[0]["gradient_norm"] < 0.99 * whole.steps[0]["gradient_norm"]
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_another_choice_of_what_trains_is_refused_on_resume(train: Train) -> None:
     run = succeeded(train(1, "train.zero_stage=1", *FROZEN))
     before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
@@ -115,7 +115,7 @@ def test_a_frozen_backbone_is_kept_nowhere_but_in_the_weights(
     assert again.losses[4:] == pytest.approx(run.losses[2:], rel=1e-5)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("multiplier", "frozen"), [("0.1", 0.025776), ("0", 0.370608)])
 def test_a_dry_run_counts_what_trains(synthetic_shards: Path, multiplier: str, frozen: float) -> None:
     """Of test_resnet's 370608 parameters its stem and layer1 have 25776."""
@@ -129,7 +129,7 @@ def test_a_dry_run_counts_what_trains(synthetic_shards: Path, multiplier: str, f
     assert said == (f"{total - frozen:.1f}", f"{frozen:.1f}")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("dilation", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_detr_trains_on_two_ranks_as_on_one(train: Train, dilation: bool) -> None:
     settings = (*DETR, f"model.dilation={str(dilation).lower()}", "model.dropout=0", "optim.class_weight=1")
@@ -141,7 +141,7 @@ def test_detr_trains_on_two_ranks_as_on_one(train: Train, dilation: bool) -> Non
     assert {"class_error", "cardinality_error"} <= set(two.steps[0])
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_run_starts_from_published_weights_and_says_what_starts_anew(
     train: Train, synthetic_shards: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +168,7 @@ def test_run_starts_from_published_weights_and_says_what_starts_anew(
             torch.testing.assert_close(tensor, given[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
 )
@@ -187,7 +187,7 @@ def test_half_precision_begins_with_the_exact_weights(train: Train, tmp_path: Pa
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-25)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_initial_weights_that_are_not_there(train: Train) -> None:
     run = train(1, "train.initial_weights=nowhere.pth")
     assert run.exit_status == 2
@@ -196,7 +196,7 @@ def test_initial_weights_that_are_not_there(train: Train) -> None:
     assert not run.directory.exists()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -> None:
     arguments = ["r50", f"data.train={synthetic_shards}", "model.num_classes=3", "train.batch_size=8"]
     shown = finished("train", *arguments, "model.pretrained_backbone=false", "--dry-run")
@@ -205,7 +205,7 @@ def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -
     assert "set optim.learning_rate=5e-05" in shown.stdout
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_dry_run_promises_what_it_did(synthetic_shards: Path, tmp_path: Path) -> None:
     """24 images in steps of 7, the last one filled up: 4 an epoch, of which max_steps leaves 10."""
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={tmp_path}", "data.remainder=pad"]

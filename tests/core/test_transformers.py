@@ -40,6 +40,8 @@ from tests.core.their_detectors import (
     without_classes,
 )
 
+pytestmark = pytest.mark.integration
+
 DETR: dict[str, Any] = {"architecture": "detr", "levels": 1, "classification": "softmax"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

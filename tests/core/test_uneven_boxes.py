@@ -9,7 +9,7 @@ from ddetr.data.synthetic import draw_set
 
 from tests.core.runs import Train, succeeded
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module", params=["uneven", "empty"])

@@ -73,7 +73,7 @@ class Worker(IterableDataset[PackedBatch]):
         yield collate(samples(), ["a message"])
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_worker_hands_over_one_tensor_in_shared_memory() -> None:
     (packed,) = DataLoader(Worker(), batch_size=None, num_workers=1)
     assert packed.packed.is_shared()

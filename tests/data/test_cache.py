@@ -163,7 +163,7 @@ def test_a_shard_larger_than_the_cache_is_refused_before_anything_is_fetched_or_
     assert open_shards(server.url, small.model_copy(update={"fetch": "samples"})).num_samples == index.num_samples
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_more_than_the_index_says_is_cut_off_and_not_stored(synthetic_shards, config, tmp_path):
     """By a server without Content-Length, and by a command: neither ends."""
     folder = Path(shutil.copytree(synthetic_shards, tmp_path / "shards"))

@@ -24,7 +24,7 @@ def test_a_clean_set_has_no_findings(coco_folder, synthetic_shards):
     assert check_shards(synthetic_shards, workers=1) == []
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_real_coco_is_clean(coco_free, tmp_path):
     assert check_coco(coco_free / "annotations.json", coco_free / "images", reading=Reading(workers=2)) == []
     pack(coco_free / "annotations_val.json", coco_free / "images", tmp_path, workers=1, shard_bytes=4 << 20)

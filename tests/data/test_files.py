@@ -72,7 +72,7 @@ def test_a_block_that_fails_or_gives_up_leaves_nothing(tmp_path: Path) -> None:
     assert (os.listdir(tmp_path), path.read_text()) == (["file"], "old")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     script = (

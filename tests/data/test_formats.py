@@ -84,7 +84,7 @@ def test_other_formats_are_read_as_the_json(coco, coco_folder, tmp_path, write):
             assert ours["iscrowd"] == (row["iscrowd"] if write is voc else 0)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("write", [voc, yolo])
 def test_they_are_packed_and_checked(coco, coco_folder, tmp_path, write, capsys):
     folder = write(coco, tmp_path / "other")

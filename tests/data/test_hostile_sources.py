@@ -79,7 +79,7 @@ def endless(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"[" * (1 << 20))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("remote", ["http", "pipe"])
 def test_an_endless_index_is_cut_off(serve, config, monkeypatch, remote):
     monkeypatch.setattr("ddetr.data.cache.MOST_INDEX_BYTES", 8 << 20)
@@ -97,7 +97,7 @@ def test_nothing_is_decompressed(serve, index_json, config):
     assert server.requests[0][2]["accept-encoding"] == "identity"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_a_server_and_a_command_say_cannot_steer_a_terminal(serve, config):
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"HTTP/1.1 403 \x1b[31m\xc2\x9b2J no\r\nContent-Length: 0\r\n\r\n")

@@ -99,7 +99,7 @@ BOMBS = {
 }
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_headers_that_state_too_many_pixels_are_refused_before_anything_is_decoded(tmp_path):
     """In a process that may have 512 MiB more memory than it has: a decoder would need gigabytes."""
     for name, data in BOMBS.items():

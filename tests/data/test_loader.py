@@ -18,7 +18,7 @@ from ddetr.data.stream import TrainStream
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 CONFIG = DataConfig(short_sides=(64,), long_side=128, crop=False, shuffle_window=8, workers=2)
 

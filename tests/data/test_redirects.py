@@ -96,7 +96,7 @@ def test_redirects_that_lead_nowhere_end_at_once_in_one_line(serve, config, loca
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_https_is_never_left_for_http(serve, synthetic_shards, config, tmp_path, monkeypatch):
     certificate = certificate_in(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_bytes_do_not_depend_on_workers(coco_folder, tmp_path):
     one = pack_folder(coco_folder, tmp_path / "one", workers=1)
     pack_folder(coco_folder, tmp_path / "two", workers=2)
@@ -121,7 +121,7 @@ def test_real_coco_fed_back_as_detections_has_perfect_precision(coco_free, tmp_p
     assert evaluation.stats[1] == pytest.approx(1.0)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_killed_run_is_continued(tmp_path):
     """SIGKILL in the middle: no index, only whole shards; the next run keeps them and ends with the same bytes."""
     coco, output = tmp_path / "coco", tmp_path / "shards"
@@ -202,7 +202,7 @@ def test_missing_images_and_unknown_categories_are_listed(coco_folder, edit, tmp
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [1, 2])
 def test_undecodable_images_leave_no_index(coco_folder, tmp_path, workers):
     path = coco_folder / "images/000003.jpg"

@@ -67,7 +67,7 @@ def whole_pages(number: int) -> int:
     return -(-number // 4096) * 4096
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (1, 2)])
 def test_what_is_needed_is_what_is_taken(workers: int, accumulation: int, synthetic_shards: Path) -> None:
     """Two batches of each loader process and those of a step are there, and for a moment those of two steps. A stream
@@ -109,7 +109,7 @@ class Ending(IterableDataset):
         os.kill(os.getpid(), signal.SIGBUS)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_loader_process_killed_for_want_of_it_is_told_with_the_remedy() -> None:
     batches = Loader(DataLoader(Ending(), batch_size=None, num_workers=1)).batches()
     with pytest.raises(OSError, match=r"pid \d+ killed by SIGBUS\)\. /dev/shm was full\. Give the container more: "):

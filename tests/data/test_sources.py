@@ -60,7 +60,7 @@ def cached(config: DataConfig) -> list[Path]:
     return sorted((Path(config.cache) / FOLDER).glob("*.tar"))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 def test_http_gives_the_same_batches_and_each_shard_is_fetched_once(server, synthetic_shards, config, workers):
     config = config.model_copy(update={"workers": workers})
@@ -92,7 +92,7 @@ def test_http_faults_that_pass_are_overcome(synthetic_shards, config, faults: li
         server.close()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("faults", "message"),
@@ -147,7 +147,7 @@ def parts_of(server: FileServer) -> list[str]:
     return [wanted for method, name, wanted in server.requests if method == "GET" and name.endswith(".tar") and wanted]
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_alone_are_fetched_where_that_is_asked_for(server, synthetic_shards, config, workers):
     config = config.model_copy(update={"fetch": "samples", "workers": workers})
@@ -185,7 +185,7 @@ def test_faults_while_samples_are_fetched_are_overcome(server, synthetic_shards,
     assert not server.faults
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 def test_faults_of_samples_that_stay_name_shard_and_address(server, config, workers):
     samples = config.model_copy(update={"fetch": "samples", "workers": workers})
@@ -198,7 +198,7 @@ def test_faults_of_samples_that_stay_name_shard_and_address(server, config, work
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_who_gives_whole_files_only_is_refused_at_once(synthetic_shards, config):
     samples = config.model_copy(update={"fetch": "samples"})
     server = FileServer(synthetic_shards, ranges=False)
@@ -240,7 +240,7 @@ def s3_server() -> Iterator[str]:
     process.wait()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_s3_gives_the_same_batches(s3_server, synthetic_shards, config, monkeypatch, tmp_path):
     import boto3
 
@@ -277,12 +277,12 @@ def test_s3_gives_the_same_batches(s3_server, synthetic_shards, config, monkeypa
         open_shards("s3://nowhere", config)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_command_gives_the_same_batches(synthetic_shards, config):
     assert_same_epoch(f"pipe:cat {shlex.quote(str(synthetic_shards))}/{{}}", synthetic_shards, config)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_commands_that_fail_or_hang_are_named(synthetic_shards, config):
     folder = shlex.quote(str(synthetic_shards))
     with pytest.raises(
@@ -316,7 +316,7 @@ def open_all(url: str, config: DataConfig, begin: "multiprocessing.synchronize.B
         index.storage.ensure(shard)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_many_processes_fetch_a_shard_once(server, synthetic_shards, config):
     begin = multiprocessing.Barrier(6)
     processes = [multiprocessing.Process(target=open_all, args=(server.url, config, begin)) for _ in range(6)]
@@ -329,7 +329,7 @@ def test_many_processes_fetch_a_shard_once(server, synthetic_shards, config):
     assert sorted(fetched) == [path.name for path in sorted(synthetic_shards.glob("*.tar"))]
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_killed_process_leaves_a_cache_that_works(server, synthetic_shards, config):
     """Killed in the middle of a shard, which it holds the lock of: another fetches the rest."""
     server.faults = [stall]

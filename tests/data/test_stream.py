@@ -76,7 +76,7 @@ def one_shard(synthetic_shards, tmp_path_factory) -> ShardIndex:
     return pack(coco / "annotations.json", coco / "images", tmp_path_factory.mktemp("one") / "shards", workers=1)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("world_size", "accumulation", "workers", "batch_size"),
     [(1, 2, 2, 8), (2, 1, 0, 8), (2, 2, 1, 8), (4, 1, 3, 8), (1, 1, 4, 8), (3, 1, 1, 12), (8, 1, 0, 8)],
@@ -104,7 +104,7 @@ def test_any_number_of_ranks_and_workers_sees_the_same_images_at_each_step(
                 assert all(torch.equal(a, b) for a, b in zip(values, expected[image_id], strict=True))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_has_each_sample_once_and_drops_the_remainder(index, workers):
     everything = {int(i) for shard in index.shards for i in shard.samples["image_id"]}
@@ -117,7 +117,7 @@ def test_an_epoch_has_each_sample_once_and_drops_the_remainder(index, workers):
         assert set(seen) <= everything
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 3])
 def test_resuming_gives_the_rest_of_the_epoch_and_the_next(index, workers):
     whole = stream(index)
@@ -130,7 +130,7 @@ def test_resuming_gives_the_rest_of_the_epoch_and_the_next(index, workers):
         assert all(same(a, b) for a, b in zip(batches, expected[first_step:], strict=True))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_stream_can_be_left_and_entered_anywhere(index):
     a_stream = stream(index, workers=1)
     expected = [batch for (batch,) in stream(index).steps(0)]
@@ -152,7 +152,7 @@ def test_epochs_and_seeds_change_order_and_augmentation(index):
         assert len(different) >= 16  # one in a dozen draws the same view of the whole image twice
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_the_global_random_numbers_are_left_alone(index):
     """Else a model's dropout would depend on when its loader was opened."""
     before = torch.get_rng_state()
@@ -162,7 +162,7 @@ def test_the_global_random_numbers_are_left_alone(index):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_closing_ends_the_workers(index):
     before = set(multiprocessing.active_children())
     a_stream = stream(index, workers=2)
@@ -198,7 +198,7 @@ def own_index(synthetic_shards, tmp_path) -> ShardIndex:
     return ShardIndex.load(shutil.copytree(synthetic_shards, tmp_path / "shards"))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_leaves_its_place_empty_and_is_named(own_index, workers):
     whole = [batch for (batch,) in stream(own_index).steps(0)]
@@ -230,7 +230,7 @@ def test_samples_of_a_shard_cut_short_while_training_are_named(own_index):
         assert re.search(r"shard-000000.tar: sample \d{12}: the shard ends \d+ bytes early", message)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("batch_size", "world_size", "workers"), [(5, 1, 0), (10, 2, 2), (24, 3, 0), (36, 4, 1)])
 def test_a_padded_epoch_has_every_sample_once(index, batch_size, world_size, workers):
     seen: Counter[int] = Counter()
@@ -267,7 +267,7 @@ def test_images_of_a_step_are_of_similar_size(coco_free, tmp_path):
     assert shares[0] < shares[1] / 3
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_workers_end_with_their_trainer(synthetic_shards):
     program = (
         "import sys, time, multiprocessing;"
@@ -335,7 +335,7 @@ def test_evaluation_names_a_broken_image_and_can_be_left(own_index):
         left.close()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_real_coco_with_the_published_augmentation(coco_free, tmp_path):
     index = pack(coco_free / "annotations.json", coco_free / "images", tmp_path, workers=1)
     truth = index.ground_truth()

@@ -9,7 +9,7 @@ from ddetr.data.doctor import check_coco
 from ddetr.data.synthetic import draw_image, draw_set
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_equal_arguments_give_equal_bytes_for_any_workers(tmp_path):
     for name, workers in (("one", 1), ("two", 2)):
         draw_set(tmp_path / name, images=40, size=64, classes=4, seed=3, workers=workers)
@@ -19,7 +19,7 @@ def test_equal_arguments_give_equal_bytes_for_any_workers(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_the_set_is_valid_and_varied(tmp_path):
     path = draw_set(tmp_path, images=300, size=64, classes=3, seed=0, workers=1)
     assert not [finding for finding in check_coco(path, tmp_path / "images") if finding.severity == "error"]

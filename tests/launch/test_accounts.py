@@ -65,7 +65,7 @@ def test_training_needs_no_home(
     assert "XDG_STATE_HOME names another place" in result.stdout + result.stderr  # monitor.port is remembered
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_folders_that_cannot_be_written_are_named_with_their_settings(
     synthetic_shards: Path, open_folder: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,8 @@ from ddetr.launch.checkpoint import FixedSizeDetector, export, inspect
 from ddetr.launch.cli import app
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.integration
+
 
 def outputs(model: DeformableDetr) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)

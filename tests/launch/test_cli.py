@@ -45,7 +45,7 @@ def assert_one_message(result: subprocess.CompletedProcess[str], *parts: str) ->
         assert part in result.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = ddetr(*command, "--help")
@@ -53,19 +53,19 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage: ddetr " + " ".join(command) in result.stdout
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_help_lists_every_command() -> None:
     listed = ddetr("--help").stdout
     for command in COMMANDS:
         assert f" {command[0]} " in listed
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_version() -> None:
     assert ddetr("--version").stdout.strip() == f"ddetr {importlib.metadata.version('ddetr')}"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = ["torch", "deepspeed", "ray", "timm", "webdataset", "numpy", "matplotlib", "prometheus_client", "pydantic"]
     script = f"import sys, ddetr.launch.cli; print(*[name for name in {heavy!r} if name in sys.modules])"
@@ -73,40 +73,40 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert result.stdout.split() == []
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_misspelt_key_is_answered_with_the_near_one() -> None:
     assert_one_message(ddetr("train", "tiny", "train.bach_size=4"), "train.bach_size", "Did you mean train.batch_size?")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_every_mistake_is_listed_at_once() -> None:
     result = ddetr("train", "tiny", "model.querys=4", "train.epochs=-1", "optim.learning_rate=fast")
     assert_one_message(result, "3 mistake(s)", "model.queries", "train.epochs", "optim.learning_rate")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_misspelt_preset_is_answered_with_the_near_one() -> None:
     assert_one_message(ddetr("train", "tinny"), "tinny", "Did you mean tiny?", "r50_two_stage")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_train_without_a_preset_says_what_to_name() -> None:
     assert_one_message(ddetr("train"), "name a preset", "--resume RUN_DIR")
     assert_one_message(ddetr("train", "train.epochs=1"), "name a preset")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_resume_refuses_a_preset_and_a_folder_that_is_no_run(tmp_path: Path) -> None:
     assert_one_message(ddetr("train", "tiny", "--resume", tmp_path), "leave out tiny")
     assert_one_message(ddetr("train", "--resume", tmp_path), str(tmp_path), "config.yaml")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_auto_resume_needs_a_name() -> None:
     assert_one_message(ddetr("train", "tiny", "train.auto_resume=true"), "train.name=NAME")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_an_unknown_option_exits_2_with_the_near_one() -> None:
     result = ddetr("eval", "somewhere", "--outputt", "x")
     assert result.returncode == 2
@@ -114,7 +114,7 @@ def test_an_unknown_option_exits_2_with_the_near_one() -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_missing_files_are_one_message(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     commands = (
@@ -134,7 +134,7 @@ def test_missing_files_are_one_message(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "a failed command left something behind"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_traceback_on_request_wherever_it_stands() -> None:
     for arguments in (["--traceback", "train", "tinny"], ["train", "tinny", "--traceback"]):
         result = ddetr(*arguments)
@@ -143,7 +143,7 @@ def test_traceback_on_request_wherever_it_stands() -> None:
         assert result.stderr.splitlines()[-1].startswith("ddetr: ") or "Did you mean tiny?" in result.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_synth_pack_check_show(tmp_path: Path) -> None:
     coco, shards, picture = tmp_path / "coco", tmp_path / "shards", tmp_path / "samples.png"
     assert finished("data", "synth", coco, "--images", "8", "--size", "64", "--seed", "3").returncode == 0
@@ -157,7 +157,7 @@ def test_synth_pack_check_show(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_check_of_broken_data_exits_1(tmp_path: Path) -> None:
     coco = tmp_path / "coco"
     finished("data", "synth", coco, "--images", "4", "--size", "64")

@@ -15,7 +15,7 @@ import yaml
 from tests.core.runs import SMALL, kill
 from tests.launch.listening import beyond_loopback, listening_until
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.processes import finished
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 
 def ddetr(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from ddetr.launch import doctor
 DDETR = Path(sys.executable).with_name("ddetr")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_healthy_installation_passes() -> None:
     result = subprocess.run([DDETR, "doctor"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout
@@ -65,7 +65,7 @@ def test_a_slow_op_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "run it again" in finding.fix
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_missing_binary_is_named_with_the_command_that_builds_it(tmp_path: Path) -> None:
     """The product's files without the compiled op, as after copying the sources by hand."""
     repository = Path(doctor.__file__).parent.parent

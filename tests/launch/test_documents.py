@@ -120,13 +120,12 @@ def test_commands_are_those_of_the_command_line(document: Document, tmp_path: Pa
         command, values = found
         given = [word for many in values.values() if isinstance(many, list | tuple) for word in map(str, many)]
         overrides = [word for word in given if is_override(word)]
-        if command.endswith(" train"):
-            preset = given[0] if given and "=" not in given[0] else "tiny"
-            assert [word for word in given if word not in overrides] in ([], [preset]), f"{line}: overrides?"
-        else:
-            preset = values.get("preset") or "tiny"
-        stands_for_one = re.fullmatch(r"[A-Z_]+(\.yaml)?", preset)
-        load("tiny" if stands_for_one else files.get(preset, preset), overrides)
+        named = [word for word in given if word not in overrides]
+        if not command.endswith((" train", " config")):
+            named = values.get("preset") or ["tiny"]
+            named = [named] if isinstance(named, str) else named
+        stand_for_one = re.compile(r"[A-Z_]+(\.yaml)?")
+        load(["tiny" if stand_for_one.fullmatch(name) else files.get(name, name) for name in named], overrides)
 
 
 def settings(document: Document) -> Iterator[tuple[str, str]]:

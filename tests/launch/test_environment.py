@@ -20,7 +20,7 @@ HOST = socket.gethostname()
 PACKAGE = Path(ddetr.core.__path__[0]).parent
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_a_run_says_of_its_machines(synthetic_shards: Path, tmp_path: Path) -> None:
     (status, output), (other, _) = pair(tmp_path, synthetic_shards, everyone=["train.bandwidth_test_seconds=0.5"])
     assert (status, other) == (0, 0), output
@@ -110,7 +110,7 @@ def test_an_output_folder_that_is_not_shared_is_refused(synthetic_shards: Path, 
     assert not list(folder.iterdir())
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("options", [["--dry-run"], pytest.param([], marks=pytest.mark.slow)], ids=["dry run", "run"])
 def test_too_little_shared_memory_is_refused_with_the_remedies(
     options: list[str], synthetic_shards: Path, tmp_path: Path

@@ -35,6 +35,8 @@ from tests.core.runs import strict_json
 from tests.launch.nodes import two_ray_nodes
 from tests.processes import finished
 
+pytestmark = pytest.mark.integration
+
 
 def by_hand(folder: Path) -> list[float]:
     """pycocotools on the written files, as anyone would use it."""
@@ -88,7 +90,6 @@ def test_every_checkpoint_is_evaluated_into_the_run(run_directory: Path, local: 
     assert written(run / "eval/step_00000010")["detections.json"] != written(local)["detections.json"]
 
 
-@pytest.mark.processes
 def test_checkpoints_come_go_and_are_damaged_meanwhile(run_directory: Path, local: Path, tmp_path: Path) -> None:
     """The shards' command, first called when step 10 is loaded, does what a training run does: deletes and saves."""
     run = tmp_path / "run"
@@ -142,7 +143,6 @@ def test_a_mistake_in_the_settings_of_all_is_told_once(run_directory: Path, tmp_
             evaluate(run_directory, [override], output=tmp_path, all_checkpoints=True)
 
 
-@pytest.mark.processes
 def test_ray_gives_the_local_files_and_is_shut_down(run_directory: Path, local: Path, tmp_path: Path) -> None:
     evaluate(run_directory, [], ray_address="local", output=tmp_path)
     assert written(tmp_path) == written(local)

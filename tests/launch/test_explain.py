@@ -13,6 +13,8 @@ from ddetr.launch.explain import Explanation, explain, explained
 from ddetr.ops import reference
 from PIL import Image
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", params=["two_stage", "plain"])
 def detector(
@@ -112,7 +114,6 @@ def test_no_hook_stays(detector: TrainedDetector, pixels: np.ndarray) -> None:
     assert not [m for m in detector.model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
-@pytest.mark.processes
 def test_the_picture_is_written(run_directory: Path, tmp_path: Path) -> None:
     image = sorted((run_directory.parent / "coco/images").iterdir())[1]
     explain(run_directory, image, tmp_path / "new/why.png", query=2)

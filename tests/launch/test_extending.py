@@ -60,6 +60,7 @@ def run(folder: Path) -> Run:
     return collect(folder / "runs/mine", said, 0)
 
 
+@pytest.mark.integration
 def test_a_part_of_the_loss(run: Run) -> None:
     for step in run.steps:
         losses = step["losses"]
@@ -68,6 +69,7 @@ def test_a_part_of_the_loss(run: Run) -> None:
         assert losses["total"] == pytest.approx(sum(losses[part] for part in step["parts"]))
 
 
+@pytest.mark.integration
 def test_a_score(run: Run) -> None:
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     (evaluation,) = [line for line in lines if line["kind"] == "evaluation"]
@@ -77,6 +79,7 @@ def test_a_score(run: Run) -> None:
     assert re.search(r"evaluated step 2 on 24 images .* found \d\.\d{3}", run.output)
 
 
+@pytest.mark.integration
 def test_an_observer(run: Run, folder: Path) -> None:
     first, second, evaluation = (folder / "steps.txt").read_text().splitlines()
     assert re.fullmatch(r"step 1: loss \d+\.\d{3}, 8 images", first)
@@ -85,6 +88,7 @@ def test_an_observer(run: Run, folder: Path) -> None:
     assert len(run.steps) == 2
 
 
+@pytest.mark.integration
 def test_a_backbone(run: Run) -> None:
     from ddetr.core.checkpoint import contents
 
@@ -94,12 +98,14 @@ def test_a_backbone(run: Run) -> None:
     assert found.config.model.backbone == "plain"
 
 
+@pytest.mark.integration
 def test_a_launcher(run: Run) -> None:
     """Both of its ranks have trained: each has half of the step's images, and the store of one port for each."""
     assert [event["ranks"] for event in run.events if "ranks" in event] == [2]
     assert [step["images"] for step in run.steps] == [8, 8]
 
 
+@pytest.mark.integration
 def test_the_commands_with_what_was_added(run: Run, folder: Path) -> None:
     words = command("ddetr eval runs/mine")
     variable, _, value = words[0].partition("=")

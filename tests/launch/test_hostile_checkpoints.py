@@ -16,6 +16,8 @@ from safetensors import safe_open
 
 from tests.launch.strangers import Stranger, rewritten, run
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize(
     "size",

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 LIFELINE = [sys.executable, "-m", "ddetr.launch.lifeline"]
 

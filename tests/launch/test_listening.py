@@ -19,7 +19,7 @@ from tests.core.runs import SMALL, command, free_port, kill
 from tests.launch.listening import beyond_loopback, listening_on, listening_until
 from tests.launch.nodes import FIRST, NODES, SECOND, need, on, ssh_servers
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_"))}

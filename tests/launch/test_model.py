@@ -25,7 +25,7 @@ def test_the_table_has_every_part_and_their_sum(capsys: pytest.CaptureFixture[st
     config = load("r50_two_stage")
     model(config)
     text = capsys.readouterr().out
-    assert "deformable_detr, resnet50.tv_in1k, one image of 800 x 1120 pixels" in text
+    assert "deformable_detr, resnet50.tv_in1k, 80 classes, one image of 800 x 1120 pixels" in text
     assert all(unit in text for unit in ("(parameters)", "(GFLOPs)", "(%)", "10^9 multiply-adds"))
     parts = costs(config.model)
     printed = rows(text)
@@ -37,7 +37,7 @@ def test_the_table_has_every_part_and_their_sum(capsys: pytest.CaptureFixture[st
     assert sum(float(cells[-1]) for part, cells in printed.items() if part != "total") == pytest.approx(100, abs=0.4)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_without_a_network_and_with_a_size(tmp_path: Path) -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     command = [DDETR, "model", "detr_r50", "--image-size", "480", "640", "model.queries=50"]
@@ -47,7 +47,7 @@ def test_without_a_network_and_with_a_size(tmp_path: Path) -> None:
     assert "first stage" not in result.stdout
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_mistakes_are_one_message() -> None:
     for arguments, expected in (
         (["tinny"], "Did you mean tiny?"),

@@ -75,7 +75,7 @@ def ddetr(tmp_path: Path) -> Callable[..., str]:
     return command
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_in_a_run_its_records_and_its_report(ddetr: Callable[..., str], synthetic_shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = [*SMALL, f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}", "train.max_steps=6"]
@@ -99,7 +99,7 @@ def test_in_a_run_its_records_and_its_report(ddetr: Callable[..., str], syntheti
     assert "hits 1.000" in ddetr("checkpoint", "inspect", folder)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_in_a_search(synthetic_shards: Path, tmp_path: Path) -> None:
     """Also Ray's workers have the additions."""
     (tmp_path / "added").mkdir()

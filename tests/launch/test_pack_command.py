@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.processes import finished
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 ROW = "1 0.5 0.5 0.25 0.5\n"
 

@@ -90,7 +90,7 @@ def test_no_circle_of_imports() -> None:
     assert not left, f"these import each other: {sorted(map('.'.join, left))}"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_is_due_is_decided_without_torch() -> None:
     script = "import sys, ddetr.core.training.schedule, ddetr.core.training.limits; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -114,7 +114,7 @@ def test_core_needs_no_ray_web_server_or_metrics() -> None:
             assert name.split(".")[0] not in ("ray", "prometheus_client", "http", "typer"), f"{path} imports {name}"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_the_op_imports_without_the_rest() -> None:
     """A user of the op alone has torch and nothing else of ours."""
     heavy = ["deepspeed", "ray", "timm", "webdataset", "pydantic", "prometheus_client", "torchvision", "rich"]
@@ -174,7 +174,7 @@ def test_every_pattern_of_package_data_matches_something() -> None:
             assert list(folder.glob(pattern)), f"{package}: {pattern} matches no file"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_git_ignores_none_of_the_product() -> None:
     if not (REPOSITORY / ".git").exists():
         pytest.skip("not a git checkout")

@@ -14,7 +14,7 @@ def output(location: str, name: str) -> bytes:
     return b"".join(source_of(location, 10).read(name, 0))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_command_runs_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "it's {} $HOME"
     (here / "shards").mkdir(parents=True)
@@ -25,7 +25,7 @@ def test_a_command_runs_where_it_was_given(tmp_path: Path, monkeypatch: pytest.M
     assert location.from_anywhere(tmp_path) == location, "a run that goes on from another folder"
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_command_needs_no_such_folder(tmp_path: Path) -> None:
     assert output(Location("pipe:printf %s {}").from_anywhere(tmp_path / "absent"), "index.json") == b"index.json"
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from tests.data.test_images import jpeg
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def images(run_directory: Path) -> Path:

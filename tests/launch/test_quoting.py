@@ -33,7 +33,7 @@ def test_a_word_is_harmless_and_holds_all(tmp_path: Path) -> None:
         assert decoded(encoded(["train", argument])) == ["train", argument]
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_only_what_stands_behind_the_first_dashes_is_passed_on() -> None:
     options, word = split_off(["--nnodes", "2", "--", "train", "--", "--nnodes"])
     assert options == ["--nnodes", "2"]
@@ -52,7 +52,7 @@ def test_arguments_that_no_launcher_can_pass_on_are_refused() -> None:
         encoded(["train", "x" * 90_000])
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_is_quoted_is_one_word_of_a_shell(tmp_path: Path) -> None:
     """pdsh turns %% into % before the shell reads it."""
     words = hostile(tmp_path)

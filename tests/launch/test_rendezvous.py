@@ -71,7 +71,7 @@ class Harmful:
         return os.system, (f"touch {self._file}",)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_no_node_wrote_is_refused(store: TCPStore, tmp_path: Path) -> None:
     state = rendezvous.JsonState(store, "run", "node0:29500")
     harm = pickle.dumps(Harmful(tmp_path / "executed"))
@@ -146,7 +146,7 @@ def test_options_become_ours() -> None:
         of("--nnodes=2", "--rdzv-backend=etcd", "--rdzv-endpoint=a:1")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_wrong_use_is_one_message() -> None:
     with pytest.raises(ValueError, match=r"node rank 2 of 2 node\(s\)"):
         rendezvous.create(RendezvousParameters(rendezvous.NAME, "127.0.0.1:1", "run", 2, 2, rank="2"))
@@ -174,7 +174,7 @@ def test_ranks_of_one_node_start_again(synthetic_shards: Path, tmp_path: Path) -
     assert [event["event"] for event in run.events].count("resume") == 1
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_nodes_with_numbers_do_not_start_again() -> None:
     command = [sys.executable, "-m", "ddetr.launch.torchrun", "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1"]
     done = subprocess.run([*command, "--max-restarts=1", "--", "train"], capture_output=True, text=True, timeout=100)

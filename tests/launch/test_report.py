@@ -312,7 +312,7 @@ def test_counts_on_an_axis_are_short():
     assert [short(count) for count in (0, 800, 1500, 20_000, 3_000_000)] == ["0", "800", "1.5k", "20k", "3M"]
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_browser_draws_the_page_in_both_schemes(run_directory: Path, tmp_path: Path):
     chromium = shutil.which("chromium")
     if chromium is None:

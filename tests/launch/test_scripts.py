@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LAUNCH = REPOSITORY / "launch"

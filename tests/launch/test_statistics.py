@@ -36,7 +36,7 @@ def coco_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return COCO(str(annotations)), index
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_objects_are_counted_as_pycocotools_counts_them(coco_set: tuple[COCO, ShardIndex]) -> None:
     coco, index = coco_set
     objects = read_objects(index, workers=2)
@@ -55,7 +55,7 @@ def test_objects_are_counted_as_pycocotools_counts_them(coco_set: tuple[COCO, Sh
         assert seen_in == {coco.anns[i]["image_id"] for i in coco.getAnnIds(catIds=[category], iscrowd=False)}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_the_share_of_padding_is_that_of_the_stream(coco_set: tuple[COCO, ShardIndex]) -> None:
     _, index = coco_set
     settings = ["train.batch_size=8", "data.short_sides=[96,128]", "data.crop=false", "data.workers=0"]
@@ -72,7 +72,7 @@ def test_the_share_of_padding_is_that_of_the_stream(coco_set: tuple[COCO, ShardI
         assert padding_share(index, config, 2, similar) == pytest.approx(1 - real / padded)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_does_not_fit_the_set_is_suggested(coco_set: tuple[COCO, ShardIndex]) -> None:
     coco, index = coco_set
     objects = read_objects(index, workers=0)
@@ -88,7 +88,7 @@ def test_what_does_not_fit_the_set_is_suggested(coco_set: tuple[COCO, ShardIndex
     assert "leaves out 15 of" in found["data.remainder=pad"]
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_tiny_images_are_not_enlarged_without_end(tmp_path: Path) -> None:
     annotations = draw_set(tmp_path / "coco", images=4, size=96, classes=3, seed=0)
     index = pack(annotations, annotations.parent / "images", tmp_path / "shards", workers=0)
@@ -192,7 +192,7 @@ def test_nothing_is_advised_again_when_it_has_been_followed(sizes: list, setting
     assert advised
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_set_without_objects_gets_no_advice(tmp_path: Path) -> None:
     annotations = draw_set(tmp_path / "coco", images=4, size=96, classes=3, seed=0)
     coco = json.loads(annotations.read_text())
@@ -246,7 +246,7 @@ def test_of_a_validation_set_only_what_evaluation_reads_is_advised(tmp_path: Pat
         assert not any("num_classes" in setting for setting, _ in suggestions(index, objects, load("r50", own)))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_the_command_prints_it(tmp_path: Path) -> None:
     annotations = draw_set(tmp_path / "coco", images=12, size=96, classes=3, seed=0)
     pack(annotations, annotations.parent / "images", tmp_path / "shards", workers=0)

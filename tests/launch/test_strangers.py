@@ -20,6 +20,8 @@ from tests.data.file_server import FileServer
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
 from tests.processes import finished
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def server(run_directory: Path) -> Iterator[FileServer]:
@@ -34,7 +36,6 @@ def metrics_of(folder: Path) -> dict[str, float]:
     return json.loads(file.read_text())["results"][-1]["metrics"]
 
 
-@pytest.mark.processes
 def test_a_command_is_shown_not_run(run_directory: Path, stranger: Stranger, tmp_path: Path) -> None:
     shards, marker = run_directory.parent / "shards", tmp_path / "executed"
     order = f"data.validation=pipe:touch {marker}; cat {shards}/{{}}"
@@ -48,7 +49,6 @@ def test_a_command_is_shown_not_run(run_directory: Path, stranger: Stranger, tmp
     assert marker.exists()
 
 
-@pytest.mark.processes
 def test_the_ways_to_allow_it_work(run_directory: Path, stranger: Stranger, server: FileServer, tmp_path: Path) -> None:
     shards = run_directory.parent / "shards"
     assert run("eval", run_directory, "--output", tmp_path / "expected").exception is None

@@ -78,7 +78,7 @@ def run_of_strangers(make_run: Callable[..., Path], shards: Path) -> Path:
     return make_run(folder, shards, (1,), f"model.num_classes={len(NAMES)}", "eval.score_threshold=0")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_set_is_checked_packed_counted_and_shown(coco: Path, shards: Path, tmp_path: Path, ddetr) -> None:
     images = coco / "images"
     assert ddetr("data", "check", coco / "annotations.json", images)[0] == 0
@@ -96,7 +96,7 @@ def test_a_set_is_checked_packed_counted_and_shown(coco: Path, shards: Path, tmp
         assert picture.size == (2000, 2000)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_narrow_table_cuts_no_name(shards: Path, monkeypatch: pytest.MonkeyPatch, ddetr) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     _, output, _ = ddetr("data", "stats", shards)
@@ -105,7 +105,7 @@ def test_a_narrow_table_cuts_no_name(shards: Path, monkeypatch: pytest.MonkeyPat
         assert SHOWN[name].strip().replace(" ", "") in first_column.replace(" ", "")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_what_is_wrong_with_a_set_is_told(coco: Path, tmp_path: Path, ddetr) -> None:
     values = json.loads((coco / "annotations.json").read_text())
     for image, name in zip(values["images"], NAMES, strict=True):
@@ -302,7 +302,7 @@ def test_a_training_run_of_strangers(shards: Path, tmp_path: Path) -> None:
     assert f"<h1>{html.escape(name)}</h1>" in report(tmp_path / name).read_text()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_warning_where_no_log_is_kept_is_one_entry() -> None:
     script = "import sys, logging\nfrom ddetr.launch.cli import main\nsys.argv = ['ddetr', '--version']\n"
     script += (

@@ -118,7 +118,7 @@ def test_settings_and_pictures_that_are_none_are_named(tmp_path: Path) -> None:
         report(tmp_path / "run")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_terminal_that_lacks_the_letters_is_given_escapes(tmp_path: Path) -> None:
     page_of(tmp_path / "名前")
     command, environment = [DDETR, "report", tmp_path / "名前"], os.environ | {"PYTHONIOENCODING": "ascii"}

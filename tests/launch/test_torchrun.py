@@ -13,7 +13,7 @@ from ddetr.data.shared_memory import REMEDY
 
 from tests.core.runs import SMALL, kill, start, wait_for
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # as the scripts have it

@@ -90,7 +90,7 @@ def by_hand(truth: Path, detections: list[Json], category_ids: list[int]) -> dic
     return dict(zip(MEANINGS, scored.stats.tolist(), strict=True))
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_validation_set_with_fewer_categories_is_scored_over_its_own(
     make_set: MakeSet, whole: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +145,7 @@ def test_other_categories_are_named_with_the_side_that_has_them(
     assert message.isprintable()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_set_without_objects_is_not_trained_on(make_set: MakeSet, whole: Path, empty: Path, tmp_path: Path) -> None:
     crowds = make_set("crowds", lambda coco: [annotation.update(iscrowd=1) for annotation in coco["annotations"]])
     boxes = int(ShardIndex.load(crowds).samples["num_boxes"].sum())
@@ -161,7 +161,7 @@ def test_a_set_without_objects_is_not_trained_on(make_set: MakeSet, whole: Path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_validation_set_without_objects_is_told_of_and_the_run_goes_on(
     whole: Path, empty: Path, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from ddetr.launch.workers import ShardWorker
 
 from tests.data.file_server import FileServer
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("fetch", ["shards", "samples"])
 def test_requests_grow_with_the_shards_and_not_with_their_square(

@@ -29,17 +29,17 @@ def promtool(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_promtool_accepts_the_configuration():
     promtool("check", "config", RULES / "prometheus.yml")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_promtool_accepts_the_rules():
     promtool("check", "rules", RULES / "rules.yml", RULES / "alerts.yml")
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_rules_and_alerts_give_what_was_worked_out_by_hand():
     promtool("test", "rules", HERE / "rules_test.yml", HERE / "throughput_test.yml")
 
@@ -105,7 +105,7 @@ def images_seen(address: str) -> tuple[float, float]:
     return time.monotonic(), float(line.rsplit(" ", 1)[1])
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_prometheus_without_a_run_is_silent_and_finds_one_that_starts_later(prometheus, ranks):
     """Its log lies in the folder that it watches, where one error would call forth the next."""
     targets, _ = ranks
@@ -117,7 +117,7 @@ def test_a_prometheus_without_a_run_is_silent_and_finds_one_that_starts_later(pr
     assert server.log.stat().st_size < 10_000
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 def test_a_real_prometheus_of_two_ranks(prometheus, ranks, dashboard, dashboard_expressions):
     targets, processes = ranks
     address = json.loads(targets.read_text())[0]["targets"][0]

@@ -157,7 +157,7 @@ def assert_all_agree(
     return check
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("channels", [16, 32, 64])
 def test_tuned_agrees(
     types: tuple[torch.dtype, torch.dtype], channels: int, assert_all_agree: Callable[..., None]
@@ -165,7 +165,7 @@ def test_tuned_agrees(
     assert_all_agree("tuned", *types, channels=channels)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "sizes",
@@ -190,7 +190,7 @@ def test_tuned_sizes_agree(dtype: torch.dtype, sizes: dict, assert_all_agree: Ca
 GENERIC = pytest.mark.parametrize("sizes", [{"channels": 5}, {"channels": 24}, {"channels": 32, "points": 11}], ids=str)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @GENERIC
 def test_generic_agrees(
     types: tuple[torch.dtype, torch.dtype], sizes: dict, assert_all_agree: Callable[..., None]
@@ -198,13 +198,13 @@ def test_generic_agrees(
     assert_all_agree("generic", *types, **sizes)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @GENERIC
 def test_generic_agrees_in_float64(sizes: dict, assert_all_agree: Callable[..., None]) -> None:
     assert_all_agree("generic", torch.float64, torch.float64, **sizes)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "sizes",
     [{"batch": 1, "queries": 1, "heads": 1, "points": 1, "channels": 1}, {"points": 70}, {"shapes": [(1, 2)] * 40}],
@@ -214,14 +214,14 @@ def test_generic_sizes_agree(sizes: dict, assert_all_agree: Callable[..., None])
     assert_all_agree("generic", torch.float32, torch.float32, **sizes)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("channels", "path"), PATHS)
 @pytest.mark.parametrize("sizes", [{"queries": 0}, {"batch": 0}, {"points": 0}], ids=str)
 def test_nothing_to_sample(sizes: dict, channels: int, path: str, assert_all_agree: Callable[..., None]) -> None:
     assert_all_agree(path, torch.float32, torch.float32, channels=channels, **sizes)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("channels", "path"), PATHS)
 def test_reference_points_without_a_gradient(
     channels: int, path: str, emulator: Emulator, fused_arguments: Callable[..., list[Tensor]]
@@ -237,7 +237,7 @@ def test_reference_points_without_a_gradient(
     assert emulator.paths == {path}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("channels", "path"), PATHS)
 @pytest.mark.parametrize("operator", [deform_attn, fused_deform_attn], ids=lambda operator: operator.__name__)
 @pytest.mark.parametrize("position", [-2, -1], ids=["location", "weight"])
@@ -280,7 +280,7 @@ def test_a_point_that_is_not_finite_poisons_its_item_alone(
     assert emulator.paths == {path}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("channels", "path"), PATHS)
 def test_far_away_samples_nothing(channels: int, path: str, emulator: Emulator) -> None:
     """A map of ones: the output is the part of the pixel's square that lies inside the map."""
@@ -298,7 +298,7 @@ def test_far_away_samples_nothing(channels: int, path: str, emulator: Emulator) 
     assert emulator.paths == {path}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("channels", "path"), PATHS)
 def test_a_value_that_is_not_finite_reaches_only_items_that_sample_it(
     channels: int, path: str, emulator: Emulator
@@ -311,7 +311,7 @@ def test_a_value_that_is_not_finite_reaches_only_items_that_sample_it(
     assert emulator.paths == {path}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(("channels", "path"), PATHS)
 def test_a_logit_of_minus_infinity_masks_its_point(
     channels: int, path: str, emulator: Emulator, fused_arguments: Callable[..., list[Tensor]]
@@ -329,7 +329,7 @@ def test_a_logit_of_minus_infinity_masks_its_point(
     assert emulator.paths == {path}
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [

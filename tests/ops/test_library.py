@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ddetr.ops import library
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.integration
 
 CALL = """
 import torch
