@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests use: shared reference data, and a small set of real shards."""
+"""Fixtures that several folders of tests use: real images, where they are, a small set of real shards, the wheel."""
 
 import os
 import subprocess
@@ -44,13 +44,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def coco_free() -> Path:
     """121 real COCO images with annotations.json, annotations_train.json, annotations_val.json and images/."""
-    return _present(os.environ.get("DDETR_COCO_FREE", REPOSITORY.parent / "shared/coco/coco_free"), "DDETR_COCO_FREE")
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """Reference outputs of the published code: plain_small.pt, two_stage_small.pt, msda_op.pt."""
-    return _present(os.environ.get("DDETR_GOLDEN", REPOSITORY.parent / "shared/golden"), "DDETR_GOLDEN")
+    path = Path(os.environ.get("DDETR_COCO_FREE", REPOSITORY.parent / "shared/coco/coco_free"))
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent; put the data there or set DDETR_COCO_FREE to its folder")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +71,3 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", *build], check=True, timeout=1800)
     (built,) = folder.glob("*.whl")
     return built
-
-
-def _present(path: str | Path, variable: str) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        pytest.skip(f"{path} is absent; put the data there or set {variable} to its folder")
-    return path

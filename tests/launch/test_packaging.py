@@ -179,6 +179,7 @@ def test_git_ignores_none_of_the_product() -> None:
     if not (REPOSITORY / ".git").exists():
         pytest.skip("not a git checkout")
     paths = [f"{folder}/new_module.py" for folder in (*FOLDERS, "tests/data", "tests/core")]
+    paths += ["tests/golden/new_outputs.json", "tests/golden/new_outputs.safetensors"]
     ignored = subprocess.run(
         ["git", "check-ignore", *paths], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )

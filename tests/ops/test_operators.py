@@ -7,6 +7,8 @@ import torch
 from ddetr.ops import deform_attn, fused_deform_attn, library, reference
 from torch import Tensor
 
+from tests.golden.reference_outputs import load
+
 SHAPES = [(6, 7), (3, 4), (2, 1)]
 
 
@@ -168,16 +170,18 @@ def test_half_sums_are_float32() -> None:
     assert torch.equal(deform_attn(value, [(2, 2)], locations, weights), torch.ones(1, 1, 8, dtype=torch.float16))
 
 
-def test_golden(golden, assert_agrees: Callable[..., None]) -> None:
-    """The published implementation's attention core, in float64 with gradients."""
-    for case in torch.load(golden / "msda_op.pt", weights_only=False):
-        leaves = [case[name].clone().requires_grad_() for name in ("value", "loc", "weights")]
+def test_golden() -> None:
+    """The published implementation's attention core, in float64 with gradients: tests/golden/README.md."""
+    cases = load("attention_core")["cases"]
+    assert len(cases) == 2
+    for case in cases:
+        leaves = [case[name].requires_grad_() for name in ("value", "locations", "weights")]
         for operator in (deform_attn, reference.deform_attn):
             output = operator(leaves[0], case["shapes"], *leaves[1:])
-            torch.testing.assert_close(output, case["out"], rtol=0, atol=1e-12)
-            gradients = torch.autograd.grad(output, leaves, case["grad_out"])
-            for gradient, name in zip(gradients, ("grad_value", "grad_loc", "grad_weights"), strict=True):
-                torch.testing.assert_close(gradient, case[name], rtol=0, atol=1e-12)
+            torch.testing.assert_close(output, case["output"], rtol=0, atol=1e-12)
+            gradients = torch.autograd.grad(output, leaves, case["output_gradient"])
+            for gradient, name in zip(gradients, ("value", "locations", "weights"), strict=True):
+                torch.testing.assert_close(gradient, case[f"{name}_gradient"], rtol=0, atol=1e-12)
 
 
 def test_a_single_point_is_deformable_convolution() -> None:
