@@ -120,7 +120,7 @@ def test_a_frozen_backbone_is_kept_nowhere_but_in_the_weights(
 def test_a_dry_run_counts_what_trains(synthetic_shards: Path, multiplier: str, frozen: float) -> None:
     """Of test_resnet's 370608 parameters its stem and layer1 have 25776."""
     overrides = (*SMALL, f"data.train={synthetic_shards}", f"optim.backbone_multiplier={multiplier}")
-    overrides += ("model.backbone_norm=frozen_batch", "model.pretrained_backbone=false")
+    overrides += ("model.backbone_norm=frozen_batch", "model.pretrained_backbone=false", "model.num_classes=3")
     config = load("tiny", overrides)
     shown = finished("train", "tiny", *overrides, "--dry-run")
     assert shown.returncode == 0, shown.stderr

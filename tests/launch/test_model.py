@@ -43,7 +43,7 @@ def test_without_a_network_and_with_a_size(tmp_path: Path) -> None:
     command = [DDETR, "model", "detr_r50", "--image-size", "480", "640", "model.queries=50"]
     result = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert "detr, resnet50.tv_in1k, one image of 480 x 640 pixels" in result.stdout
+    assert "detr, resnet50.tv_in1k, 80 classes, one image of 480 x 640 pixels" in result.stdout
     assert "first stage" not in result.stdout
 
 

@@ -150,4 +150,4 @@ def test_continuous_integration_runs_make_test() -> None:
     for target in ("demo", "test", "test-all", "test-gpu", "bench", "bench-gpu", "lint", "wheel"):
         result = run("make", "-n", target)
         assert result.returncode == 0, f"make {target}: {result.stderr}"
-    assert "-m pytest -m 'not slow and not gpu' tests" in run("make", "-n", "test").stdout
+    assert "-m pytest --numprocesses 2 --dist loadfile -m 'not slow and not gpu' tests" in run("make", "-n", "test").stdout
