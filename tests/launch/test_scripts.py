@@ -150,4 +150,5 @@ def test_continuous_integration_runs_make_test() -> None:
     for target in ("demo", "test", "test-all", "test-gpu", "bench", "bench-gpu", "lint", "wheel"):
         result = run("make", "-n", target)
         assert result.returncode == 0, f"make {target}: {result.stderr}"
-    assert "-m pytest --numprocesses 2 --dist loadfile -m 'not slow and not gpu' tests" in run("make", "-n", "test").stdout
+    tests = "-m pytest --numprocesses 2 --dist loadfile -m 'not slow and not gpu' tests"
+    assert tests in run("make", "-n", "test").stdout
