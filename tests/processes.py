@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class Command:
 
     ranks: processes that share one run, as a launcher starts them. One is started as a user does, without a launcher.
     environment: set in it besides the variables of this process. folder: where it works.
-    program: a Python file to run in the place of `ddetr`.
+    program: a Python file to run in the place of `ddetr`. first: what the process calls before that, such as a function
+    of tests/confinement.py; sent as a pickle.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Command:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
         program: Path | None = None,
+        first: Callable[[], object] = bool,
     ) -> None:
         self.args = [*map(str, arguments)]
         sys.audit("subprocess.Popen", "ddetr", self.args, folder, environment)
@@ -57,6 +59,7 @@ class Command:
                     {**os.environ, **(environment or {}), **place},
                     os.fspath(folder or Path.cwd()),
                     [file.name for file in self._outputs],
+                    first,
                 ),
             )
             for place in places
@@ -145,7 +148,12 @@ def finished(*arguments: str | Path, **settings: Any) -> subprocess.CompletedPro
 
 
 def _become(
-    program: Path | None, arguments: Sequence[str], environment: dict[str, str], folder: str, outputs: Sequence[str]
+    program: Path | None,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    folder: str,
+    outputs: Sequence[str],
+    first: Callable[[], object],
 ) -> None:
     """What a forked process does."""
     for target, name, mode in ((0, os.devnull, os.O_RDONLY), *((n, name, APPEND) for n, name in enumerate(outputs, 1))):
@@ -156,6 +164,7 @@ def _become(
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [str(program or "ddetr"), *arguments]
+    first()
     if program is None:
         from ddetr.launch.cli import main
 

@@ -1,10 +1,8 @@
 """Pretrained weights without a network: taken from the cache, or an error that says how they get there."""
 
 import http.server
-import os
-import subprocess
-import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,8 @@ from ddetr.core.model.pretrained import source
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from tests.processes import finished
+
 NAME = "test_resnet.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
 NOWHERE = "http://127.0.0.1:1"  # nothing listens there
@@ -24,9 +24,9 @@ NOWHERE = "http://127.0.0.1:1"  # nothing listens there
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub, which does not answer."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", NOWHERE + "/{repo_id}/resolve/{revision}/{filename}")
+    for name in ("HF_HUB_CACHE", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+        monkeypatch.setattr(constants, name, getattr(constants, name))  # as it was, after the test
+    without_hub(tmp_path / "hub")
     return tmp_path / "hub"
 
 
@@ -86,16 +86,19 @@ def test_a_hub_that_says_nothing_is_not_waited_for(cache: Path, monkeypatch: pyt
         server.shutdown()
 
 
+def without_hub(cache: Path) -> None:
+    """As the variables HF_HOME and HF_ENDPOINT do at the import."""
+    constants.HF_HUB_CACHE = str(cache)
+    constants.ENDPOINT = NOWHERE
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = NOWHERE + "/{repo_id}/resolve/{revision}/{filename}"
+
+
 @pytest.mark.integration
 def test_a_run_says_so_before_it_writes_anything(synthetic_shards: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": NOWHERE}
-    line = [sys.executable, "-m", "ddetr.launch.cli", "train", "r50", f"data.train={synthetic_shards}"]
-    line += ["model.num_classes=3", "train.batch_size=4", f"train.output={tmp_path}/runs", "train.device=cpu"]
-    line += ["train.name=run", "train.precision=fp32", "monitor.port=0"]
+    line = ["train", "r50", f"data.train={synthetic_shards}", "train.batch_size=4", f"train.output={tmp_path}/runs"]
+    line += ["train.device=cpu", "train.name=run", "train.precision=fp32", "monitor.port=0"]
     for options in (["--dry-run"], []):
-        result = subprocess.run(
-            [*line, *options], env=environment, capture_output=True, text=True, timeout=900, check=False
-        )
+        result = finished(*line, *options, first=partial(without_hub, tmp_path / "hub"))
         assert result.returncode == 2, result.stdout + result.stderr
         said = result.stderr.splitlines()[-1]
         assert said.startswith("ddetr: model.backbone=resnet50.tv_in1k: its pretrained weights are not in"), said
@@ -103,4 +106,4 @@ def test_a_run_says_so_before_it_writes_anything(synthetic_shards: Path, tmp_pat
         assert "Traceback" not in result.stderr
         assert "Retrying" not in result.stderr
         assert not (tmp_path / "runs").exists()
-    assert f"fetching its weights from {NOWHERE}/timm/resnet50.tv_in1k into {tmp_path}/hf/hub" in result.stdout
+    assert f"fetching its weights from {NOWHERE}/timm/resnet50.tv_in1k into {tmp_path}/hub" in result.stdout

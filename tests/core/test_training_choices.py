@@ -198,7 +198,8 @@ def test_initial_weights_that_are_not_there(train: Train) -> None:
 
 @pytest.mark.integration
 def test_a_rate_for_another_batch_size_is_warned_about(synthetic_shards: Path) -> None:
-    arguments = ["r50", f"data.train={synthetic_shards}", "model.num_classes=3", "train.batch_size=8"]
+    small = [setting for setting in SMALL if setting.startswith(("model.", "data."))]
+    arguments = ["r50", *small, f"data.train={synthetic_shards}", "train.batch_size=8"]
     shown = finished("train", *arguments, "model.pretrained_backbone=false", "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "optim.learning_rate=0.0002 with train.batch_size=8: published is 0.0002 for 32 images" in shown.stdout

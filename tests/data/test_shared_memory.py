@@ -2,11 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,9 @@ from ddetr.data.loader import Loader
 from ddetr.data.shared_memory import REMEDY
 from ddetr.data.stream import TrainStream
 from torch.utils.data import DataLoader, IterableDataset
+
+from tests.confinement import mount_memory
+from tests.processes import finished
 
 # A stream whose reader goes on when as much is taken as was said for each step, in a /dev/shm of its own.
 READER = """
@@ -45,14 +47,14 @@ CONFIG = {"short_sides": (320, 480), "long_side": 960, "crop": False, "shuffle_w
 
 
 def read(
-    shards: Path, size: int, workers: int, accumulation: int, taken: list[int]
+    folder: Path, shards: Path, size: int, workers: int, accumulation: int, taken: list[int]
 ) -> subprocess.CompletedProcess[str]:
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("a mount of its own needs root and unshare")
-    mount = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'
-    line = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-c", READER]
-    line += map(json.dumps, (str(shards), CONFIG | {"workers": workers}, arguments(accumulation), taken))
-    return subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+    if os.geteuid() != 0:
+        pytest.skip("a mount of its own needs root")
+    reader = folder / "reader.py"
+    reader.write_text(READER)
+    given = map(json.dumps, (str(shards), CONFIG | {"workers": workers}, arguments(accumulation), taken))
+    return finished(*given, program=reader, first=partial(mount_memory, Path("/dev/shm"), size))
 
 
 def arguments(accumulation: int) -> dict[str, int]:
@@ -69,7 +71,9 @@ def whole_pages(number: int) -> int:
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (1, 2)])
-def test_what_is_needed_is_what_is_taken(workers: int, accumulation: int, synthetic_shards: Path) -> None:
+def test_what_is_needed_is_what_is_taken(
+    workers: int, accumulation: int, synthetic_shards: Path, tmp_path: Path
+) -> None:
     """Two batches of each loader process and those of a step are there, and for a moment those of two steps. A stream
     lives with just that, and dies for want of it in words."""
     reader = stream(synthetic_shards, 0, accumulation)
@@ -86,9 +90,9 @@ def test_what_is_needed_is_what_is_taken(workers: int, accumulation: int, synthe
     most = max(windows(2 * workers + 2 * accumulation))
     assert most < need < most + (256 << 10)  # boxes and semaphores
     taken = windows(2 * workers + accumulation)[::accumulation]
-    enough = read(synthetic_shards, need, workers, accumulation, taken)
+    enough = read(tmp_path, synthetic_shards, need, workers, accumulation, taken)
     assert enough.returncode == 0, enough.stderr
-    short = read(synthetic_shards, whole_pages(min(sizes) // 2), workers, accumulation, taken)
+    short = read(tmp_path, synthetic_shards, whole_pages(min(sizes) // 2), workers, accumulation, taken)
     assert short.returncode == 1
     assert short.stderr.startswith("SharedMemoryError: /dev/shm is full: a batch of ")
     assert short.stderr.endswith(f"{REMEDY}\n")

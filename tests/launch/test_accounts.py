@@ -4,17 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from ddetr.data.folders import obstacle
 
+from tests.confinement import become
 from tests.core.runs import SMALL
 from tests.data.file_server import FileServer
+from tests.processes import finished
 
 NOBODY = 54321  # no account of any system
-# Reads everything, which the interpreter may need, and writes as that account may.
-READS = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+READS = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]  # as `become` has it
 
 
 @pytest.fixture
@@ -28,13 +30,8 @@ def open_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def as_nobody(*arguments: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    line = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *READS]
-    line += [sys.executable, *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG", "HF_", "USER"))}
-    return subprocess.run(
-        line, env=kept | variables, cwd=folder, capture_output=True, text=True, timeout=600, check=False
-    )
+def train_as_nobody(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return finished("train", "tiny", *SMALL, *arguments, folder=folder, first=partial(become, NOBODY, variables))
 
 
 def refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -59,10 +56,19 @@ def test_what_keeps_a_folder_from_being_made(tmp_path: Path) -> None:
 def test_training_needs_no_home(
     variables: dict[str, str], synthetic_shards: Path, open_folder: Path, tmp_path: Path
 ) -> None:
-    settings = [*SMALL, f"data.train={synthetic_shards}", "train.max_steps=1", f"train.output={open_folder}/runs"]
-    result = as_nobody("-m", "ddetr.launch.cli", "train", "tiny", *settings, folder=tmp_path, **variables)
+    settings = [f"data.train={synthetic_shards}", "train.max_steps=1", f"train.output={open_folder}/runs"]
+    result = train_as_nobody(*settings, folder=tmp_path, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "XDG_STATE_HOME names another place" in result.stdout + result.stderr  # monitor.port is remembered
+
+
+@pytest.mark.integration
+def test_a_folder_that_an_import_makes_is_named_with_its_variable(synthetic_shards: Path, open_folder: Path) -> None:
+    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *READS]
+    line = [*become, sys.executable, "-m", "ddetr.launch.cli", "train", "tiny", f"data.train={synthetic_shards}"]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/nowhere/a"}
+    result = subprocess.run(line, env=environment, cwd=open_folder, capture_output=True, text=True, check=False)
+    refused(result, "/nowhere: Permission denied; TORCHINDUCTOR_CACHE_DIR=/nowhere/a names this place: set it")
 
 
 @pytest.mark.integration
@@ -70,23 +76,21 @@ def test_folders_that_cannot_be_written_are_named_with_their_settings(
     synthetic_shards: Path, open_folder: Path, tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o755)
-    train = ["-m", "ddetr.launch.cli", "train", "tiny", *SMALL, "--dry-run"]
+    dry_run = partial(train_as_nobody, "--dry-run")
     here = f"data.train={synthetic_shards}"
-    result = as_nobody(*train, here, folder=tmp_path)
+    result = dry_run(here, folder=tmp_path)
     refused(result, "train.output=runs", f"{tmp_path} cannot be written to by this account (uid {NOBODY})")
-    result = as_nobody(*train, here, folder=open_folder, TORCHINDUCTOR_CACHE_DIR="/nowhere/a")
-    refused(result, "/nowhere: Permission denied; TORCHINDUCTOR_CACHE_DIR=/nowhere/a names this place: set it")
     there = {"TORCHINDUCTOR_CACHE_DIR": str(open_folder), "TRITON_CACHE_DIR": "/nowhere/a"}
-    result = as_nobody(*train, here, "train.compile=true", folder=open_folder, **there)
+    result = dry_run(here, "train.compile=true", folder=open_folder, **there)
     refused(result, "train.compile=true: / cannot be written", "set TRITON_CACHE_DIR")
     server = FileServer(synthetic_shards)
     try:
         remote = f"data.train={server.url}"
-        result = as_nobody(*train, remote, folder=open_folder, HOME="/nonexistent")
+        result = dry_run(remote, folder=open_folder, HOME="/nonexistent")
         refused(result, "data.cache=/nonexistent/.cache/ddetr/shards", "/ cannot be written", "data.fetch=samples")
-        result = as_nobody(*train, remote, folder=open_folder)
+        result = dry_run(remote, folder=open_folder)
         refused(result, "data.cache=~/.cache/ddetr/shards", "this account has no home", "Set data.cache to another")
-        result = as_nobody(*train, remote, "data.fetch=samples", folder=open_folder)
+        result = dry_run(remote, "data.fetch=samples", folder=open_folder)
         assert result.returncode == 0, result.stderr
     finally:
         server.close()

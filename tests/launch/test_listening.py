@@ -10,14 +10,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.core.runs import SMALL, command, free_port, kill
+from tests.core.runs import SMALL, free_port, kill
 from tests.launch.listening import beyond_loopback, listening_on, listening_until
 from tests.launch.nodes import FIRST, NODES, SECOND, need, on, ssh_servers
+from tests.processes import Command
 
 pytestmark = pytest.mark.integration
 
@@ -49,7 +50,7 @@ def logs(folder: Path) -> str:
     return "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
 
 
-def steps_taken(folder: Path, processes: list[subprocess.Popen]) -> Callable[[], bool]:
+def steps_taken(folder: Path, processes: Sequence[subprocess.Popen | Command]) -> Callable[[], bool]:
     def taken() -> bool:
         assert all(process.poll() is None for process in processes), logs(folder)
         file = folder / "run/metrics.jsonl"
@@ -70,14 +71,12 @@ SLOW_WAYS = ("local.sh with 1 rank", "torchrun.sh on one node")
 
 @pytest.mark.parametrize(
     "way",
-    ["alone", "local.sh with 2 ranks", *(pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS)],
+    ["local.sh with 2 ranks", *(pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS)],
 )
 def test_on_one_machine(way: str, synthetic_shards: Path, tmp_path: Path) -> None:
     """All of it on loopback: launcher's store, gloo, exporter; from the start on."""
     arguments = endless(synthetic_shards, tmp_path)
-    if way == "alone":
-        line = command(1, *arguments)
-    elif way.startswith("local.sh"):
+    if way.startswith("local.sh"):
         line = [REPOSITORY / "launch/local.sh", "--ranks", re.findall(r"\d", way)[0], *arguments]
     else:
         line = [REPOSITORY / "launch/torchrun.sh", "--nodes", "1", "--node-rank", "0", "--ranks", "2"]
@@ -86,6 +85,16 @@ def test_on_one_machine(way: str, synthetic_shards: Path, tmp_path: Path) -> Non
         found = listening_until(processes[0].pid, steps_taken(tmp_path, processes))
         assert found, "the metrics at least are served"
         assert beyond_loopback(found) == set()
+
+
+def test_alone(synthetic_shards: Path, tmp_path: Path) -> None:
+    command = Command("train", *endless(synthetic_shards, tmp_path))
+    try:
+        found = listening_until(command.pid, steps_taken(tmp_path, [command]))
+    finally:
+        command.kill()
+    assert found, "the metrics at least are served"
+    assert beyond_loopback(found) == set()
 
 
 @pytest.mark.slow

@@ -1,18 +1,14 @@
-"""`ddetr model` as a user meets it: the table, and that it needs neither weights nor a network."""
+"""`ddetr model`: the table, and that it needs neither weights nor a network."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ddetr.core.config import load
 from ddetr.core.model.cost import Cost, costs
 from ddetr.launch.model import model
+from huggingface_hub import constants
 
 from tests.processes import finished
-
-DDETR = Path(sys.executable).with_name("ddetr")
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -37,14 +33,16 @@ def test_the_table_has_every_part_and_their_sum(capsys: pytest.CaptureFixture[st
     assert sum(float(cells[-1]) for part, cells in printed.items() if part != "total") == pytest.approx(100, abs=0.4)
 
 
-@pytest.mark.integration
-def test_without_a_network_and_with_a_size(tmp_path: Path) -> None:
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
-    command = [DDETR, "model", "detr_r50", "--image-size", "480", "640", "model.queries=50"]
-    result = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "detr, resnet50.tv_in1k, 80 classes, one image of 480 x 640 pixels" in result.stdout
-    assert "first stage" not in result.stdout
+def test_without_a_network_and_with_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model(load("detr_r50", ["model.queries=50"]), (480, 640))
+    text = capsys.readouterr().out
+    assert "detr, resnet50.tv_in1k, 80 classes, one image of 480 x 640 pixels" in text
+    assert "first stage" not in text
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.integration

@@ -99,7 +99,7 @@ def test_in_a_run_its_records_and_its_report(ddetr: Callable[..., str], syntheti
     assert "hits 1.000" in ddetr("checkpoint", "inspect", folder)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_in_a_search(synthetic_shards: Path, tmp_path: Path) -> None:
     """Also Ray's workers have the additions."""
     (tmp_path / "added").mkdir()

@@ -122,6 +122,7 @@ def test_bootstrap_offline_sees_the_packages_of_its_interpreter(tmp_path: Path) 
     assert file == yaml.__file__
 
 
+@pytest.mark.slow
 def test_local_runs_two_ranks(synthetic_shards: Path, tmp_path: Path) -> None:
     result = run(
         LAUNCH / "local.sh",

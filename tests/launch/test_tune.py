@@ -164,7 +164,7 @@ def test_the_sweep_in_the_docstring_is_valid(tmp_path: Path) -> None:
     assert Sweep.model_validate(yaml.safe_load(example)).scheduler.asha is not None
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_too_large_a_trial_is_refused_at_once(sweep: dict, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**sweep, "cpus_per_trial": 5000}))
     with pytest.raises(ValueError, match=r"cpus_per_trial=5000 .*no node of the Ray cluster has that much"):
