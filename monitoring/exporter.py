@@ -1,13 +1,16 @@
 """The Prometheus exporter of one process: serves its metrics over HTTP."""
 
 import errno
+import logging
 import socket
+import sys
 import threading
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 ALL_INTERFACES = ("", "0.0.0.0", "::")
+log = logging.getLogger("ddetr")
 
 
 class Exporter:
@@ -53,5 +56,13 @@ def serve(registry: CollectorRegistry, host: str, port: int) -> Exporter:
                 f"set monitor.port to another number, or monitor.port=0 for any free port"
             ) from error
         raise OSError(f"cannot serve metrics on {host} port {port}: {error.strerror}; set monitor.host") from error
+    server.handle_error = _tell_failure  # wsgiref would print a traceback into the run's output
     name = socket.gethostname() if host in ALL_INTERFACES else host
     return Exporter(f"[{name}]:{server.server_port}" if ":" in name else f"{name}:{server.server_port}", server, thread)
+
+
+def _tell_failure(_: object, client: object) -> None:
+    """Of a request. A client that hangs up, as probes of ports do, is none."""
+    error = sys.exception()
+    if not isinstance(error, ConnectionError):
+        log.warning("a request for metrics from %s failed: %r", client, error)

@@ -1,5 +1,6 @@
 """Pretrained weights without a network: taken from the cache, or an error that says how they get there."""
 
+import contextlib
 import http.server
 import threading
 from functools import partial
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from tests.processes import finished
+from tests.servers import LoopbackServer
 
 NAME = "test_resnet.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
@@ -76,14 +78,13 @@ def test_a_hub_that_says_nothing_is_not_waited_for(cache: Path, monkeypatch: pyt
         def do_HEAD(self) -> None:
             silent.wait(60)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with contextlib.closing(LoopbackServer(Handler)) as server:
+        server.start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr("ddetr.core.model.pretrained.PATIENCE_SECONDS", 0.5)
         with pytest.raises(OSError, match="cannot be reached \\(ReadTimeout"):
             Backbone(ModelConfig(backbone=NAME))
         silent.set()
-        server.shutdown()
 
 
 def without_hub(cache: Path) -> None:

@@ -5,8 +5,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.servers import LoopbackServer
 
 Fault = Callable[[BaseHTTPRequestHandler, bytes, int], None]  # what would be sent, and its status
 
@@ -34,16 +36,10 @@ class FileServer:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 256  # connections of many processes at once
-
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = LoopbackServer(Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.close = self._server.close
+        self._server.start()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         name = handler.path.lstrip("/").partition("?")[0]

@@ -3,10 +3,11 @@
 import shutil
 import ssl
 import subprocess
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.servers import LoopbackServer
 
 
 class HostileServer:
@@ -21,29 +22,22 @@ class HostileServer:
 
             def do_GET(self) -> None:
                 owner.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
-                try:
-                    answer(self)
-                except (BrokenPipeError, ConnectionResetError):  # whoever asked has had enough
-                    self.close_connection = True
+                answer(self)
 
             do_HEAD = do_GET
 
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = LoopbackServer(Handler)
         if certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.host = f"127.0.0.1:{self._server.server_port}"
         self.url = f"http{'s' if certificate else ''}://{self.host}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.close = self._server.close
+        self._server.start()
 
     def logins(self) -> set[str | None]:
         return {headers.get("authorization") for _, _, headers in self.requests}

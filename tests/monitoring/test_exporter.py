@@ -3,7 +3,9 @@
 import json
 import os
 import socket
+import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -46,6 +48,34 @@ def test_a_closed_exporter_frees_its_port_and_thread():
     port = int(exporter.address.split(":")[1])
     with serve(RunMetrics("a", 0).registry, "127.0.0.1", port) as again:
         assert again.address == exporter.address
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /metr", b"x" * 70_000], ids=["nothing", "half a request", "no request"])
+def test_a_client_that_hangs_up_prints_nothing(said: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    """As probes of ports do, which reset the connection."""
+    with serve(RunMetrics("a", 0).registry, "127.0.0.1", 0) as exporter:
+        host, port = exporter.address.split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(said)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert scrape(exporter.url)["ddetr_steps_total"] == 0
+        time.sleep(0.2)  # the thread of the first request ends
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_fails_within_a_request_is_logged(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no handler")
+
+    with serve(RunMetrics("a", 0).registry, "127.0.0.1", 0) as exporter:
+        monkeypatch.setattr(exporter._server, "finish_request", failing)
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            urllib.request.urlopen(exporter.url, timeout=5)
+    assert "a request for metrics from ('127.0.0.1', " in caplog.text
+    assert "RuntimeError('no handler')" in caplog.text
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_taken_port_is_one_clear_error():
