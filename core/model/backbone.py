@@ -52,7 +52,7 @@ class Backbone(nn.Module):
         else:
             freeze_batch_norms(body)
         try:
-            maps = feature_maps(body, self._indices)
+            maps = feature_maps(body, self._indices, config.backbone)
         except ValueError as error:
             raise ValueError(f"model.backbone={config.backbone!r} cannot be used: {error}; take another") from error
         frozen = maps.before_c3 if config.backbone_norm == "frozen_batch" else frozenset()

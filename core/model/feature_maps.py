@@ -32,11 +32,21 @@ class FeatureMaps:
     before_c3: frozenset[str]
 
 
-def feature_maps(body: nn.Module, indices: Sequence[int]) -> FeatureMaps:
-    """Examine the feature maps `indices` of a timm model with `features_only`.
+_examined: dict[tuple[str, ...], FeatureMaps] = {}  # by what says all of a model but the values of its weights
+
+
+def feature_maps(body: nn.Module, indices: Sequence[int], name: str) -> FeatureMaps:
+    """Examine the feature maps `indices` of the timm model `name` with `features_only`, once in a process.
 
     Raises ValueError, which says why, when images of some size give no maps of their stride, however they are padded.
     """
+    key = name, str(indices), str(body)
+    if key not in _examined:
+        _examined[key] = _examine(body, indices)
+    return _examined[key]
+
+
+def _examine(body: nn.Module, indices: Sequence[int]) -> FeatureMaps:
     info = cast(FeatureInfo, body.feature_info)
     reductions = info.reduction()
     side = max(getattr(body, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])

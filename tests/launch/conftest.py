@@ -10,7 +10,7 @@ from tests.launch.nodes import joined
 from tests.launch.strangers import rewritten
 
 SMALL = (
-    "model.backbone=resnet18.a1_in1k",
+    "model.backbone=test_resnet.r160_in1k",
     "model.hidden_dim=64",
     "model.queries=30",
     "model.encoder_layers=1",

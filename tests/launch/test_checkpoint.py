@@ -139,7 +139,7 @@ def test_published_layout_and_back(
     run_directory: Path, make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(run_directory, tmp_path / "small.pth", "published")
-    assert "cannot build 'resnet18" in capsys.readouterr().out
+    assert "cannot build 'test_resnet" in capsys.readouterr().out
     detector = load_detector(run_directory)
     other = DeformableDetr(detector.config.model).eval().requires_grad_(False)
     load_weights(other, tmp_path / "small.pth")
