@@ -3,18 +3,18 @@
 #   VENV=DIR          the virtual environment (.venv)
 #   PYTHON=EXE        the interpreter it is made from (the first Python >= 3.11 found)
 #   TESTS='PATH ...'  which tests `test`, `test-all` and `test-gpu` run (tests)
-#   WORKERS=N         how many processes run tests at the same time (2; 0: this one alone)
+#   WORKERS=N         how many processes run tests at the same time (3: some of them always wait; 0: this one alone)
 #   COCO=DIR          what `bench` streams: a folder with annotations.json and images/ (build/bench: procedural)
 #   OFFLINE=1         a machine without a package registry: use the packages that PYTHON already has
 #   WHEELS=DIR        with OFFLINE=1: wheels to install beside them
 
 VENV ?= .venv
 TESTS ?= tests
-WORKERS ?= 2
+WORKERS ?= 3
 COCO ?= build/bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PYTHON OFFLINE
 
 SOURCES := $(wildcard core/*.py core/*/* ops/*.py ops/csrc/* data/*.py launch/* launch/*/* monitoring/*.py monitoring/*/*)

@@ -61,8 +61,8 @@ def serve(registry: CollectorRegistry, host: str, port: int) -> Exporter:
     return Exporter(f"[{name}]:{server.server_port}" if ":" in name else f"{name}:{server.server_port}", server, thread)
 
 
-def _tell_failure(_: object, client: object) -> None:
+def _tell_failure(request: object, client_address: object) -> None:
     """Of a request. A client that hangs up, as probes of ports do, is none."""
     error = sys.exception()
     if not isinstance(error, ConnectionError):
-        log.warning("a request for metrics from %s failed: %r", client, error)
+        log.warning("a request for metrics from %s failed: %r", client_address, error)

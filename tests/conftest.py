@@ -11,6 +11,8 @@ import pytest
 
 # Tests start processes that share few cores; OpenMP threads that spin while they wait would slow all by ten times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # what is not told how many threads to have shares the cores with other tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What a run of this account was trained with is remembered there: not in the home of who runs the tests.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ddetr-state-")

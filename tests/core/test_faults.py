@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -196,18 +195,16 @@ def test_an_evaluation_is_left_when_asked_to_stop_and_made_up_for(
     assert len(result.read(checkpoint)) == 1
 
 
-def test_a_dead_shard_server_is_named(ranks: Callable[..., Ranks], synthetic_shards: Path) -> None:
-    server = subprocess.Popen(
-        [sys.executable, file_server.__file__, synthetic_shards], stdout=subprocess.PIPE, text=True
-    )
+def test_a_dead_shard_server_is_named(ranks: Callable[..., Ranks], synthetic_shards: Path, tmp_path: Path) -> None:
+    announced = tmp_path / "url"
+    server = Command(synthetic_shards, announced, program=Path(file_server.__file__))
     try:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
+        wait_for(announced, server)
+        url = announced.read_text()
         run = ranks(f"data.train={url}", "data.fetch=samples", "data.fetch_attempts=2")
         run.wait_for_steps(3)
     finally:
         server.kill()
-        server.wait()
     statuses = [process.wait(90) for process in run.processes]
     said = run.output(0) + run.output(1)
     assert set(statuses) <= {2, TRY_AGAIN}, said  # both may miss it, or one while the other waits for it

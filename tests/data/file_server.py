@@ -8,6 +8,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+from ddetr.data.files import write_whole
+
 from tests.servers import LoopbackServer
 
 Fault = Callable[[BaseHTTPRequestHandler, bytes, int], None]  # what would be sent, and its status
@@ -99,5 +101,5 @@ def damaged(handler: BaseHTTPRequestHandler, data: bytes, good: int) -> None:
 
 
 if __name__ == "__main__":
-    print(FileServer(Path(sys.argv[1])).url, flush=True)
+    write_whole(Path(sys.argv[2]), FileServer(Path(sys.argv[1])).url.encode())
     threading.Event().wait()

@@ -150,11 +150,13 @@ CONFIGURATIONS = {
 
 def drawn_objects(random: np.random.Generator, sizes: list[tuple[int, int]], most: int, share: float) -> list:
     """Up to `most` objects in an image, their sides up to this share of the image's."""
-    return [
-        (sample, *(float(side) for side in random.uniform(0.2, 1, 2) * share * np.array(size[::-1])), bool(crowd))
-        for sample, size in enumerate(sizes)
-        for crowd in random.random(int(random.integers(1, most + 1))) < 0.1
-    ]
+    objects = []
+    for sample, (height, width) in enumerate(sizes):
+        number = int(random.integers(1, most + 1))
+        sides = random.uniform(0.2, 1, (number, 2)) * share * (width, height)
+        crowds = random.random(number) < 0.1
+        objects += [(sample, *pair, crowd) for pair, crowd in zip(sides.tolist(), crowds.tolist(), strict=True)]
+    return objects
 
 
 @pytest.mark.parametrize("settings", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
@@ -177,14 +179,12 @@ def test_nothing_is_advised_again_when_it_has_been_followed(sizes: list, setting
         found = suggestions(index, objects, config, ranks)
         followed = [setting for settings, _ in found for setting in settings.split()]
         assert len({setting.partition("=")[0] for setting in followed}) == len(followed), "each is set once"
+        best = load(preset, [*overrides, *followed])
         for setting in followed:
             section, _, key = setting.partition("=")[0].partition(".")
-            before, after = (
-                getattr(getattr(of, section), key) for of in (config, load(preset, [*overrides, *followed]))
-            )
+            before, after = (getattr(getattr(of, section), key) for of in (config, best))
             assert before != after, setting
         advised += len(found)
-        best = load(preset, [*overrides, *followed])
         assert suggestions(index, objects, best, ranks) == []
         assert with_classes(best, classes).model.num_classes == classes
         plan = StepPlan((images,), best.train.batch_size, best.train.accumulation, 0, ranks, 0, 64, best.data.remainder)
