@@ -21,13 +21,14 @@ SOURCES := $(wildcard core/*.py core/*/* ops/*.py ops/csrc/* data/*.py launch/* 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo unit test test-all test-gpu bench bench-gpu lint wheel clean
+.PHONY: help setup demo unit test test-all coverage test-gpu bench bench-gpu lint wheel clean
 
 help:
 	@echo 'make demo       train, evaluate and look at a small detector on this machine (10 minutes on 2 cores)'
 	@echo 'make unit       the tests that start no process and run no whole model (2 minutes)'
 	@echo 'make test       lint, then every test that needs neither a GPU nor much time'
 	@echo 'make test-all   the slow tests as well'
+	@echo 'make coverage   which lines and branches of the product make test reaches'
 	@echo 'make test-gpu   the tests that need a CUDA device'
 	@echo 'make bench      the benchmarks on the CPU; make bench-gpu those of a GPU'
 	@echo 'make lint       ruff, pyright, shellcheck and hadolint'
@@ -47,6 +48,9 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m 'not gpu' $(TESTS)
+
+coverage: setup
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered -m 'not slow and not gpu' $(TESTS)
 
 test-gpu: setup gpu
 	$(PYTEST) -n 0 -m gpu $(TESTS)

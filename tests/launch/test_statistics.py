@@ -152,9 +152,8 @@ def drawn_objects(random: np.random.Generator, sizes: list[tuple[int, int]], mos
     """Up to `most` objects in an image, their sides up to this share of the image's."""
     objects = []
     for sample, (height, width) in enumerate(sizes):
-        number = int(random.integers(1, most + 1))
-        sides = random.uniform(0.2, 1, (number, 2)) * share * (width, height)
-        crowds = random.random(number) < 0.1
+        crowds = random.random(int(random.integers(1, most + 1))) < 0.1
+        sides = random.uniform(0.2, 1, (len(crowds), 2)) * share * (width, height)
         objects += [(sample, *pair, crowd) for pair, crowd in zip(sides.tolist(), crowds.tolist(), strict=True)]
     return objects
 
