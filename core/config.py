@@ -1,18 +1,19 @@
 """The configuration: a YAML preset or file, then dotted overrides, checked as a whole before anything starts."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from ..data.addresses import shown
 from ..data.documents import parse_yaml
-from ..data.location import Location
 from .layers import BASE, came_with_weights, layers, merged, preset_names, sections
 from .mistakes import ConfigError, brief, described, listed
 from .overrides import assign, read, switches_for_numbers, written
-from .ownership import ORDERS, check_own, is_shortened
+from .ownership import ORDERS, ForeignSettingError, check_own, is_shortened
 from .sections import Config, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -40,15 +41,15 @@ def load(
     *,
     of_run: bool = False,
     named_in: Path | None = None,
-    acts: bool = True,
+    acts: Collection[str] = tuple(ORDERS),
 ) -> Config:
     """Read a preset (by name) or a YAML file, apply `section.key=value` overrides, check everything.
 
     Of several, later ones win, setting by setting; so does a file over its `base: PRESET_OR_FILE`.
     `model.queries=100`, `optim.drop_epochs=[30,40]`, `train.name=123`, `data.train=null`: core/overrides.py.
     of_run: the file is a run's, even where it does not look so. named_in: the file that names it, beside which a
-    relative path is looked for. acts: whether anything is done with it; what is only shown gives no orders.
-    Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one, and
+    relative path is looked for. acts: those of `ORDERS` that the command acts on; none where it is only shown.
+    Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one. Raises
     ForeignSettingError when a file came with weights and gives orders that are not the user's.
     """
     names = [preset_or_path] if isinstance(preset_or_path, str | Path) else preset_or_path
@@ -56,9 +57,15 @@ def load(
     found = [layer for name in names for layer in layers(name, of_run=of_run, named_in=named_in)]
     config = _checked(merged(found), overrides, " + ".join(map(str, found)) or "the settings")
     last = {key: layer for layer in found for key in layer.keys}
-    for layer in found if acts else ():
+    refused = []
+    for layer in found:
         if layer.foreign:
-            check_own(config, [key for key in ORDERS if last.get(key) is layer], overrides, layer.path)
+            try:
+                check_own(config, [key for key in acts if last.get(key) is layer], overrides, layer.path)
+            except ForeignSettingError as error:
+                refused.append(str(error))
+    if refused:
+        raise ForeignSettingError("\n".join(refused))
     return config
 
 
@@ -127,8 +134,7 @@ def without_logins(values: Any) -> Any:
         return {key: without_logins(value) for key, value in values.items()}
     if isinstance(values, list):
         return [without_logins(value) for value in values]
-    hides = isinstance(values, str) and Location(values).is_remote and is_shortened(values)
-    return Location(values).shown if hides else values
+    return shown(values) if isinstance(values, str) and is_shortened(values) else values
 
 
 def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> Config:
@@ -139,10 +145,41 @@ def _checked(values: dict[str, Any], overrides: Iterable[str], source: str) -> C
         except ValueError as error:
             mistakes.append(brief(str(error)))
     mistakes += map(brief, switches_for_numbers(values, Config))
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        mistakes += described(error, Config, as_paths=True)
-    if mistakes:
-        raise listed(source, mistakes)
+    config, found = _validated(values)
+    if config is None or mistakes:
+        raise listed(source, [*mistakes, *found])
     return config
+
+
+def _validated(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """The configuration, or all mistakes.
+
+    What is wrong by itself gives way to its default, so that one hears at once what else does not fit together.
+    """
+    mistakes: list[str] = []
+    wrong: set[tuple[str, str]] = set()  # section and key
+    values = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    while True:
+        try:
+            config = Config.model_validate(values)
+        except ValidationError as error:
+            lines = described(error, Config, as_paths=True, besides=(BASE,))
+            mistakes += [line for line in lines if not any(_names(line, *setting) for setting in wrong)]
+            places = {item["loc"][:2] for item in error.errors()} - {()}
+            if not places:
+                return None, mistakes
+            for section, *keys in places:
+                if keys and isinstance(values[section], dict) and keys[0] in values[section]:
+                    del values[section][keys[0]]
+                    wrong.add((str(section), str(keys[0])))
+                else:
+                    values.pop(section, None)
+        else:
+            return (None if mistakes else config), mistakes
+
+
+def _names(mistake: str, section: str, key: str) -> bool:
+    """Whether a mistake is about this setting, in a line `section: ... key ...` or `config: ... section.key ...`."""
+    where, _, text = mistake.partition(": ")
+    names = re.findall(r"\w+(?:\.\w+)*", text)
+    return f"{section}.{key}" in names or (where == section and key in names)

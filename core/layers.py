@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from .ownership import ForeignSettingError
 from .sections import Config
 
 PRESETS = Path(__file__).resolve().parent / "presets"
+MOST_BASES = 100
+MOST_LINKS = 100
 BASE = "base"  # the key beside the sections that names what a file is based on
 
 
@@ -53,6 +56,7 @@ def layers(preset_or_path: str | Path, *, of_run: bool = False, named_in: Path |
     ForeignSettingError for a base of a file that is not the user's.
     """
     found: list[Layer] = []
+    seen: set[tuple[int, int]] = set()
     name: Any = preset_or_path
     while True:
         path = _path(name, named_in)
@@ -60,12 +64,16 @@ def layers(preset_or_path: str | Path, *, of_run: bool = False, named_in: Path |
         values = _read(path, aliases=not foreign)
         has_base, name, named_in, of_run = BASE in values, values.pop(BASE, None), path, False
         layer = Layer(path, values, foreign)
-        if any(os.path.samefile(path, other.path) for other in found):
+        file = os.stat(path)
+        if (file.st_dev, file.st_ino) in seen:
             chain = " -> ".join(map(str, [*reversed(found), layer]))
             raise ConfigError(f"the bases go round in a circle: {chain}; take `{BASE}` out of one of these files")
         found.insert(0, layer)
+        seen.add((file.st_dev, file.st_ino))
         if not has_base:
             return found
+        if len(found) > MOST_BASES:
+            raise ConfigError(f"{preset_or_path}: more than {MOST_BASES} bases on each other")
         if foreign:
             raise ForeignSettingError(
                 f"{path} came with weights or a run and is based on {brief(str(name))}, but a run's own file is whole. "
@@ -89,17 +97,16 @@ def merged(found: Iterable[Layer]) -> dict[str, Any]:
 def sections(values: Any, source: str) -> dict[str, Any]:
     """Raises ConfigError for values that are no sections at all."""
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{source}: expected sections ({', '.join(Config.model_fields)}), got {type(values).__name__}"
-        )
+        given = "nothing: it is empty" if values is None else type(values).__name__
+        raise ConfigError(f"{source}: expected sections ({', '.join(Config.model_fields)}), got {given}")
     return values
 
 
 def came_with_weights(file: Path) -> bool:
     """Whether a file, or what it is a link to, lies somewhere in a run directory or beside a model.safetensors."""
-    places = [Path(os.path.abspath(file)), file.resolve()]
-    if places[0].is_relative_to("/proc/self/fd"):  # handed over by the program that started this one
-        return False
+    places = _places(file)
+    if places[0].parent == Path("/proc/self/fd") and os.readlink(places[0]).startswith("/memfd:"):
+        return False  # handed over by the program that started this one
     if any((place.parent / "model.safetensors").exists() for place in places):
         return True
     return any(
@@ -109,6 +116,17 @@ def came_with_weights(file: Path) -> bool:
     )
 
 
+def _places(file: Path) -> list[Path]:
+    """Where a file lies: as it is named, then behind each link on the way."""
+    places = [Path(os.path.abspath(file))]
+    while link := next((part for part in [*reversed(places[-1].parents), places[-1]] if part.is_symlink()), None):
+        if len(places) > MOST_LINKS:  # which may lead round in a circle
+            break
+        behind = os.path.normpath(link.parent / os.readlink(link))  # none of its parents is a link
+        places.append(Path(behind) / places[-1].relative_to(link))
+    return places
+
+
 def _path(preset_or_path: str | Path, named_in: Path | None) -> Path:
     if str(preset_or_path) in preset_names():
         return PRESETS / f"{preset_or_path}.yaml"
@@ -116,13 +134,18 @@ def _path(preset_or_path: str | Path, named_in: Path | None) -> Path:
     if os.path.isfile(path):  # unlike Path.is_file, it takes any text for a name
         return path
     name = brief(str(preset_or_path))
-    said = f"{name}: no such preset or file"
-    if named_in is not None:
-        said = f"{named_in}: {BASE}: {said} beside {named_in.name}"
+    wrong = f"no such preset or file{f' beside {named_in.name}' if named_in else ''}"
+    if not name.strip():
+        wrong = "an empty name of a preset or file"
+    elif os.path.isdir(path):
+        wrong = "a folder, where a preset or a YAML file is expected"
+    elif os.path.exists(path):
+        wrong = "a pipe or a device, and a configuration is read more than once: write it to a file"
+    said = f"{named_in}: {BASE}: {name}: {wrong}" if named_in else f"{name}: {wrong}"
     near = difflib.get_close_matches(str(preset_or_path), preset_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     section, _, key = name.partition(".")
-    if (model := model_at([section], Config)) and key in model.model_fields:
+    if (model := model_at([section], Config)) and re.split(r"\W", key)[0] in model.model_fields:
         hint = " A setting is written section.key=value."
     raise ConfigError(f"{said}.{hint} Presets: {', '.join(preset_names())}")
 

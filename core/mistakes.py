@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ..data.addresses import shown
 from ..data.text import shortened
 from .overrides import model_at
 
@@ -19,29 +20,35 @@ class ConfigError(ValueError):
 def listed(source: str, found: Iterable[str]) -> ConfigError:
     """The error that says all that was found; what a run says of itself may have several lines."""
     lines = ["\n    ".join(brief(line) for line in mistake.split("\n")) for mistake in found]
-    return ConfigError(f"{len(lines)} mistake(s) in {source}:\n" + "\n".join(f"  {line}" for line in lines))
+    return ConfigError(f"{len(lines)} mistake(s) in {brief(source)}:\n" + "\n".join(f"  {line}" for line in lines))
 
 
-def described(error: ValidationError, configuration: type[BaseModel], *, as_paths: bool) -> list[str]:
+def described(
+    error: ValidationError, configuration: type[BaseModel], *, as_paths: bool, besides: tuple[str, ...] = ()
+) -> list[str]:
     """One line for each mistake in values for a configuration.
 
     as_paths: a suggestion is the whole path of a key, as in an override, perhaps in another section; otherwise the key.
+    besides: keys that may stand beside the sections.
     """
-    return [brief(_described(item, configuration, as_paths)) for item in error.errors()]
+    texts = [_described(item, configuration, as_paths, besides) for item in error.errors()]
+    return [brief(line) for text in texts for line in text.split("\n")]
 
 
 def brief(mistake: str) -> str:
-    """A mistake on one line, however long the value is that it repeats."""
-    return shortened(mistake, LONGEST_MISTAKE)
+    """A mistake on one line, however long the value is that it repeats, without logins of addresses."""
+    return shortened(shown(mistake), LONGEST_MISTAKE)
 
 
-def _described(item: Any, configuration: type[BaseModel], as_paths: bool) -> str:
+def _described(item: Any, configuration: type[BaseModel], as_paths: bool, besides: tuple[str, ...]) -> str:
     location = [str(part) for part in item["loc"]]
     where = ".".join(location) or configuration.__name__.lower()
     if item["type"] != "extra_forbidden":
-        return f"{where}: {_complaint(item)}"
+        return "\n".join(f"{where}: {line}" for line in _complaint(item).split("\n"))
     *path, key = location
-    near = difflib.get_close_matches(key, _keys(path, configuration), n=1)
+    if path and key in besides:
+        return f"{where}: no such key. {key} stands beside the sections, not in one."
+    near = difflib.get_close_matches(key, [*_keys(path, configuration), *(() if path else besides)], n=1)
     if as_paths:
         sections = [section for section in configuration.model_fields if key in _keys([section], configuration)]
         near = [".".join([*path, near[0]])] if near else [f"{section}.{key}" for section in sections[:1]]
@@ -56,6 +63,11 @@ def _keys(path: list[str], configuration: type[BaseModel]) -> list[str]:
 def _complaint(item: Any) -> str:
     """What pydantic has against a value."""
     value = item["input"]
+    if item["type"] in ("model_type", "dict_type"):
+        given = "nothing; take the line out" if value is None else repr(value)
+        return f"expected settings (key: value), got {given}"
+    if item["type"] == "invalid_key":
+        return "expected a text for a key; put quotes around it"
     if item["type"] == "string_type" and not isinstance(value, dict | list):
         return f"expected text, got {value}, which is none in YAML without quotes around it"
     message = item["msg"].removeprefix("Value error, ")

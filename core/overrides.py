@@ -23,7 +23,7 @@ def read(override: str, configuration: type[BaseModel]) -> tuple[list[str], Any]
     """
     key, equals, typed = override.partition("=")
     path = key.strip().split(".")
-    if not equals or len(path) < 2:
+    if not equals or len(path) < 2 or not all(path):
         raise ValueError(f"{override!r}: an override is written section.key=value")
     kinds = _kinds(path, configuration)
     if not _is_unicode(typed):
@@ -44,9 +44,10 @@ def written(key: str, value: Any) -> str:
 def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     """Put a value into nested sections. Raises ValueError where what should hold it is none."""
     for depth, key in enumerate(path[:-1]):
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
             raise ValueError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is not a section")
+        values[key] = values = dict(inner)  # of an alias in YAML, the other place keeps its own
     values[path[-1]] = value
 
 

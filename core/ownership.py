@@ -41,13 +41,14 @@ ORDERS = {
     "data.most_pixels": "lets an image take more or less memory",
     "train.initial_weights": "opens a connection",
     "train.output": "writes a folder",
+    "train.name": "says which run of yours train.auto_resume continues",
     "train.auto_resume": "continues a run of yours, and deletes checkpoints of it",
     "train.deepspeed_extra": "tells DeepSpeed what to load and write",
     "monitor.host": "opens a port to others",
     "monitor.port": "opens a port",
 }
 # What is said anew each time: another run would do just the same at it.
-_NEVER_REMEMBERED = ("train.auto_resume",)
+_NEVER_REMEMBERED = ("train.name", "train.auto_resume")
 
 
 def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict
     for setting in settings:
         section, key = setting.split(".")
         value = values[section][key]
+        if setting == "train.name" and not values["train"]["auto_resume"]:
+            continue
         if value != defaults[section][key] and _is_order(setting, value):
             found[setting] = value
     return found
@@ -86,10 +89,14 @@ def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[
     }
     if foreign:
         lines = [f"  {_written(key, value)}  ({ORDERS[key]})" for key, value in foreign.items()]
-        exact = {key: value for key, value in foreign.items() if not is_shortened(value)}
+        exact = {key: value for key, value in foreign.items() if _written(key, value) == written(key, value)}
         repeated = " ".join(shlex.quote(_written(key, value)) for key, value in exact.items())
         lines += [f"If you want just that, add to the command: {repeated}"] if exact else []
-        lines += ["Logins and queries of addresses are left out here: give them yourself"] if exact != foreign else []
+        lines += (
+            ["Logins and queries of addresses, and signs that are not drawn, are not shown here: give them yourself"]
+            if exact != foreign
+            else []
+        )
         raise ForeignSettingError(
             f"{source} comes with {len(foreign)} setting(s) that are carried out only when you give them:\n"
             + "\n".join(lines)

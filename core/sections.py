@@ -5,26 +5,24 @@ Reading and checking it as a whole: core/config.py.
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ..data.config import DataConfig
 from ..data.location import Location
 from ..data.multiples import nearest
-from ..data.setting import setting
+from ..data.setting import Section, setting
 from ..data.text import visible
 
 MOST_CHANNELS = 4096  # of a token
 NORM_GROUPS = 32
+MOST_NESTED = 32  # maps and lists in each other
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The detector (Deformable DETR, section 4 and appendix A.4). The defaults are the published ones."""
 
     architecture: Literal["deformable_detr", "detr"] = setting(
@@ -78,36 +76,34 @@ class ModelConfig(_Section):
         "sigmoid", 'classification loss: sigmoid, focal loss; softmax, cross entropy with "no object" (DETR)'
     )
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "ModelConfig":
+    def misfits(self) -> Iterator[str]:
         divisor = math.lcm(self.heads, NORM_GROUPS)
         if self.hidden_dim % divisor:
-            raise ValueError(
+            yield (
                 f"hidden_dim must be a multiple of heads and of {NORM_GROUPS} (the norm's groups), got "
                 f"{self.hidden_dim} with heads={self.heads}; {nearest(self.hidden_dim, divisor, MOST_CHANNELS)}"
             )
         if self.levels == 2:
-            raise ValueError("levels must be 1 (C5 alone) or at least 3 (C3, C4, C5 and stride-2 levels), got 2")
+            yield "levels must be 1 (C5 alone) or at least 3 (C3, C4, C5 and stride-2 levels), got 2"
         if self.dilation and self.levels > 1:
-            raise ValueError(f"dilation is for one level, C5 (the published DC5), got levels={self.levels}")
+            yield f"dilation is for one level, C5 (the published DC5), got levels={self.levels}"
         if self.architecture == "detr" and (self.levels > 1 or self.box_refine or self.two_stage):
-            raise ValueError("architecture=detr has levels=1 and neither box_refine nor two_stage")
+            yield "architecture=detr has levels=1 and neither box_refine nor two_stage"
         if self.architecture == "deformable_detr" and self.classification == "softmax":
-            raise ValueError("classification=softmax is DETR's; Deformable DETR has classification=sigmoid")
+            yield "classification=softmax is DETR's; Deformable DETR has classification=sigmoid"
         if not self.multi_scale_attention and self.levels == 1:
-            raise ValueError("multi_scale_attention=false is for several levels, got levels=1")
+            yield "multi_scale_attention=false is for several levels, got levels=1"
         if self.two_stage and not self.box_refine:
-            raise ValueError("two_stage needs box_refine=true (the published two-stage model builds on refinement)")
+            yield "two_stage needs box_refine=true (the published two-stage model builds on refinement)"
         if self.pretrained_backbone and self.backbone_norm == "group":
-            raise ValueError("backbone_norm=group has no pretrained weights; set pretrained_backbone=false")
-        return self
+            yield "backbone_norm=group has no pretrained weights; set pretrained_backbone=false"
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _Epoch = Annotated[int, Field(ge=0)]
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW, parameter groups, losses and schedule (section 5, implementation details)."""
 
     learning_rate: float = setting(
@@ -153,7 +149,12 @@ class OptimConfig(_Section):
     )
 
 
-class TrainConfig(_Section):
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (not levels or any(_is_deeper(item, levels - 1) for item in inner))
+
+
+class TrainConfig(Section):
     """One training run and how DeepSpeed executes it."""
 
     output: Location = setting(Location("runs"), "output directory, in which the run's own folder is made")
@@ -255,24 +256,24 @@ class TrainConfig(_Section):
     @field_validator("deepspeed_extra")
     @classmethod
     def _is_json(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        if _is_deeper(extra, MOST_NESTED):
+            raise ValueError(f"it is nested more than {MOST_NESTED} levels deep")
         try:
             json.dumps(extra, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"DeepSpeed reads JSON, which has no such value ({error}); text needs quotes") from error
         return extra
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "TrainConfig":
+    def misfits(self) -> Iterator[str]:
         if self.new_class_head and not self.initial_weights:
-            raise ValueError("new_class_head needs initial_weights: without them every head is new")
+            yield "new_class_head needs initial_weights: without them every head is new"
         if self.auto_resume and self.name is None:
-            raise ValueError("auto_resume finds the run by its name: set train.name=NAME")
+            yield "auto_resume finds the run by its name: set train.name=NAME"
         if self.compile and self.zero_stage == 3:
-            raise ValueError("compile does not work with zero_stage=3, which fetches weights in between; take 2")
-        return self
+            yield "compile does not work with zero_stage=3, which fetches weights in between; take 2"
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Evaluation and prediction."""
 
     batch_size: int = setting(
@@ -286,7 +287,7 @@ class EvalConfig(_Section):
     )
 
 
-class MonitorConfig(_Section):
+class MonitorConfig(Section):
     """The Prometheus exporter of each rank."""
 
     enabled: bool = setting(True, "each rank serves its metrics to Prometheus over HTTP")
@@ -296,7 +297,7 @@ class MonitorConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -304,11 +305,9 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Config":
+    def misfits(self) -> Iterator[str]:
         if self.train.batch_size % self.train.accumulation:
-            raise ValueError(
+            yield (
                 f"train.batch_size must be a multiple of train.accumulation, got {self.train.batch_size} and "
                 f"{self.train.accumulation}; {nearest(self.train.batch_size, self.train.accumulation)}"
             )
-        return self

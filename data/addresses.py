@@ -17,7 +17,7 @@ def shown(location: object) -> str:
     scheme. Other secrets of a command (options, headers) cannot be told from the rest and stay.
     """
     text = _URL.sub(_without_secrets, str(location))
-    return visible(_LOGIN.sub("", text) if text.startswith("pipe:") else text)
+    return visible(_LOGIN.sub("", text) if "pipe:" in text else text)
 
 
 def _without_secrets(url: re.Match[str]) -> str:

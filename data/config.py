@@ -1,11 +1,12 @@
 """The `data` section of the configuration."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from .location import Location
-from .setting import setting
+from .setting import Section, setting
 
 MOST_PIXELS = 250_000_000  # of an image; the largest real photograph tried has 182 million
 LONGEST_SIDE = 16384  # that a setting can ask for: the upper bounds below are for configurations of strangers
@@ -15,15 +16,13 @@ MOST_SIDES = 1000  # to choose from
 _Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Where the shards are and how images become batches.
 
     Sizes are pixels. `train` and `validation` are folders written by `ddetr data pack`, on a disk or where they were
     copied to: http(s)://host/folder, s3://bucket/prefix, or pipe:COMMAND with {} in place of a file's name.
     The defaults are the published augmentation (Deformable DETR inherits it from DETR, appendix A.4).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: Location | None = setting(None, "shards to train on: a folder that `ddetr data pack` wrote, or its address")
     validation: Location | None = setting(None, "shards to evaluate on while training, and for `ddetr eval`")
@@ -96,11 +95,9 @@ class DataConfig(BaseModel):
         30.0, "timeout: how long a remote source may be silent", unit="seconds", gt=0, le=3600
     )
 
-    @model_validator(mode="after")
-    def _sizes_are_there_and_ordered(self) -> "DataConfig":
+    def misfits(self) -> Iterator[str]:
         for name in ("short_sides", "crop_resize_short_sides"):
             if not 1 <= len(sizes := getattr(self, name)) <= MOST_SIDES:
-                raise ValueError(f"{name} must hold 1 to {MOST_SIDES} sizes in pixels, got {len(sizes)}")
+                yield f"{name} must hold 1 to {MOST_SIDES} sizes in pixels, got {len(sizes)}"
         if self.crop_sizes[0] > self.crop_sizes[1]:
-            raise ValueError(f"crop_sizes must be (smallest, largest), got {list(self.crop_sizes)}")
-        return self
+            yield f"crop_sizes must be (smallest, largest), got {list(self.crop_sizes)}"

@@ -3,12 +3,13 @@
 import codecs
 import json
 import math
+import re
 from functools import partial
 from typing import Any
 
 import yaml
 
-from .text import visible
+from .text import shortened, visible
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -61,7 +62,21 @@ def _without_nan(value: Any) -> Any:
     return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more
+MOST_BYTES = 1 << 20  # of YAML: a hundred configurations; its parser takes minutes for more
+MOST_DIGITS = 80  # of a number of 64 bits, in any base
+
+
+class _EachKeyOnce:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # type: ignore[misc]
+        seen: dict[tuple[str, str], int] = {}
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            line = key.start_mark.line + 1
+            if before := seen.get((key.tag, key.value)):
+                where = f"in line {line}" if before == line else f"in lines {before} and {line}"
+                raise ValueError(f"the key {shortened(key.value, 40)} stands twice, {where}: take one out")
+            seen[key.tag, key.value] = line
+        return node
 
 
 class _NoAliases:
@@ -73,11 +88,48 @@ class _NoAliases:
         return super().compose_node(parent, index)  # type: ignore[misc]
 
 
-class _WithoutAliases(_NoAliases, yaml.SafeLoader):
+class _Values(_EachKeyOnce, yaml.SafeLoader):
+    """YAML 1.1 has numbers that nobody means: 010 is 8 and 1:30 is 90."""
+
+    def construct_yaml_int(self, node: Any) -> int:
+        text, line = self.construct_scalar(node), node.start_mark.line + 1
+        if ":" in text or re.match(r"[-+]?0[0-9_]", text):
+            raise ValueError(
+                f"{shortened(text, 40)} (line {line}) is octal or sexagesimal in YAML: write it in decimal"
+            )
+        try:
+            number = super().construct_yaml_int(node) if len(text) <= MOST_DIGITS else None
+        except ValueError:
+            raise ValueError(f"{shortened(text, 40)} (line {line}) is no number") from None
+        if number is None or not -(2**63) <= number < 2**63:
+            raise ValueError(f"{shortened(text, 40)} (line {line}) is too large: a number has 64 bits at most")
+        return number
+
+    def construct_yaml_float(self, node: Any) -> float:
+        text = self.construct_scalar(node)
+        if ":" in text:
+            raise ValueError(
+                f"{shortened(text, 40)} (line {node.start_mark.line + 1}) is sexagesimal: write it in decimal"
+            )
+        return super().construct_yaml_float(node)
+
+    def construct_yaml_timestamp(self, node: Any) -> Any:
+        try:
+            return super().construct_yaml_timestamp(node)
+        except ValueError:
+            text, line = visible(self.construct_scalar(node)), node.start_mark.line + 1
+            raise ValueError(f"{text} (line {line}) is no date: put quotes around a text") from None
+
+
+for _kind in ("int", "float", "timestamp"):
+    _Values.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Values, f"construct_yaml_{_kind}"))
+
+
+class _ValuesWithoutAliases(_NoAliases, _Values):
     pass
 
 
-class _Texts(_NoAliases, yaml.BaseLoader):
+class _Texts(_NoAliases, _EachKeyOnce, yaml.BaseLoader):
     """Every value is text: `no`, `on` and `1` may be names."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -86,23 +138,20 @@ class _Texts(_NoAliases, yaml.BaseLoader):
             raise ValueError(f"it has a tag ({visible(str(tag))}), which says what a value is: leave it out")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        values = super().construct_mapping(node, deep=deep)
-        if len(values) < len(node.value):
-            raise ValueError(f"a key stands twice in the mapping that begins in line {node.start_mark.line + 1}")
-        return values
-
 
 def parse_yaml(text: str | bytes, *, aliases: bool = False, texts: bool = False) -> Any:
-    """Parse YAML. Raises ValueError for anything else, and for nesting that is too deep.
+    """Parse YAML. Raises ValueError for anything else, for nesting that is too deep and for more than 1 MiB.
 
-    Without `aliases` the text is a stranger's: aliases and more than 1 MiB raise as well. Tags make plain values only,
-    and run nothing. texts: every value stays the text that is written; tags are refused.
+    Also for a key that stands twice in one mapping, of which only the last would count, and for numbers that are
+    octal or sexagesimal or need more than 64 bits. Without `aliases` the text is a stranger's, and aliases raise, too.
+    Tags make plain values only, and run nothing. texts: every value stays the text that is written; tags are refused.
     """
-    if not aliases and len(text) > MOST_BYTES:
-        raise ValueError(f"it is {len(text) / 2**20:.1f} MiB long, more than {MOST_BYTES >> 20} MiB")
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES >> 20} MiB")
+    if isinstance(text, bytes):
+        text = decoded(text)
     try:
-        return yaml.load(text, _Texts if texts else yaml.SafeLoader if aliases else _WithoutAliases)
+        return yaml.load(text, _Texts if texts else _Values if aliases else _ValuesWithoutAliases)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {_yaml_problem(error)}") from error
     except (AttributeError, LookupError, TypeError, OverflowError) as error:  # its loader, of `!!bool x` and the like

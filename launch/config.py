@@ -37,9 +37,14 @@ def list_presets() -> None:
 def show(names: Sequence[str], overrides: Sequence[str]) -> None:
     """Print the configuration as YAML that `load` takes, but for logins of addresses."""
     config = _read(names, overrides)
-    console = _console()
+    console, notes = _console(), []
     if not gives_classes(config):
-        console.print(Text(f"# {CLASSES}: {_value(config, CLASSES)}\n", style="dim"))
+        notes.append(f"# {CLASSES}: {_value(config, CLASSES)}")
+    for key in (entry.key for section in section_names() for entry in entries(section)):
+        if without_logins(_raw(config, key)) != _raw(config, key):
+            notes.append(f"# {key}: the login or query of its address is left out here")
+    if notes:
+        console.print(Text("\n".join(notes) + "\n", style="dim"))
     text = Text(re.sub(r"(?m)(?<=\n)(?=^\w+:)", "\n", dump(config, for_others=True)).rstrip("\n"))
     text.highlight_regex(r"(?m)^\w+:", "bold")
     text.highlight_regex(r"(?m)^  \w+(?=:)", "cyan")
@@ -70,7 +75,7 @@ def differences(one: str, other: str) -> bool:
     rows = []
     for key in (entry.key for section in section_names() for entry in entries(section)):
         raw = [_raw(config, key) for config in configs]
-        if raw[0] != raw[1]:
+        if not _is_same(*raw):
             left, right = ("not given" if _is_open(config, key) else _value(config, key) for config in configs)
             rows.append((key, left, right if left != right else f"{right} (with another login or query)"))
     console = _console()
@@ -91,12 +96,12 @@ def _console() -> Terminal:
 
 def _read(names: Sequence[str], overrides: Sequence[str]) -> Config:
     """Nothing is done with it, so whose orders are in it does not matter."""
-    return load([_file(name) for name in names], overrides, acts=False)
+    return load([_file(name) for name in names], overrides, acts=())
 
 
 def _file(name: str) -> str | Path:
     """A run directory stands for its configuration. Raises FileNotFoundError for another folder."""
-    if name in preset_names() or not Path(name).is_dir():
+    if name in preset_names() or not name or not Path(name).is_dir():
         return name
     file = Path(name) / "config.yaml"
     if not file.is_file():
@@ -119,6 +124,15 @@ def _is_open(config: Config, key: str) -> bool:
 def _raw(config: Config, key: str) -> Any:
     section, name = key.split(".")
     return None if _is_open(config, key) else getattr(getattr(config, section), name)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """To Python, 1 is true."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _value(config: Config, key: str) -> str:

@@ -78,7 +78,7 @@ def model(
     names, overrides = names_and_overrides(arguments)
     if not names:
         raise ValueError("name a preset or a YAML file, e.g. `ddetr model r50`")
-    config = load(names, overrides)
+    config = load(names, overrides, acts=("model.backbone",))
 
     from .model import model as print_costs  # only now: a misspelt key need not wait for torch
 

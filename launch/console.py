@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..data.text import shortened, visible
 
+NARROWEST = 40  # characters of a line, where a terminal says that it has none or fewer
 NAME_LENGTH = 60  # characters of a name in a table, a list or a picture
 
 
@@ -24,6 +25,7 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
+        self.width = max(self.width, NARROWEST)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)

@@ -62,7 +62,6 @@ def test_values_that_do_not_fit_together(override: str, message: str) -> None:
 
 
 NO_FOLDERS = [
-    "",
     ".",
     "..",
     "a/b",
@@ -90,6 +89,70 @@ def test_a_name_is_one_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["r50", "2026.11-run_3", "a b", "$(touch a); 'b' & c", "x=1", "é" * 100, "日本"])
 def test_other_names_stay_as_they_are(name: str) -> None:
     assert config.load("tiny", [written("train.name", name)]).train.name == name
+
+
+EMPTY = [
+    f"{section}.{name}"
+    for section, model in config.Config.model_fields.items()
+    for name, field in model.annotation.model_fields.items()
+    if field.annotation is str or "Location" in str(field.annotation) or field.annotation == (str | None)
+]
+
+
+@pytest.mark.parametrize("key", EMPTY)
+@pytest.mark.parametrize("blank", ["", "''", '" "'])
+def test_an_empty_text_is_a_variable_that_was_not_set(key: str, blank: str) -> None:
+    assert {"data.train", "train.initial_weights", "monitor.host", "model.backbone"} <= set(EMPTY)
+    with pytest.raises(ConfigError, match=rf"{key}: expected a value, got an empty text; leave the setting out"):
+        config.load("tiny", [f"{key}={blank}"])
+
+
+def test_every_mistake_is_told_at_once_also_what_does_not_fit_together() -> None:
+    def told(*overrides: str) -> list[str]:
+        with pytest.raises(ConfigError) as refusal:
+            config.load("r50", overrides)
+        return [line.strip() for line in str(refusal.value).splitlines()[1:]]
+
+    several = told("eval.batch_size=10000", "model.levels=2", "model.dilation=true", "train.accumulation=3")
+    assert [line.partition(" ")[0] for line in several] == ["model:", "model:", "eval.batch_size:", "config:"]
+    several = told("data.crop_sizes=[600,384]", "data.short_sides=[]", "data.flip_probability=2", "model.head=3")
+    assert sorted(line.partition(" ")[0] for line in several) == [
+        "data.flip_probability:",
+        "data:",
+        "data:",
+        "model.head:",
+    ]
+    # Of a setting that is wrong by itself nothing else is known.
+    assert [line.partition(":")[0] for line in told("model.heads=x", "model.hidden_dim=100")] == ["model.heads"]
+    assert [line.partition(":")[0] for line in told("train.batch_size=x", "train.accumulation=3")] == [
+        "train.batch_size"
+    ]
+
+
+def test_logins_are_in_no_mistake(tmp_path: Path) -> None:
+    address = "https://me:secret@host/x?token=secret"
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: tiny\n")
+    for overrides in (
+        [f"data-train={address}"],
+        [f"model.queries={address}"],
+        [f"train.name={address}"],
+        ["model.queries=pipe:curl me:secret@host/{}"],
+    ):
+        with pytest.raises(ConfigError, match="host/") as refusal:
+            config.load(file, overrides)
+        assert "secret" not in str(refusal.value), overrides
+    for value in (f"['{address}']", f"{{url: '{address}'}}"):
+        file.write_text(f"base: tiny\ndata: {{train: {value}}}\n")
+        with pytest.raises(ConfigError, match="host/x") as refusal:
+            config.load(file)
+        assert "secret" not in str(refusal.value), value
+    with pytest.raises(ConfigError, match="host/x") as refusal:
+        config.load(address)
+    assert "secret" not in str(refusal.value)
+    shown = config.dump(config.load("tiny", [f"data.train={address.replace('https', 'HTTPS')}"]), for_others=True)
+    assert "HTTPS://host/x" in shown
+    assert "secret" not in shown
 
 
 def test_a_switch_is_no_number(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Presets and files on each other: the last wins, setting by setting; bases, their chains, circles and strangers."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,45 @@ def test_a_setting_without_a_value_is_not_taken_for_a_file() -> None:
         load("train.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected sections .* got nothing: it is empty"),
+        ("# model:\n", "got nothing: it is empty"),
+        ("- a\n", "got list"),
+        ("model:\n", r"model: expected settings \(key: value\), got nothing; take the line out"),
+        ("model: [1]\n", r"model: expected settings \(key: value\), got \[1\]"),
+        ("model: {1: 2}\n", "expected a text for a key; put quotes around it"),
+        ("Base: tiny\n", r"Base: no such key\. Did you mean base\?"),
+        ("model: {base: tiny}\n", r"model\.base: no such key\. base stands beside the sections"),
+        ("model: {queries: 9}\nmodel: {dropout: 0.2}\n", "the key model stands twice, in lines 1 and 2"),
+        ("train: {epochs: 1:30}\n", r"1:30 \(line 1\) is octal or sexagesimal in YAML"),
+        ("# " + "x" * (1 << 20), "it is longer than 1 MiB"),
+    ],
+)
+def test_a_file_that_says_nothing_or_something_twice_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.yaml", text)
+    with pytest.raises(ConfigError, match=said):
+        load(["tiny", file])
+
+
+def test_what_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in ((tmp_path, "a folder, where"), (tmp_path / "pipe", "a pipe or a device"), ("", "an empty name")):
+        with pytest.raises(ConfigError, match=said):
+            load(["tiny", name])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: base: : an empty name"):
+        load(write(tmp_path / "mine.yaml", "base: ''\n"))
+
+
+def test_many_bases_are_bounded(tmp_path: Path) -> None:
+    for number in range(200):
+        write(tmp_path / f"{number}.yaml", f"base: {number + 1}.yaml\n" if number < 199 else "base: tiny\n")
+    assert load(tmp_path / "150.yaml") == load("tiny")
+    with pytest.raises(ConfigError, match=r"0\.yaml: more than 100 bases"):
+        load(tmp_path / "0.yaml")
+
+
 ORDER = "data: {train: 'pipe:touch executed; cat {}'}\n"
 
 
@@ -107,7 +147,7 @@ def test_what_comes_with_a_run_has_no_base(tmp_path: Path) -> None:
     with pytest.raises(ForeignSettingError):
         load(write(tmp_path / "mine.yaml", "base: run/config.yaml\n"))
     with pytest.raises(ForeignSettingError):
-        load(theirs, acts=False)
+        load(theirs, acts=())
     with pytest.raises(ForeignSettingError):
         load(write(tmp_path / "other/config.yaml", "base: tiny\n"), of_run=True)
     with pytest.raises(ConfigError, match="names a base"):
@@ -132,7 +172,54 @@ def test_orders_of_a_strangers_layer_count_only_where_the_user_gives_them(tmp_pa
     with pytest.raises(ForeignSettingError, match="pipe:touch"):
         load([own, theirs])
     assert load([own, theirs], ["data.train=shards", "train.output=x"]).data.train == "shards"
-    assert load([own, theirs], acts=False).train.output == "/elsewhere"
+    assert load([own, theirs], acts=()).train.output == "/elsewhere"
+
+
+def test_links_hide_nobody(tmp_path: Path) -> None:
+    """A link to a link in a run directory, to a folder in it, and descriptors that were opened by name."""
+    evil = write(tmp_path / "evil/x.yaml", ORDER)
+    run = write(tmp_path / "run/metrics.jsonl", "").parent
+    (run / "config.yaml").symlink_to(evil)
+    (run / "conf").symlink_to(evil.parent)
+    (tmp_path / "to_file.yaml").symlink_to(run / "config.yaml")
+    (tmp_path / "again.yaml").symlink_to("to_file.yaml")
+    (tmp_path / "to_folder").symlink_to("run/conf")
+    assert load(evil).data.train, "it lies in no run"
+    names = [run / "config.yaml", tmp_path / "to_file.yaml", tmp_path / "again.yaml", tmp_path / "to_folder/x.yaml"]
+    folder = os.open(run, os.O_RDONLY)
+    names += [Path(f"/proc/self/fd/{folder}/config.yaml"), Path(f"/dev/fd/{folder}/config.yaml")]
+    with write(run / "plain.yaml", ORDER).open() as plain:
+        for name in [*names, Path(f"/proc/self/fd/{plain.fileno()}")]:
+            with pytest.raises(ForeignSettingError, match="pipe:touch"):
+                load(name)
+    os.close(folder)
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(ConfigError, match="no such preset or file"):
+        load(tmp_path / "round")
+
+
+def test_the_orders_of_each_strangers_file_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "run/metrics.jsonl", "")
+    theirs = write(tmp_path / "run/a.yaml", ORDER), write(tmp_path / "run/b.yaml", "train: {output: /elsewhere}\n")
+    with pytest.raises(ForeignSettingError, match=r"(?s)a\.yaml comes.*pipe:touch.*b\.yaml comes.*/elsewhere"):
+        load(["tiny", *theirs])
+
+
+def test_a_strangers_name_does_not_say_which_run_goes_on(tmp_path: Path) -> None:
+    write(tmp_path / "run/metrics.jsonl", "")
+    theirs = write(tmp_path / "run/config.yaml", "train: {name: mine}\n")
+    assert load(theirs).train.name == "mine"
+    with pytest.raises(ForeignSettingError, match=r"train\.name=mine  \(says which run of yours"):
+        load(theirs, ["train.auto_resume=true"])
+    assert load(theirs, ["train.auto_resume=true", "train.name=mine"]).train.auto_resume
+
+
+def test_a_command_with_signs_that_are_not_drawn_is_not_offered_for_repetition(tmp_path: Path) -> None:
+    write(tmp_path / "run/metrics.jsonl", "")
+    theirs = write(tmp_path / "run/config.yaml", 'data: {train: "pipe:cat \\u202e x; cat {}"}\n')
+    with pytest.raises(ForeignSettingError, match="signs that are not drawn, are not shown here") as refusal:
+        load(theirs)
+    assert "add to the command" not in str(refusal.value)
 
 
 def test_presets_say_what_they_are_and_leave_the_number_of_classes_to_the_shards() -> None:

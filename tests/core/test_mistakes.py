@@ -55,7 +55,7 @@ def test_every_mistake_is_one_short_line() -> None:
     found = lines({"height": "x\ny" + "z" * 5000, "nest": {"eggs": 1.5}, "notes": {"a": 1}})
     assert [line.partition(":")[0] for line in found] == ["nest.eggs", "notes.a", "height"]
     assert all("\n" not in line and len(line) <= LONGEST_MISTAKE + 3 for line in found)
-    assert lines(3) == ["tree: Input should be a valid dictionary or instance of Tree, got 3"]
+    assert lines(3) == ["tree: expected settings (key: value), got 3"]
 
 
 def test_what_has_lines_keeps_them_set_in() -> None:

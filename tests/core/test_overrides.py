@@ -102,6 +102,25 @@ VALUES = st.recursive(
 )
 
 
+def test_an_override_within_an_alias_leaves_the_other_place_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: tiny\ntrain: {deepspeed_extra: {a: &x {k: 1}, b: *x}}\n")
+    extra = load(file, ["train.deepspeed_extra.a.k=2"]).train.deepspeed_extra
+    assert extra == {"a": {"k": 2}, "b": {"k": 1}}
+
+
+@pytest.mark.parametrize("levels", [40, 300, 3000])
+def test_what_is_nested_too_deeply_is_refused(levels: int) -> None:
+    with pytest.raises(ConfigError, match=r"train\.deepspeed_extra: it is nested more than 32 levels deep"):
+        load("tiny", [f"train.deepspeed_extra{'.a' * levels}=1"])
+
+
+@pytest.mark.parametrize("override", [".=3", ".epochs=3", "train.=3", "train..epochs=3", "=", "train"])
+def test_an_override_names_section_and_key(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"an override is written section\.key=value"):
+        load("tiny", [override])
+
+
 @pytest.mark.parametrize("key", ["train.output", "train.name", "train.epochs", "train.deepspeed_extra.x"])
 def test_bytes_that_are_no_text_are_a_mistake(key: str) -> None:
     with pytest.raises(ConfigError) as error:

@@ -63,6 +63,7 @@ def test_logins_and_escape_sequences_are_not_shown(tmp_path: Path) -> None:
     shown += ddetr("config", "--diff", tmp_path / "a.yaml", tmp_path / "b.yaml", status=1)
     assert "(with another login or query)" in shown
     assert "https://host/x?..." in shown
+    assert "# data.train: the login or query of its address is left out here" in shown
     assert "[red]" in shown
     assert "secret" not in shown
     assert "\x1b" not in shown
@@ -88,6 +89,12 @@ def test_differences_are_a_line_each(tmp_path: Path) -> None:
     ]
     (tmp_path / "same.yaml").write_text("base: r50\n")
     assert "no setting differs" in ddetr("config", "--diff", "r50", tmp_path / "same.yaml")
+    for value in ("true", "1", "{b: [true]}", "{b: [1]}"):
+        dumped = dump(load("r50", [f"train.deepspeed_extra.a={value}"]))
+        (tmp_path / f"{value}.yaml").write_text(dumped)
+    lines = ddetr("config", "--diff", tmp_path / "true.yaml", tmp_path / "1.yaml", status=1).splitlines()
+    assert lines[1].split() == ["train.deepspeed_extra", "{a:", "true}", "{a:", "1}"]
+    ddetr("config", "--diff", tmp_path / "{b: [true]}.yaml", tmp_path / "{b: [1]}.yaml", status=1)
     long = tmp_path / f"{'a' * 40}.yaml"
     long.write_text(f"base: r50\ntrain: {{output: {'b' * 40}, name: {'c' * 40}}}\n")
     lines = ddetr("config", "--diff", long, "r50", status=1).splitlines()
@@ -105,10 +112,19 @@ def test_differences_are_a_line_each(tmp_path: Path) -> None:
     assert "pipe:touch executed" in ddetr("config", run), "shown, and not carried out"
 
 
+@pytest.mark.parametrize("columns", ["0", "2", "20"])
+def test_however_narrow_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "r50_two_stage" in ddetr("config")
+    assert "gradient" in ddetr("config", "--explain", "optim.clip_norm")
+    assert "queries: 300" in ddetr("config", "r50")
+
+
 def test_mistakes_are_one_message(tmp_path: Path) -> None:
     assert "takes nothing else" in refusal("config", "r50", "--diff", "r50", "tiny")
     assert "holds no config.yaml" in refusal("config", tmp_path)
     assert "name a preset" in refusal("config", "train.epochs=3")
+    assert "an empty name" in refusal("config", "")
     assert "name a preset" in refusal("model", "train.epochs=3")
     assert "Did you mean r50?" in refusal("config", "--diff", "r50", "r51")
     assert "Did you mean model.queries?" in refusal("config", "r50", "model.querys=3")

@@ -217,7 +217,7 @@ YOLO = [
     Case(
         "a name twice by numbers",
         yolo(names="names:\n  0: cat\n  0: dog\n"),
-        message="data.yaml: a key stands twice",
+        message="data.yaml: the key 0 stands twice, in lines",
         path="labels",
         images="images",
     ),
