@@ -31,8 +31,7 @@ def described(
     as_paths: a suggestion is the whole path of a key, as in an override, perhaps in another section; otherwise the key.
     besides: keys that may stand beside the sections.
     """
-    texts = [_described(item, configuration, as_paths, besides) for item in error.errors()]
-    return [brief(line) for text in texts for line in text.split("\n")]
+    return [brief(line) for item in error.errors() for line in _described(item, configuration, as_paths, besides)]
 
 
 def brief(mistake: str) -> str:
@@ -40,19 +39,22 @@ def brief(mistake: str) -> str:
     return shortened(shown(mistake), LONGEST_MISTAKE)
 
 
-def _described(item: Any, configuration: type[BaseModel], as_paths: bool, besides: tuple[str, ...]) -> str:
+def _described(item: Any, configuration: type[BaseModel], as_paths: bool, besides: tuple[str, ...]) -> list[str]:
     location = [str(part) for part in item["loc"]]
     where = ".".join(location) or configuration.__name__.lower()
     if item["type"] != "extra_forbidden":
-        return "\n".join(f"{where}: {line}" for line in _complaint(item).split("\n"))
+        complaint = _complaint(item)  # what does not fit together may have several lines
+        return [
+            f"{where}: {line}" for line in (complaint.split("\n") if item["type"] == "value_error" else [complaint])
+        ]
     *path, key = location
     if path and key in besides:
-        return f"{where}: no such key. {key} stands beside the sections, not in one."
+        return [f"{where}: no such key. {key} stands beside the sections, not in one."]
     near = difflib.get_close_matches(key, [*_keys(path, configuration), *(() if path else besides)], n=1)
     if as_paths:
         sections = [section for section in configuration.model_fields if key in _keys([section], configuration)]
         near = [".".join([*path, near[0]])] if near else [f"{section}.{key}" for section in sections[:1]]
-    return f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else "")
+    return [f"{where}: no such key." + (f" Did you mean {near[0]}?" if near else "")]
 
 
 def _keys(path: list[str], configuration: type[BaseModel]) -> list[str]:

@@ -96,7 +96,7 @@ def test_free_form_values_are_json(value: str) -> None:
 PIECES = [*"'\" \t\n\r\\:#-[]{}@*&!%|>~nulNUL0123oyes=,?`.\x85\u2028\ufeff\xa0\x00\x1b\udcff"]
 TEXT = st.text(st.one_of(st.sampled_from(PIECES), st.characters()), max_size=10)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
