@@ -1,4 +1,4 @@
-"""Text, JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
+"""Untrusted text, JSON and YAML: whatever is wrong with them is a ValueError."""
 
 import codecs
 import json
@@ -61,7 +61,7 @@ def _without_nan(value: Any) -> Any:
     return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-MOST_BYTES = 1 << 20  # of a stranger's YAML: a hundred configurations; its parser takes minutes for more
+MOST_BYTES = 1 << 20  # of untrusted YAML: a hundred configurations; its parser takes minutes for more
 
 
 class _NoAliases:
@@ -96,7 +96,7 @@ class _Texts(_NoAliases, yaml.BaseLoader):
 def parse_yaml(text: str | bytes, *, aliases: bool = False, texts: bool = False) -> Any:
     """Parse YAML. Raises ValueError for anything else, and for nesting that is too deep.
 
-    Without `aliases` the text is a stranger's: aliases and more than 1 MiB raise as well. Tags make plain values only,
+    Without `aliases` the text is untrusted: aliases and more than 1 MiB raise as well. Tags make plain values only,
     and run nothing. texts: every value stays the text that is written; tags are refused.
     """
     if not aliases and len(text) > MOST_BYTES:

@@ -27,8 +27,8 @@ Renumber = Annotated[
 Orientation = Annotated[
     OrientationName | None,
     typer.Option(
-        help="What boxes refer to where EXIF turns an image and its size does not tell: the pixels as they are stored, "
-        "or the picture as it is shown."
+        help="What boxes refer to where EXIF turns an image and its size does not decide: the pixels as they are "
+        "stored, or the picture as it is shown."
     ),
 ]
 Classes = Annotated[
@@ -57,7 +57,7 @@ def data_pack(
         list[Path],
         typer.Argument(
             metavar="[IMAGES] OUT",
-            help="Folder of the images, where the layout does not tell it; folder for the shards and their index.json.",
+            help="Folder of the images, where the layout does not name it; folder for the shards and their index.json.",
         ),
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and write.")] = 2,
@@ -74,7 +74,7 @@ def data_pack(
 ) -> None:
     """Pack annotations and images into indexed tar shards, in parallel.
 
-    Run it again after an interruption and it goes on; finished shards are kept. The splits of an export's root come
+    Run it again after an interruption and it continues; finished shards are kept. The splits of an export's root come
     into folders of OUT.
 
     Examples: `ddetr data pack instances_train2017.json train2017/ shards/train --workers 8`,
@@ -101,7 +101,7 @@ def data_pack(
 def data_check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards; or what `pack` takes.")],
     images: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGES]", help="The images' folder, where the layout does not tell it.")
+        Path | None, typer.Argument(metavar="[IMAGES]", help="The images' folder, where the layout does not name it.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one a core.")] = 0,
     allow_outside: AllowOutside = False,

@@ -30,11 +30,11 @@ class Protocol:
 COCO = Protocol(MEANINGS, "AP", ("AP", "AP50", "AP75", "AP_small"), coco_metrics)
 
 # All that an evaluation computes; the first one's headline is what retention, searches, progress and alerts go by.
-# Whoever shows scores takes the names from the result.
+# Code that shows scores takes the names from the result.
 PROTOCOLS: list[Protocol] = [COCO]
 
 
-RESERVED = ("epochs", "step")  # which a search tells beside the scores
+RESERVED = ("epochs", "step")  # which a search reports with the scores
 
 
 def check_protocols() -> None:
