@@ -47,10 +47,11 @@ def load(
 
     Of several, later ones win, setting by setting; so does a file over its `base: PRESET_OR_FILE`.
     `model.queries=100`, `optim.drop_epochs=[30,40]`, `train.name=123`, `data.train=null`: core/overrides.py.
-    of_run: the file is a run's, even where it does not look so. named_in: the file that names it, beside which a
-    relative path is looked for. acts: those of `ORDERS` that the command acts on; none where it is only shown.
-    Raises ConfigError that lists every mistake with its path and, for a misspelt key, the nearest one. Raises
-    ForeignSettingError when a file came with weights and gives orders that are not the user's.
+    of_run: treat the file as part of a run directory, and so as untrusted, wherever it lies. named_in: the file that
+    names it; relative paths are relative to its folder. acts: the privileged settings that the command acts on; none
+    if the configuration is only shown.
+    Raises ConfigError that lists every mistake with its key and, for a misspelt key, the nearest valid one. Raises
+    ForeignSettingError for privileged settings in untrusted files that are not the user's own.
     """
     names = [preset_or_path] if isinstance(preset_or_path, str | Path) else preset_or_path
     overrides = list(overrides)
@@ -70,7 +71,7 @@ def load(
 
 
 def parse(text: str, source: str, overrides: Iterable[str] = ()) -> Config:
-    """What `dump` has written, perhaps in a stranger's file; `source` names it in the error. Raises ConfigError."""
+    """What `dump` has written, perhaps in an untrusted file; `source` names it in the error. Raises ConfigError."""
     try:
         values = sections(parse_yaml(text), source)
     except ConfigError:
@@ -90,12 +91,12 @@ def changed(config: Config, overrides: Iterable[str], source: str) -> Config:
 
 
 def gives_classes(config: Config) -> bool:
-    """Whether somebody has set model.num_classes: otherwise it is the default, which the training set replaces."""
+    """Whether model.num_classes is set: otherwise it is the default, which the training set replaces."""
     return "num_classes" in config.model.model_fields_set
 
 
 def with_classes(config: Config, num_classes: int) -> Config:
-    """`config` for a training set of so many classes: the same one where somebody has set their number."""
+    """`config` for a training set of so many classes: the same one where their number is set."""
     if gives_classes(config):
         return config
     return changed(config, [written("model.num_classes", num_classes)], "the training set")
@@ -104,7 +105,7 @@ def with_classes(config: Config, num_classes: int) -> Config:
 def dump(config: Config, *, for_others: bool = False) -> str:
     """The whole configuration as YAML that `load` reads back to an equal one.
 
-    A number of classes that nobody has set is left out, so that the training set decides it then, too.
+    A number of classes that is not set is left out, so that the training set decides it then, too.
     for_others: the addresses in it without logins and queries, for what is printed or handed on.
     """
     values = _given(config)
@@ -121,7 +122,7 @@ _Dumper.add_representer(
 
 
 def _given(config: Config) -> dict[str, Any]:
-    """All values, but not a number of classes that nobody has set."""
+    """All values, but not a number of classes that is not set."""
     values = config.model_dump(mode="json")
     if not gives_classes(config):
         del values["model"]["num_classes"]

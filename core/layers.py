@@ -17,12 +17,12 @@ from .sections import Config
 PRESETS = Path(__file__).resolve().parent / "presets"
 MOST_BASES = 100
 MOST_LINKS = 100
-BASE = "base"  # the key beside the sections that names what a file is based on
+BASE = "base"  # the key, next to the sections, that names what a file is based on
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one preset or file says itself. foreign: it came with weights or a run, perhaps a stranger's."""
+    """What one preset or file says itself. foreign: it came with weights or a run, and so is untrusted."""
 
     path: Path
     values: dict[str, Any]
@@ -103,7 +103,7 @@ def sections(values: Any, source: str) -> dict[str, Any]:
 
 
 def came_with_weights(file: Path) -> bool:
-    """Whether a file, or what it is a link to, lies somewhere in a run directory or beside a model.safetensors."""
+    """Whether a file, or what it is a link to, lies in a run directory or in one folder with a model.safetensors."""
     places = _places(file)
     if places[0].parent == Path("/proc/self/fd") and os.readlink(places[0]).startswith("/memfd:"):
         return False  # handed over by the program that started this one

@@ -1,10 +1,10 @@
-"""Settings that are orders, and whose word it takes to carry them out.
+"""Privileged settings (`ORDERS`), and whether they are the user's own.
 
-A configuration also comes with weights or in a run directory, perhaps a stranger's. Most of it is data: sizes, rates,
-folders to read. A few settings make a command run a program, open a connection or a port, or write a folder. Those are
-carried out when the user gives them, on the command line or in a file of the user's, and not because a checkpoint or a
-run directory says so. They need not be given twice: what a run of this user was trained with is remembered, by digest,
-in a file of this account, and is the user's own from then on.
+A configuration also comes with weights or in a run directory, perhaps an untrusted one. Most of it is data: sizes,
+rates, folders to read. A few settings are privileged: they make a command run a program, open a connection or a port,
+or write a folder. They count when the user gives them, on the command line or in a file of the user's, and not when a
+checkpoint or a run directory has them. They need not be given twice: what a run of this user was trained with is
+remembered, by digest, in a file of this account, and is the user's own from then on.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ log = logging.getLogger("ddetr")
 
 
 class ForeignSettingError(ValueError):
-    """Orders that came with a file and are not the user's."""
+    """Privileged settings that came with a file and are not the user's own."""
 
 
-# What each setting orders.
+# What each privileged setting does.
 ORDERS = {
     "model.backbone": "fetches a model from elsewhere",
     "data.train": "runs a command or opens a connection",
@@ -47,12 +47,12 @@ ORDERS = {
     "monitor.host": "opens a port to others",
     "monitor.port": "opens a port",
 }
-# What is said anew each time: another run would do just the same at it.
+# What has to be given each time: another run would do just the same at it.
 _NEVER_REMEMBERED = ("train.name", "train.auto_resume")
 
 
 def orders(config: BaseModel, settings: Collection[str] = tuple(ORDERS)) -> dict[str, Any]:
-    """Those of the settings whose values are orders, and the values. config: the whole configuration."""
+    """Those of the settings whose values are privileged, and the values. config: the whole configuration."""
     values, defaults = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
     found = {}
     for setting in settings:
@@ -75,7 +75,7 @@ def _is_order(setting: str, value: Any) -> bool:
 
 
 def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[str], source: str | Path) -> None:
-    """Refuse orders among `settings` that came with `source` and that the user has not given.
+    """Refuse privileged settings among `settings` that came with `source` and that the user has not given.
 
     settings: those that the command at hand is about to act on. overrides: section.key=value, as the user gave them.
     Raises ForeignSettingError that shows each with what it would do and how to allow it.
@@ -126,7 +126,7 @@ def check_links(run_directory: Path, *written: Path) -> None:
 
 
 def remember(config: BaseModel) -> None:
-    """Take the orders of a run that this user starts down as the user's own."""
+    """Remember the privileged settings of a run that this user starts as the user's own."""
     given = {key: value for key, value in orders(config).items() if key not in _NEVER_REMEMBERED}
     if new := {_digest(key, value) for key, value in given.items()} - _remembered():
         try:

@@ -70,7 +70,11 @@ class ModelConfig(Section):
         lt=0.99,
     )
     num_classes: int = setting(
-        80, "object classes; not given, as many as the training set's index lists", unit="classes", gt=0, le=1_000_000
+        80,
+        "object classes; leave it unset: the training set decides, and another number is an error",
+        unit="classes",
+        gt=0,
+        le=1_000_000,
     )
     classification: Literal["sigmoid", "softmax"] = setting(
         "sigmoid", 'classification loss: sigmoid, focal loss; softmax, cross entropy with "no object" (DETR)'
@@ -133,16 +137,22 @@ class OptimConfig(Section):
         (40,), "learning-rate decay of schedule=step: after these the rate is divided by ten", unit="epochs"
     )
     warmup_steps: int = setting(
-        0, "learning-rate warm-up: the rate rises linearly so long at the start", unit="optimizer steps", ge=0
+        0,
+        "learning-rate warm-up: steps over which the rate rises linearly to its full value",
+        unit="optimizer steps",
+        ge=0,
     )
     class_weight: float = setting(2.0, "weight of the classification loss, and in matching", unit="loss weight", ge=0)
     l1_weight: float = setting(5.0, "weight of the boxes' L1 loss, and in matching", unit="loss weight", ge=0)
     giou_weight: float = setting(2.0, "weight of the boxes' GIoU loss, and in matching", unit="loss weight", ge=0)
     focal_alpha: float = setting(
-        0.25, "focal loss: share of the positives, 1 - alpha that of the negatives", unit="loss weight", ge=0, le=1
+        0.25, "focal loss: weight of positives; negatives have 1 - alpha", unit="loss weight", ge=0, le=1
     )
     focal_gamma: float = setting(
-        2.0, "focal loss: focusing; below 1 its gradient is not finite for sure answers", unit="exponent", ge=1
+        2.0,
+        "focal loss: focusing exponent; below 1 the gradient would not be finite for confident predictions",
+        unit="exponent",
+        ge=1,
     )
     no_object_weight: float = setting(
         0.1, 'weight of "no object" in the cross entropy of softmax (DETR)', unit="loss weight", gt=0, le=1
@@ -166,10 +176,15 @@ class TrainConfig(Section):
         None, "fine-tuning: checkpoint to start from: a run, a safetensors file or a published checkpoint"
     )
     new_class_head: bool = setting(
-        False, "fine-tuning: with initial_weights, all class heads start anew, whatever their classes"
+        False, "fine-tuning: with initial_weights, all class heads start from scratch, whatever their classes"
     )
     epochs: int = setting(50, "length of the run: passes over the training set", unit="epochs", gt=0)
-    max_steps: int | None = setting(None, "stop after so many, if epochs has more", unit="optimizer steps", gt=0)
+    max_steps: int | None = setting(
+        None,
+        "limit on the steps of the run; it ends with epochs or max_steps, whichever comes first",
+        unit="optimizer steps",
+        gt=0,
+    )
     batch_size: int = setting(
         32,
         "global batch size: over all ranks and gradient accumulation",
@@ -184,10 +199,16 @@ class TrainConfig(Section):
     )
     seed: int = setting(42, "random seed of weights, order, augmentation and dropout", unit="seed", ge=0)
     rank_timeout_seconds: float = setting(
-        60, "heartbeat: a rank silent for so long is lost; the others stop and name it", unit="seconds", gt=0
+        60,
+        "heartbeat timeout: a rank silent for this long is lost; the others stop and name it",
+        unit="seconds",
+        gt=0,
     )
     collective_timeout_seconds: float = setting(
-        1800, "hang detection: no rank gets on for so long: all stop and say where they are", unit="seconds", gt=0
+        1800,
+        "hang detection: if no rank makes progress for this long, all stop and report where they are",
+        unit="seconds",
+        gt=0,
     )
     bandwidth_test_seconds: float = setting(
         2, "all-reduce test before the first step, which measures the network; 0 leaves it out", unit="seconds", ge=0
@@ -218,7 +239,10 @@ class TrainConfig(Section):
         lt=1,
     )
     most_skipped_steps: int = setting(
-        10, "stop after so many in a row whose loss or gradient is not finite", unit="optimizer steps", gt=0
+        10,
+        "stop after this many consecutive skipped steps (loss or gradient NaN or infinite)",
+        unit="optimizer steps",
+        gt=0,
     )
     deepspeed_extra: dict[str, Any] = setting({}, "merged into the DeepSpeed JSON, for what is not modelled here")
     checkpoint_every_epochs: int = setting(
@@ -228,7 +252,7 @@ class TrainConfig(Section):
         None, "checkpoint interval within an epoch", unit="optimizer steps", gt=0
     )
     keep_checkpoints: int = setting(
-        0, "newest ones that stay, besides the one of the best score (AP); 0 keeps all", unit="checkpoints", ge=0
+        0, "number of newest checkpoints to keep, besides the best by score (AP); 0 keeps all", unit="checkpoints", ge=0
     )
     evaluate_every_epochs: int = setting(
         1, "validation interval; 0 never evaluates while training", unit="epochs", ge=0
@@ -283,7 +307,7 @@ class EvalConfig(Section):
         100, "most detections, over all queries and classes", unit="detections per image", gt=0, le=100_000
     )
     score_threshold: float = setting(
-        0.4, "confidence threshold: `ddetr predict` draws what scores at least so much", unit="score", ge=0, le=1
+        0.4, "confidence threshold: `ddetr predict` draws detections with at least this score", unit="score", ge=0, le=1
     )
 
 
@@ -293,7 +317,7 @@ class MonitorConfig(Section):
     enabled: bool = setting(True, "each rank serves its metrics to Prometheus over HTTP")
     host: str = setting("127.0.0.1", "bind address; 0.0.0.0 lets other machines reach it")
     port: int = setting(
-        9400, "rank r of a host listens on port + r; 0 takes a free port", unit="TCP port", ge=0, le=65535
+        9400, "each rank listens on port + its local rank; 0 takes a free port", unit="TCP port", ge=0, le=65535
     )
 
 

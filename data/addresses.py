@@ -14,7 +14,7 @@ def shown(location: object) -> str:
     """A location, or a text that holds some, as a message may show it: on one line, logins and queries left out.
 
     User, password, query and fragment of every URL are removed, from a pipe's command also `user:password@` without a
-    scheme. Other secrets of a command (options, headers) cannot be told from the rest and stay.
+    scheme. Other secrets of a command (options, headers) cannot be recognised and stay.
     """
     text = _URL.sub(_without_secrets, str(location))
     return visible(_LOGIN.sub("", text) if "pipe:" in text else text)
@@ -33,7 +33,7 @@ def _without_secrets(url: re.Match[str]) -> str:
 
 
 def split(url: str) -> SplitResult:
-    """The parts of an http(s) URL with a host and a valid port. Raises ValueError, which tells nothing of it."""
+    """The parts of an http(s) URL with a host and a valid port. Raises ValueError, which shows nothing of it."""
     try:
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0):

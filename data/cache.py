@@ -146,7 +146,7 @@ def check_room(shards: list[Shard], limit_bytes: int) -> None:
 
 
 def _own_folder(parent: Path) -> Path:
-    """The cache's folder, made with its mark in it, or refused when it is somebody else's."""
+    """The cache's folder, made with its mark in it, or refused when it is not ours."""
     folder = parent / FOLDER
     if not _is_marked(folder):
         parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def _locked(path: Path) -> Iterator[None]:
                 if _is_at(path, descriptor):
                     yield
                     return
-            finally:  # closing is not enough: a process forked meanwhile has the file open too
+            finally:  # closing is not enough: a process forked since then has the file open too
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
@@ -245,9 +245,9 @@ class CachedStorage(LocalStorage):
 def open_shards(location: str, config: DataConfig) -> ShardIndex:
     """Open the shards in a local folder or at a remote source, as data.train and data.validation name them.
 
-    Raises FileNotFoundError when there are none or they do not fit their index. Raises ValueError for an unusable index
-    and for a cache smaller than the largest shard, OSError for a cache that cannot be written to, and SourceError when
-    the source cannot be reached.
+    Raises FileNotFoundError when there are none or they do not fit their index, and ValueError for an unusable index or
+    a cache smaller than the largest shard. Raises OSError when the cache is not writable, SourceError when the source
+    cannot be reached.
     """
     if not Location(location).is_remote:
         return ShardIndex.load(location)

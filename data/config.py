@@ -9,7 +9,7 @@ from .location import Location
 from .setting import Section, setting
 
 MOST_PIXELS = 250_000_000  # of an image; the largest real photograph tried has 182 million
-LONGEST_SIDE = 16384  # that a setting can ask for: the upper bounds below are for configurations of strangers
+LONGEST_SIDE = 16384  # that a setting can ask for: the upper bounds below are for untrusted configurations
 
 MOST_SIDES = 1000  # to choose from
 
@@ -48,7 +48,7 @@ class DataConfig(Section):
         (400, 500, 600), "short sides, one of which an image has before a random crop", unit="pixels"
     )
     crop_sizes: tuple[_Side, _Side] = setting(
-        (384, 600), "smallest and largest side of a random crop, both drawn between them", unit="pixels"
+        (384, 600), "smallest and largest height and width of a random crop", unit="pixels"
     )
     flip_probability: float = setting(
         0.5, "horizontal-flip augmentation: how often an image is mirrored", unit="probability", ge=0, le=1
@@ -61,13 +61,17 @@ class DataConfig(Section):
         le=1024,
     )
     shuffle_window: int = setting(
-        8192, "shuffle buffer: images shuffled together, by which each moves at most", unit="images", gt=0, le=1 << 32
+        8192,
+        "shuffle buffer: number of consecutive images that are shuffled together",
+        unit="images",
+        gt=0,
+        le=1 << 32,
     )
     similar_sizes: bool = setting(
         True, "size bucketing: images of one step have about the same size, so that little is padded"
     )
     remainder: Literal["drop", "pad"] = setting(
-        "drop", "images left over at an epoch's end: drop leaves them out; pad fills a step up with empty ones"
+        "drop", "images left over at an epoch's end: drop leaves them out; pad fills the last step up with empty images"
     )
     most_bad_samples: float = setting(
         0.001, "how many images may be damaged before a run stops", unit="share of the training images", ge=0, le=1
@@ -80,13 +84,13 @@ class DataConfig(Section):
         le=2_000_000_000,
     )
     fetch: Literal["shards", "samples"] = setting(
-        "shards", "from a remote source: shards, whole, into the cache; or samples, each time those that a rank needs"
+        "shards", "what is fetched from a remote source: whole shards, into the cache; or the samples that a rank needs"
     )
     cache: Location = setting(Location("~/.cache/ddetr/shards"), "folder for copies of shards that are not on a disk")
     cache_bytes: int = setting(100 << 30, "size limit of the cache", unit="bytes", gt=0, le=1 << 60)
     fetch_attempts: int = setting(
         8,
-        "retries: attempts in a row that bring nothing, before a remote source is given up",
+        "retries: consecutive failed attempts after which a remote source is given up",
         unit="attempts",
         gt=0,
         le=1000,

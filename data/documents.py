@@ -1,4 +1,4 @@
-"""Text, JSON and YAML that may come from a stranger: whatever is wrong with them is a ValueError."""
+"""Untrusted text, JSON and YAML: whatever is wrong with them is a ValueError."""
 
 import codecs
 import json
@@ -143,7 +143,7 @@ def parse_yaml(text: str | bytes, *, aliases: bool = False, texts: bool = False)
     """Parse YAML. Raises ValueError for anything else, for nesting that is too deep and for more than 1 MiB.
 
     Also for a key that stands twice in one mapping, of which only the last would count, and for numbers that are
-    octal or sexagesimal or need more than 64 bits. Without `aliases` the text is a stranger's, and aliases raise, too.
+    octal or sexagesimal or need more than 64 bits. Without `aliases` the text is untrusted, and aliases raise, too.
     Tags make plain values only, and run nothing. texts: every value stays the text that is written; tags are refused.
     """
     if len(text) > MOST_BYTES:

@@ -11,7 +11,7 @@ from .text import file_name
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write or replace a file. Raises OSError that names it; what had its name before is still there then."""
-    with unfinished(path) as partial, partial.open("xb") as file:  # x: not through a link that a stranger left there
+    with unfinished(path) as partial, partial.open("xb") as file:  # x: not through a link that another user left there
         file.write(data)
 
 

@@ -1,4 +1,4 @@
-"""Image files that somebody else made: read, looked at and decoded within limits.
+"""Untrusted image files: read, looked at and decoded within limits.
 
 What a header states is held against a limit before a byte of it is decoded: a few hundred bytes can state 65500 x 65500
 pixels, which would take 12 GiB.
@@ -55,8 +55,8 @@ class Header:
     """What an image file states. height, width: of the stored pixels. orientation: 1 to 8, as EXIF has it.
 
     A viewer shows the pixels turned and mirrored by the orientation; 1 means as they are stored, 5 to 8 a quarter turn.
-    was_turned: what is read is turned already (TIFF), so that the stored pixels are not to be had. exif_fault: why EXIF
-    cannot be read, and so does not tell the orientation.
+    was_turned: PIL has already applied the orientation (TIFF), so the stored pixels are not available. exif_fault: why
+    EXIF, and with it the orientation, cannot be read.
     """
 
     height: int
@@ -72,7 +72,7 @@ class Header:
 
 
 def turned_size(height: int, width: int, orientation: int) -> tuple[int, int]:
-    """(height, width) of pixels (height, width) after `turned`; and back, for that is its own inverse."""
+    """(height, width) of pixels (height, width) after `turned`. The function is its own inverse."""
     return (width, height) if orientation >= 5 else (height, width)
 
 

@@ -49,7 +49,7 @@ class SampleError(ValueError):
 class ShardIndex:
     """All shards of a set, in order; samples are numbered through them.
 
-    location: their folder, as a message may tell it; real_location: as it was asked for. storage: from where their
+    location: their folder, as a message may show it; real_location: as it was asked for. storage: from where their
     bytes are read. Raises nothing itself; `load` checks the files.
     """
 

@@ -1,6 +1,6 @@
 """The contents of index.json and of a shard: one row a sample, one entry an image. Readers trust neither.
 
-An index comes from a server, a shard from a stranger: every name, digest and number is checked before it is used.
+Index and shards are untrusted: every name, digest and number is checked before it is used.
 """
 
 import re

@@ -1,8 +1,8 @@
 """The worker processes of a torch DataLoader, ended in an order in which none of them is mistaken for lost.
 
-torch looks after the workers of all loaders of a program at every SIGCHLD, and raises in the main thread, wherever that
-is, when one of them was killed. Here it forgets them as soon as they run: a worker that dies is found by the loader
-itself, within seconds, when its batch is waited for; and one that does not end when it should can be killed.
+torch checks the workers of all loaders at every SIGCHLD and raises in the main thread if one was killed. This loader
+unregisters its workers from that check. It finds a dead worker itself, within seconds, when it waits for a batch, and
+can kill a worker that does not end.
 """
 
 import signal

@@ -2,7 +2,7 @@
 
 
 def multiples_around(number: int, divisor: int, most: int | None = None) -> list[int]:
-    """The multiples of `divisor` next to a number that is none: below it and above it, of those from 1 to `most`."""
+    """The multiples of `divisor` next to a number that is not one: below it and above it, of those from 1 to `most`."""
     below = number // divisor * divisor
     if most is not None:
         below = min(below, most // divisor * divisor)

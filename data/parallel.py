@@ -17,7 +17,7 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_POLL_SECONDS = 0.2  # how often somebody who waits looks up
+_POLL_SECONDS = 0.2  # how often a thread that waits looks up
 _END_SECONDS = 4.0  # for what makes the items to end by itself
 
 
@@ -36,7 +36,7 @@ def ordered_map(
     if workers <= 1:
         yield from map(function, items)
         return
-    # fork: the functions mapped here touch only numpy, decoders and files, and importing torch anew costs seconds.
+    # fork: the functions mapped here touch only numpy, decoders and files, and importing torch again costs seconds.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with_parent)
     try:
         yield from pool.map(function, items, chunksize=chunk)
@@ -104,10 +104,9 @@ def threaded_map(
 def until(
     stop: Callable[[], bool], items: Generator[Item, None, None], abandon: Callable[[], object] = lambda: None
 ) -> Generator[Item, None, None]:
-    """`items` in order, ending early when `stop()` says so, also while the next one is long in coming.
+    """Yield `items` in order until `stop()` is true, even while the next item is still being produced.
 
-    Each is made in another thread, while this one waits. abandon: called when `items` does not end soon after it
-    should, because the next one is still being made or what makes it is slow to end.
+    Another thread produces the items. abandon: called if that thread does not end soon after a stop.
     """
     asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
     made: queue.SimpleQueue[Future[Item]] = queue.SimpleQueue()

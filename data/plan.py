@@ -1,6 +1,7 @@
 """The order of samples: which rank gets which sample at which step. Pure arithmetic, without a file or a process.
 
-The order of an epoch is a function of (seed, epoch, sizes of the shards and of the images, window, global batch) alone.
+The order of an epoch is a function of seed, epoch, sizes of the shards, window and global batch size alone; with
+`seen_sizes` also of the sizes at which images are seen.
 World size, gradient accumulation and loader workers only divide it. B is the global batch size, A the number of
 micro-batches of a step, each of b = B / (A * world size) images.
 """

@@ -1,4 +1,4 @@
-"""Prefetch: fetches the shards of the shuffle window after the one that is being read, beside the training."""
+"""Prefetch: fetches the shards of the shuffle window after the one that is being read, in the background."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ Window = tuple[tuple[int, int], list[int]]  # (epoch, step) of its first batch, 
 
 
 class Prefetch:
-    """Threads that are never more than one window ahead of the position they were told last.
+    """Threads that are never more than one window ahead of the last position given by `at`.
 
-    A shard that cannot be fetched ends them: whoever needs it tries again, and says so. `close` does not wait: what is
-    being fetched is of use to the next run.
+    A shard that cannot be fetched ends them: the reader that needs it tries again, and reports it. `close` does not
+    wait: what is being fetched is of use to the next run.
     """
 
     def __init__(self, windows: Iterator[Window], fetch: Callable[[int], Any]) -> None:
@@ -29,7 +29,7 @@ class Prefetch:
             threading.Thread(target=self._run, name="prefetch", daemon=True).start()
 
     def at(self, epoch: int, step: int) -> None:
-        """Tell the position of the training, which the threads stay one window ahead of."""
+        """Give the position of the training, which the threads stay one window ahead of."""
         with self._changed:
             self._position = (epoch, step)
             self._changed.notify_all()

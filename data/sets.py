@@ -16,7 +16,7 @@ class Reading:
 
     allow_outside: images may lie outside their folder, by .., by a link or by an absolute name. most_pixels: as
     data.most_pixels. renumber: annotations get new ids, in their order. orientation: what boxes of an image with an
-    EXIF orientation refer to where its size does not tell: the stored pixels, or the picture as shown. classes: where
+    EXIF orientation refer to where its size does not decide: the stored pixels, or the picture as shown. classes: where
     the names of the classes are, of VOC and YOLO. workers: processes, 0 for one per core.
     """
 
@@ -33,8 +33,8 @@ class Source:
     """What annotations say, as entries of a COCO json, before any of it is believed.
 
     places: where each annotation stands, if not by its id. from_corners: each bbox was corners, as VOC has it.
-    relative: each bbox is in shares of the picture as shown. shown: where nothing tells, boxes refer to the picture as
-    shown (`Reading.orientation`).
+    relative: each bbox is in shares of the picture as shown. shown: where nothing decides, boxes refer to the picture
+    as shown (`Reading.orientation`).
     """
 
     categories: Any

@@ -1,7 +1,7 @@
 """Shared memory, through which workers of the data loader hand over their batches: on Linux, /dev/shm.
 
-It is half of a machine's memory, but 64 MiB in a container that was not given more. Who writes beyond its end is
-killed, by SIGBUS; so room is looked for before the first step, and taken before a batch is written.
+By default it is half of a machine's memory, but 64 MiB in a container. A process that writes beyond its end is killed
+by SIGBUS. Therefore the needed size is checked before the first step and reserved before a batch is written.
 """
 
 import errno

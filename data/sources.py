@@ -1,7 +1,7 @@
 """Remote sources of shards: http(s), S3, or the output of a command.
 
-A source gives the bytes of a file from an offset on. It does not retry: `fetch` does, and goes on where it was cut off.
-What a source says is a stranger's: never more bytes than were asked for, no control characters in a message.
+A source gives the bytes of a file from an offset on. It does not retry: `fetch` does, and continues where it was cut.
+What a source says is untrusted: never more bytes than were asked for, no control characters in a message.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: functions of (seed, epoch, sample) or (seed, step, rank), whoever draws them and when.
+"""Counter-based random numbers: functions of (seed, epoch, sample) or (seed, step, rank), in any process at any time.
 
 SplitMix64 (Steele, Lea and Flood, 2014) has a random access: its i-th number is a hash of i.
 """

@@ -110,7 +110,7 @@ class TrainStream:
         """The micro-batches of each optimizer step of an epoch, from `first_step` on; fewer when `stop()` says so.
 
         The loader stays open between epochs and reads ahead into the next one. Raises SourceError when a shard cannot
-        be fetched, SharedMemoryError when there is too little of it for a batch.
+        be fetched, SharedMemoryError when it is too small for a batch.
         """
         for step in range(first_step, self.steps_per_epoch):
             if self._position != (epoch, step):
@@ -126,10 +126,10 @@ class TrainStream:
             yield micro_batches
 
     def shared_bytes(self, steps: int, free: int, pinned: bool) -> int:
-        """Peak bytes of shared memory of the batches of so many steps: being made, waiting, and trained on.
+        """Peak shared memory, in bytes, of the batches of `steps` steps: those being made, queued and in use.
 
-        0 if, without a look at the images, they surely need less than `free`. pinned: batches are copied to pinned
-        memory as soon as they are made.
+        Returns 0 if a rough bound, without the image sizes, is already below `free`. pinned: batches are copied to
+        pinned memory as soon as they are made.
         """
         workers, accumulation, number = self._config.workers, self._plan.accumulation, self._plan.micro_batch_size
         if not workers:

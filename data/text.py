@@ -1,4 +1,4 @@
-"""Text from a file, a server or a stranger, made fit for a terminal, one line of a log, one cell, a file name."""
+"""Untrusted text, as from a file or a server, made fit for a terminal, one line of a log, one cell, a file name."""
 
 import os
 import unicodedata
@@ -15,12 +15,15 @@ SIGNS = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110
 def visible(text: str) -> str:
     r"""The text with everything that is not drawn written as an escape: `\x1b`, `\n`, `\u202e`, `\udcff`.
 
-    Escaped are control characters (newline, tab and DEL among them), format characters (zero-width ones, those that
-    change the direction of the text), lone surrogates, separators of lines and paragraphs, and private and unassigned
-    code points. The result is one line, and a terminal obeys nothing in it. Ordinary text of every script stays, emoji
-    included. Their parts and the letters of Arabic and Indic scripts are held together or apart by zero-width joiners,
-    so a single joiner between two characters of such a script or two symbols stays, and so does a single variation
-    selector after a drawn character. A backslash stays as it is: the result is to be read, not decoded.
+    Escaped are:
+
+    - control characters, such as newline, tab and DEL;
+    - format characters, such as zero-width ones and those that change the text direction;
+    - lone surrogates, line and paragraph separators, private and unassigned code points.
+
+    The result is one line, and a terminal obeys nothing in it. Ordinary text of every script stays, emoji included.
+    Emoji, Arabic and Indic scripts use zero-width joiners: a single joiner between two such characters stays. So does a
+    single variation selector after a visible character. A backslash stays: the result is to be read, not decoded.
     """
     if text.isascii() and text.isprintable():
         return text

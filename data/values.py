@@ -1,4 +1,4 @@
-"""Values out of a file that a stranger may have written.
+"""Values out of an untrusted file.
 
 `member` and `whole` are for our own formats: each is what it must be, or a ValueError says what it is. `as_number`,
 `as_whole` and `as_flag` are for everybody's annotations: a value is read where only one thing can be meant.
@@ -24,7 +24,7 @@ def is_whole(value: object, least: int = 0, most: int = MOST_ID) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A number that can be computed with: neither true nor false, neither endless nor beyond any use."""
+    """Whether `value` is a finite int or float within +-_MOST; a bool is not."""
     return type(value) in (int, float) and -_MOST <= value <= _MOST  # type: ignore[operator]
 
 

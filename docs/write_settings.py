@@ -14,8 +14,8 @@ COMMAND = "python docs/write_settings.py"
 HEAD = f"""# Settings
 
 Every setting of a configuration. A setting is given in a YAML file, under its section, or on the command line as
-`section.key=value`; what is not given has the default. A file may also name its `base`, a preset or another file beside
-it, on which its own settings are laid. `ddetr config --explain KEY` prints what stands here.
+`section.key=value`; what is not given has the default. A file may also name its `base`, a preset or another file, whose
+settings its own override. `ddetr config --explain KEY` prints the same texts.
 `{COMMAND}` writes this page from the declarations in `core/sections.py` and `data/config.py`.
 """
 

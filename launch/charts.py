@@ -36,7 +36,7 @@ class Point:
 
 
 def thinned(line: Line, most: int = MOST_POINTS) -> list[Point]:
-    """The line as few enough points to be told apart: a long one is cut into `most` runs of neighbouring values."""
+    """The line as few enough points to be distinguished: a long one is cut into `most` runs of neighbouring values."""
     count = len(line.x)
     bins = count if count <= 60 else min(most, max(60, count // 5))
     points = []
@@ -202,7 +202,7 @@ def _apart(heights: Sequence[float]) -> list[float]:
 
 
 def _readings(drawn: Sequence[tuple[str, list[Point]]], px: Callable[[float], float], x_name: str) -> list[str]:
-    """Unseen columns over the chart, each of which tells the values beneath it when hovered."""
+    """Unseen columns over the chart, each of which shows the values beneath it when hovered."""
     columns: dict[float, list[str]] = {}
     for name, points in drawn:
         for point in points:

@@ -85,7 +85,12 @@ def train(
         Path | None, typer.Option(metavar="RUN_DIR", help="Continue this run from its newest complete checkpoint.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop before the first step.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check data, settings and checkpoint, take a trial step on a small image, print the plan, and write "
+            "nothing.",
+        ),
     ] = False,
     continues: Annotated[
         bool,
@@ -109,7 +114,8 @@ def train(
             metavar="N or MIN:MAX",
             rich_help_panel=ON_RAY,
             help="Ranks, each with a GPU of its own, or with an equal share of the CPUs where there are no GPUs. With "
-            "a range as many as there is room for, anew at every restart.  [default: one for each GPU or each node]",
+            "a range as many as there is room for, counted again at every restart.  [default: one for each GPU or each "
+            "node]",
         ),
     ] = None,
     restarts: Annotated[

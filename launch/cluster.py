@@ -1,7 +1,8 @@
 """A Ray cluster to run on: an existing one, or one that lives as long as the command.
 
-Whoever reaches the ports of a Ray cluster, with its token if it wants one, runs code there. The ports of a cluster of
-our own are therefore on loopback alone, its files in a folder that only this user may enter, and its token is new.
+Anyone who reaches the ports of a Ray cluster, with its token if it wants one, can run code there. The ports of a
+cluster of our own are therefore on loopback alone, its files in a folder that only this user may enter, and its token
+is new.
 """
 
 import contextlib

@@ -95,7 +95,7 @@ def _console() -> Terminal:
 
 
 def _read(names: Sequence[str], overrides: Sequence[str]) -> Config:
-    """Nothing is done with it, so whose orders are in it does not matter."""
+    """Nothing is done with it, so privileged settings in it need no check."""
     return load([_file(name) for name in names], overrides, acts=())
 
 

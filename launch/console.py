@@ -1,4 +1,4 @@
-"""Console output. Names and messages come from files, servers and strangers, and none of them commands the terminal.
+"""Console output. Names and messages from files and servers are untrusted, and none of them commands the terminal.
 
 `Terminal` is the console of every table and progress bar, `say` prints a line, `LogFormatter` formats the log. All of
 them print `data.text.visible` text, and nothing in it is markup: `[red]`, `[/]` and `:smile:` are printed as they are.

@@ -7,6 +7,7 @@ import typer
 
 from .arguments import Overrides
 
+ACTS = ("model.backbone", "data.most_pixels")  # the privileged settings that these commands use
 OrientationName = Literal["stored", "shown"]
 AllowOutside = Annotated[
     bool,
@@ -27,8 +28,8 @@ Renumber = Annotated[
 Orientation = Annotated[
     OrientationName | None,
     typer.Option(
-        help="What boxes refer to where EXIF turns an image and its size does not tell: the pixels as they are stored, "
-        "or the picture as it is shown."
+        help="What boxes refer to where EXIF turns an image and its size does not decide: the pixels as they are "
+        "stored, or the picture as it is shown."
     ),
 ]
 Classes = Annotated[
@@ -57,7 +58,7 @@ def data_pack(
         list[Path],
         typer.Argument(
             metavar="[IMAGES] OUT",
-            help="Folder of the images, where the layout does not tell it; folder for the shards and their index.json.",
+            help="Folder of the images, where the layout does not name it; folder for the shards and their index.json.",
         ),
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and write.")] = 2,
@@ -74,7 +75,7 @@ def data_pack(
 ) -> None:
     """Pack annotations and images into indexed tar shards, in parallel.
 
-    Run it again after an interruption and it goes on; finished shards are kept. The splits of an export's root come
+    Run it again after an interruption and it continues; finished shards are kept. The splits of an export's root come
     into folders of OUT.
 
     Examples: `ddetr data pack instances_train2017.json train2017/ shards/train --workers 8`,
@@ -101,7 +102,7 @@ def data_pack(
 def data_check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards; or what `pack` takes.")],
     images: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGES]", help="The images' folder, where the layout does not tell it.")
+        Path | None, typer.Argument(metavar="[IMAGES]", help="The images' folder, where the layout does not name it.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: one a core.")] = 0,
     allow_outside: AllowOutside = False,
@@ -164,7 +165,7 @@ def data_show(
     from ..core.config import load
     from .data import show
 
-    show(shards, output, count, load(preset or "tiny", overrides or ()))
+    show(shards, output, count, load(preset or "tiny", overrides or (), acts=ACTS))
 
 
 @data_app.command("stats")
@@ -188,4 +189,4 @@ def data_stats(
     from ..core.config import load
     from .statistics import stats
 
-    stats(shards, load(preset or "r50", overrides or ()), ranks)
+    stats(shards, load(preset or "r50", overrides or (), acts=ACTS), ranks)

@@ -51,14 +51,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the checkpoint at `path`; with `all_checkpoints` every one of the run directory `path`, oldest first.
 
-    The run may go on meanwhile: checkpoints that it deletes are left out with a line, those that it saves are
+    The run may train in that time: checkpoints that it deletes are left out with a line, those that it saves are
     evaluated, too. Of all checkpoints, a damaged one does not keep the others from being evaluated.
 
     data: the shards to evaluate on, in place of the configuration's data.validation.
     ray_address: an address as `cluster` takes it; None evaluates in this process.
     output: folder for detections.json, ground_truth.json and the result, evaluation.json; with `all_checkpoints` for
-    one folder a step. Without it they go into the run's `eval/step_XXXXXXXX`, and the result beside the checkpoint,
-    too, where its run finds it.
+    one folder a step. Without it they go into the run's `eval/step_XXXXXXXX`, and the result also in the checkpoint's
+    folder, where its run finds it.
     Returns the numbers of the last checkpoint. Raises ValueError in the end that names the damaged ones, and
     FloatingPointError that names those which gave numbers that are not finite and so have no score.
     """

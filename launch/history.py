@@ -18,7 +18,7 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 SUMMED = ("images", "step_seconds", "data_wait_seconds")  # over the steps that a line stands for
 FIRST_PARTS, FIRST_HEADLINE = ["class", "l1", "giou"], "AP"  # of lines of the first release, which do not say
 
-COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have, beside their time
+COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have, besides their time
 AMOUNTS = ("learning_rate", "gradient_norm", "loss_scale", "memory_bytes")
 SPANS = ("step_seconds", "data_wait_seconds")
 MOST_PARTS, MOST_LOSSES = 32, 4096  # of a loss, and its parts in all layers
@@ -48,8 +48,8 @@ def event_line(name: str, **details: Any) -> str:
 class History:
     """The recorded entries of a run. Steps and evaluations are in order, and each occurs once.
 
-    evaluations: those of one measure, whoever made them. others: how many there are beside them, on another set or with
-    other settings. unreadable: "FILE line N" of what is no record, as half a line that a killed run left.
+    evaluations: those of one measure, of the run or `ddetr eval`. others: how many more there are, on another set or
+    with other settings. unreadable: "FILE line N" of what is no record, as half a line that a killed run left.
     """
 
     steps: list[Entry]

@@ -40,7 +40,7 @@ class Identity:
 def identify(run_directory: Path) -> Identity:
     """Read the identity of a run from its folder, or make a new one; nothing is written.
 
-    A folder that was moved is the same run, a copy beside the original another one.
+    A folder that was moved is the same run, a copy of an original that is still there another one.
     """
     folder, found = run_directory.resolve(), _read(run_directory)
     original = None if found is None or found.folder == str(folder) else _read(Path(found.folder))

@@ -34,8 +34,8 @@ if [[ -z $ranks ]]; then
     ranks=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
-python -m ddetr.launch.cli train --dry-run "$@" >/dev/null # a mistake is told once, not by every rank
-# A rank that is told to stop saves first, for which torchrun would leave it 30 s.
+python -m ddetr.launch.cli train --dry-run "$@" >/dev/null # a mistake is reported once, not by every rank
+# A rank that gets a stop signal saves first, for which torchrun would leave it 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # SIGUSR1, too, lets the ranks save and stop; by itself it would end torchrun and leave them behind.
 exec python -m ddetr.launch.torchrun --standalone --nproc-per-node "$ranks" \

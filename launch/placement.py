@@ -96,8 +96,8 @@ def placed(
 ) -> Iterator[Any]:
     """A context with a placement group of one bundle for each rank; None when `given_up` says so.
 
-    If the cluster shrinks or grows meanwhile, the group is made anew. Raises ValueError that names request and cluster
-    when it does not hold the ranks after `wait_seconds`.
+    If the cluster shrinks or grows before that, the group is made again. Raises ValueError that names request and
+    cluster when it does not hold the ranks after `wait_seconds`.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 

@@ -1,4 +1,4 @@
-"""One rank of a run on a Ray cluster: `ddetr train` in a process of its own, and the Ray actor beside it."""
+"""One rank of a run on a Ray cluster: `ddetr train` in a process of its own, and the Ray actor that starts it."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ class Rank:
             return probe.getsockname()[1]
 
     def start(self, config: str, environment: dict[str, str], options: list[str]) -> None:
-        """Start `ddetr train` with this configuration (YAML), these variables beside the actor's own, these options."""
+        """Start `ddetr train` with this configuration (YAML), these variables added to the actor's, these options."""
         environment = {"PYTHONUNBUFFERED": "1", **os.environ, **environment}
         file = os.memfd_create("config.yaml")  # leaves nothing behind, however this process ends
         try:

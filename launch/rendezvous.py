@@ -1,6 +1,6 @@
 """The rendezvous of a run's nodes under torchrun, without a pickle and without a port on every interface.
 
-torch's own rendezvous listens on all interfaces, and an elastic one keeps its state as a pickle that whoever reaches
+torch's own rendezvous listens on all interfaces, and an elastic one keeps its state as a pickle that anyone who reaches
 the port can replace. Those here listen only at the address where the nodes meet, and keep their state as JSON.
 """
 

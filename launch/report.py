@@ -17,7 +17,7 @@ from .settings import Settings, in_short
 
 PICTURES = 12
 DETAIL_LENGTH = 2000  # characters of one value of an event
-COLOURS = 4  # lines of a chart that can be told apart
+COLOURS = 4  # lines of a chart that can be distinguished
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _charts(run: RunLog) -> list[tuple[str, Sequence[str]]]:
 
 
 def _few(names: Sequence[str]) -> list[Sequence[str]]:
-    """As many together as lines of a chart can be told apart."""
+    """As many together as lines of a chart can be distinguished."""
     return [names[start : start + COLOURS] for start in range(0, len(names), COLOURS)]
 
 
@@ -265,7 +265,7 @@ def _by_epoch(run: RunLog) -> str:
 
 def _pictures(folder: Path) -> str:
     suffixes = (".png", ".jpg", ".jpeg")
-    inside = folder.parent.resolve()  # not what a stranger's links lead to
+    inside = folder.parent.resolve()  # not what links of others lead to
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     paths = sorted(path for path in found if path.resolve().is_relative_to(inside))
     if not paths:

@@ -15,7 +15,7 @@ MISTAKES = 5  # at most so many of a file are told
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was told."""
+    """The settings of a run."""
 
     text: str  # YAML, without logins
     config: Config | None  # None where this release cannot read it
@@ -38,7 +38,7 @@ class Settings:
 
 
 def in_short(config: Config) -> str:
-    """The settings by which people tell runs apart."""
+    """The settings that distinguish runs."""
     model, train = config.model, config.train
     deformable = model.architecture == "deformable_detr"
     variants = {

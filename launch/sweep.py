@@ -2,7 +2,7 @@
 
 It looks like this (all keys but base, samples and search have defaults):
 
-    base: tiny                        # a preset, or a YAML file beside this one, which may have a base itself
+    base: tiny                        # a preset, or a YAML file in this folder, which may have a base itself
     overrides: [data.train=shards/train, data.validation=shards/val, train.epochs=12]
     metric: AP                        # a score of the evaluation; by default its headline
     mode: max
@@ -90,7 +90,7 @@ class Distribution(_Part):
 
 
 class Asha(_Part):
-    """Asynchronous successive halving: of the trials that reach a rung, one in `reduction_factor` goes on."""
+    """Asynchronous successive halving: of the trials that reach a rung, one in `reduction_factor` continues."""
 
     grace_epochs: int = Field(1, ge=1)
     reduction_factor: int = Field(3, ge=2)
@@ -127,8 +127,8 @@ def read_sweep(path: Path) -> tuple[Sweep, Config]:
 
     That includes what a run would find out before it starts: shards, model, initial weights. A value is right when some
     values of the other keys make it so.
-    Raises ConfigError that lists every mistake, and ForeignSettingError when the file came with weights and gives
-    orders that are not the user's.
+    Raises ConfigError that lists every mistake, and ForeignSettingError when the file came with weights and has
+    privileged settings that are not the user's own.
     """
     foreign = came_with_weights(path)
     try:

@@ -25,7 +25,7 @@ from .console import paragraph
 def settled(options: argparse.Namespace) -> argparse.Namespace:
     """torchrun's options with our rendezvous in the place of the one they name, and this node's own address.
 
-    Raises ValueError for a rendezvous that is none of torch's two, OSError when the place to meet cannot be reached.
+    Raises ValueError for a rendezvous that is not one of torch's two, OSError when the place to meet cannot be reached.
     """
     _, most = parse_min_max_nnodes(options.nnodes)
     numbered = options.rdzv_backend == "static"

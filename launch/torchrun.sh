@@ -9,7 +9,7 @@ usage: launch/torchrun.sh --nodes N --master HOST[:PORT] [--node-rank R | --rest
 Runs `ddetr train TRAIN_ARGUMENT...` on this node as part of a run over N nodes.
 
   --nodes N         number of nodes; the run starts once all are there. MIN:MAX without --node-rank: with any number
-                    of them, and goes on with those that are left when one is lost (not the --master)
+                    of them, and continues with those that are left when one is lost (not the --master)
   --master HOST     where the nodes meet: one of them. Port 29500 unless given as HOST:PORT
   --node-rank R     this node's number, 0..N-1; 0 is the node named by --master
   --ranks N         ranks on this node (default: one for each GPU, or 1 without a GPU)
@@ -54,7 +54,7 @@ if [[ -n $node_rank ]]; then
 else
     arguments+=(--rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id ddetr --max-restarts "$restarts")
 fi
-# A rank that is told to stop saves first, for which torchrun would leave it 30 s. A frozen one is waited for as long.
+# A rank that gets a stop signal saves first, for which torchrun would leave it 30 s. A frozen one is waited for as long.
 # SIGUSR1 would end torchrun and leave its ranks behind.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 arguments+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")

@@ -314,7 +314,7 @@ def _beginning(
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_trained(trained, stored.trained, checkpoint)
     if config.train.ema_decay is not None and not stored.averaged:
-        raise ValueError(f"{checkpoint} has no moving average: the run was trained without train.ema_decay")
+        raise ValueError(f"{checkpoint} has no EMA: the run was trained without train.ema_decay")
     check_same(stored.categories, index.categories, checkpoint, index.location)
     schedule = Schedule.of(config.train, stream.steps_per_epoch, stored.position)
     unevaluated = False

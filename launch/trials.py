@@ -1,4 +1,4 @@
-"""The trials of a hyperparameter search: results.json and results.csv while it goes on, a table in the end.
+"""The trials of a hyperparameter search: results.json and results.csv while it runs, a table in the end.
 
 Both files are written whole, before the first trial and after each result, so that they are there however the search
 ends.
@@ -81,7 +81,7 @@ class Trials:
         self._write_again()
 
     def _write_again(self) -> None:
-        """A full disk costs the table, which the next result writes anew, and not the search."""
+        """A full disk costs the table, which the next result writes again, and not the search."""
         try:
             self._write()
         except OSError as error:

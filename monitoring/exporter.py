@@ -62,7 +62,7 @@ def serve(registry: CollectorRegistry, host: str, port: int) -> Exporter:
 
 
 def _tell_failure(request: object, client_address: object) -> None:
-    """Of a request. A client that hangs up, as probes of ports do, is none."""
+    """The error of a request. A client that hangs up, as probes of ports do, is not one."""
     error = sys.exception()
     if not isinstance(error, ConnectionError):
         log.warning("a request for metrics from %s failed: %r", client_address, error)

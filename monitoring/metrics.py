@@ -27,7 +27,7 @@ WAIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. label: of its own, beside run and rank; values: of that label. buckets: bounds of a histogram."""
+    """One metric. label: of its own, besides run and rank; values: of that label. buckets: bounds of a histogram."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]

@@ -32,7 +32,7 @@ def deform_attn(
     attention_weights: (N, Q, H, L, P), used as given.
     Returns (N, Q, H*D) in value's dtype; sums are float32 or better.
 
-    Beside a value that is not float64, locations and weights may be float32, float16 or bfloat16 (autocast leaves
+    With a value that is not float64, locations and weights may be float32, float16 or bfloat16 (autocast leaves
     the arguments as they are). Raises TypeError and ValueError naming the argument, and OSError without a binary.
     On CUDA the gradient of value is summed by atomics: its backward pass raises RuntimeError under
     torch.use_deterministic_algorithms(True). A second derivative raises NotImplementedError.
@@ -172,7 +172,7 @@ def _one_dtype(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.float() for tensor in tensors)
 
 
-# What torch needs to know beside the kernels: shapes for tracing (fake) and gradients. The stable ABI has no
+# What torch needs to know in addition to the kernels: shapes for tracing (fake) and gradients. The stable ABI has no
 # autograd, hence Python over separate forward and backward operators.
 
 

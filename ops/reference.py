@@ -1,7 +1,8 @@
 """The specification of both operators, in plain torch.
 
-The kernels are tested against these functions, forward and backward. These need about twelve times the memory and
-run many times slower, so nothing falls back to them: call `ddetr.ops.reference` by name if you want them.
+The kernels are tested against these functions, forward and backward. For an encoder's call the functions need about
+ten times the memory of the kernels and run many times slower. Nothing falls back to them: import `ddetr.ops.reference`
+to use them.
 
 Source: Zhu et al., Deformable DETR (arXiv 2010.04159), equation 3.
 

@@ -2,7 +2,7 @@
 
 A checkpoint's folder has three files. model.safetensors is the whole model as it is evaluated, in float32 (its EMA, if
 there is one). training.safetensors is the rest of the training state of each trained parameter, as SLOT/PARAMETER:
-Adam's moments, and beside an EMA the weights. checkpoint.json is the manifest, which lists what is in these two.
+Adam's moments, and with an EMA the weights. checkpoint.json is the manifest, which lists what is in these two.
 Tensors are whole and by parameter, whatever world size and ZeRO stage wrote them.
 """
 
@@ -33,7 +33,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Configuration, weights and position of a run, and what its training keeps beside them.
+    """Configuration, weights and position of a run, and the rest of its training state.
 
     weights: the whole model as it is evaluated. averaged: whether that is the EMA; the weights that training resumes
     with are then the slot "weights". slots: tensors of the shape of each trained parameter, such as Adam's moments

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: configuration, categories, position and shapes, whoever wrote it."""
+"""What a checkpoint says of itself: configuration, categories, position and shapes, whatever program wrote it."""
 
 import contextlib
 import logging

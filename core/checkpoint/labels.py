@@ -17,7 +17,7 @@ from ..config import ModelConfig
 
 @dataclass(frozen=True)
 class LabelMap:
-    """For each label of the run, the label of the weights that it continues; None for one that starts anew."""
+    """For each label of the run, the label of the weights that it continues; None for one that starts from scratch."""
 
     names: tuple[str, ...]  # of the run's labels
     old_labels: tuple[int | None, ...]

@@ -50,7 +50,7 @@ def to_published(model: Detector) -> dict[str, Tensor]:
 
 
 def published_arguments(model: Detector) -> dict[str, Any]:
-    """The settings that no tensor's shape tells, under the published argument's name where there is one."""
+    """The settings that no tensor's shape determines, under the published argument's name where there is one."""
     config = model.config
     return {
         "dilation": config.dilation,
@@ -203,7 +203,7 @@ def from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def published_config(published: Mapping[str, Tensor], arguments: Mapping[str, Any], file: Path) -> ModelConfig:
     """The model of a published checkpoint, from its tensors' shapes and, where it has them, its arguments.
 
-    Without arguments, as in the released DETR weights, what no shape tells is taken for the published default, with a
+    Without arguments, as in the released DETR weights, what no shape determines has the published default, with a
     warning: 8 heads, 300 proposals, softmax in DETR, and C5 at stride 32 unless the file's name says dc5.
     Raises ValueError for any other file.
     """

@@ -46,9 +46,10 @@ def load_detector(
     """Build the model that the checkpoint describes, with its weights, on `device`, ready for inference.
 
     overrides: of its configuration, section.key=value. config: replaces that configuration; for a run that loads its
-    own checkpoint. Raises what `contents` raises. Raises ForeignSettingError for orders of a stranger's checkpoint
-    (core/ownership.py), such as a backbone to be fetched from elsewhere. Raises ValueError, before the model takes any
-    memory, when the configuration describes another model than the tensors are, and for a value that is not finite.
+    own checkpoint. Raises what `contents` raises. Raises ForeignSettingError for privileged settings of the checkpoint
+    that are not the user's own (core/ownership.py), such as a backbone to be fetched from elsewhere. Raises ValueError,
+    before the model takes any memory, when the configuration describes another model than the tensors are, and for a
+    value that is not finite.
     """
     return read_newest(path, lambda file: _loaded(file, device, overrides, config))
 
@@ -82,7 +83,7 @@ def load_weights(
     categories: of the model's labels, for fine-tuning. Where those of the file are known, rows of its class heads go to
     the labels of the same name. With `new_class_head` the class heads stay as they are in `model`, and the names of
     their tensors are returned. `tell` gets a line each on: which of several state dicts was taken, foreign tensors left
-    out, classes kept, moved and started anew.
+    out, classes kept, moved and started from scratch.
 
     Raises FileNotFoundError when there is no such file. Raises ValueError that lists missing, unexpected and re-shaped
     tensors of another architecture, that names the first tensor with a value that is not finite, or when no class is

@@ -58,7 +58,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_newest(path: str | Path, read: Callable[[Path], Found]) -> Found:
     """What `read` returns for the file of weights that `path` means: itself, or that of a run's newest checkpoint.
 
-    A run may delete old checkpoints meanwhile: if the file is gone when it is read, the newest one is looked for again.
+    A run may delete old checkpoints at any time: if the file is gone when it is read, the newest is looked for again.
     Raises FileNotFoundError when there is none, and what `read` raises about a file that is there.
     """
     while True:

@@ -44,7 +44,7 @@ def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]
 def _indexed(ground_truth: dict, rows: list[dict]) -> Any:
     """A pycocotools.coco.COCO of annotations or detections in the images of a COCO dictionary.
 
-    They are numbered anew, from 1: COCOeval takes a match with id 0 for none, and sees one of those with equal ids.
+    They get new numbers, from 1: COCOeval takes a match with id 0 for none, and sees one of those with equal ids.
     """
     from pycocotools.coco import COCO
 

@@ -1,7 +1,7 @@
 """Evaluation: shards in, detections out, scores of them.
 
-A shard is the unit of work. A batch never crosses shards and holds images of one exact size, so its composition,
-and with it every detection, is the same whichever process evaluates the shard and in whatever order.
+A shard is the unit of work. A batch never crosses shards and holds images of one exact size. So its composition, and
+with it every detection, is the same whichever process evaluates the shard and in whatever order.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""The one result of an evaluation: a file beside its checkpoint, whoever evaluated it.
+"""The one result of an evaluation: a file in its checkpoint's folder, whichever command evaluated it.
 
 A checkpoint may be evaluated on several sets and with several settings; the file has the newest result of each. Only
 results of one measure, the same set and settings, can be compared.
@@ -104,7 +104,7 @@ def read(folder: Path) -> list[Result]:
 
 
 def folder_of(file: Path) -> Path:
-    """The folder into which `ddetr eval` writes results of a file of weights: in its run, or beside the file."""
+    """The folder into which `ddetr eval` writes results of a file of weights: in its run, or in the file's folder."""
     checkpoint = file.parent
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent / "eval" / checkpoint.name
@@ -157,7 +157,7 @@ def without_score(num_not_finite: int) -> str:
 
 
 def weights_digest(file: Path) -> str:
-    """sha256 of a file of weights; from the manifest beside it where there is one."""
+    """sha256 of a file of weights; from the manifest in its folder where there is one."""
     return _stated_digest(file.parent, file.name) or file_sha256(file)
 
 

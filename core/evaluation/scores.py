@@ -16,9 +16,9 @@ class Protocol:
     """A way to score detections.
 
     meanings: what each of its numbers is, by name, in the order in which they are shown. headline: the one by which
-    checkpoints are compared. brief: those for which a line has room. score: the numbers by name, 0 to 1 and -1 where
-    nothing in the set has them, from a COCO dictionary and detections in COCO's result format, neither of which it
-    changes.
+    checkpoints are compared. brief: those for which a line has room. score: computes the numbers by name, 0 to 1 and -1
+    where nothing in the set has them. It takes a COCO dictionary and detections in COCO's result format, and changes
+    neither.
     """
 
     meanings: Mapping[str, str]
@@ -30,11 +30,11 @@ class Protocol:
 COCO = Protocol(MEANINGS, "AP", ("AP", "AP50", "AP75", "AP_small"), coco_metrics)
 
 # All that an evaluation computes; the first one's headline is what retention, searches, progress and alerts go by.
-# Whoever shows scores takes the names from the result.
+# Code that shows scores takes the names from the result.
 PROTOCOLS: list[Protocol] = [COCO]
 
 
-RESERVED = ("epochs", "step")  # which a search tells beside the scores
+RESERVED = ("epochs", "step")  # which a search reports with the scores
 
 
 def check_protocols() -> None:

@@ -49,7 +49,7 @@ def _giou(pairs: Matched) -> Tensor:
     return 1 - paired_generalized_box_iou(cxcywh_to_xyxy(pairs.boxes), cxcywh_to_xyxy(pairs.targets))
 
 
-# Parts beside "class", by name; whoever reports losses takes the names from the run.
+# Parts in addition to "class", by name; code that reports losses takes the names from the run.
 BOX_LOSSES: dict[str, BoxLoss] = {
     "l1": BoxLoss(_l1, lambda config: config.l1_weight),
     "giou": BoxLoss(_giou, lambda config: config.giou_weight),
@@ -91,7 +91,7 @@ def criterion(
     Outputs whose labels are "objects" have label 0 for every object: proposals are matched without regard to classes
     (section 4.2).
 
-    The host waits for the device once, for the matching costs. Meanwhile the device computes the part of the class
+    The host waits for the device once, for the matching costs. In that time the device computes the part of the class
     loss that needs no matching.
     """
     stacks = [_Stacked(outputs, batch.labels) for outputs in _of_one_shape(predictions)]

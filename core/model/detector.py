@@ -28,7 +28,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder, and the parts that exist once beside their layers.
+    """Encoder, decoder, and the parts that exist once for all their layers.
 
     Embeddings are modules, called for their rows: ZeRO-3 gathers a parameter only when its own module is called.
     """

@@ -22,9 +22,9 @@ SIZES = ((1, 33), (47, 95), (65, 129))
 class FeatureMaps:
     """What a timm model needs for its feature maps.
 
-    piece: height and width of an image must be multiples of it; maps are then (H / s, W / s), rounded up. used: names
-    of the parameters that the wanted maps are computed from. before_c3: those that the last finer map is computed
-    from, less those of modules first called when the stride of C3 was reached.
+    piece: the height and width of an image must be multiples of it; maps are then (H / s, W / s), rounded up. used:
+    names of the parameters that the wanted maps depend on. before_c3: names of the parameters of the stem and the first
+    stage: those that the last map finer than C3 depends on, without the modules that first run at C3's stride.
     """
 
     piece: int

@@ -41,7 +41,10 @@ def _is_finite(output: object) -> bool:
 
 
 def finite_or_poison(loss: Tensor) -> Tensor:
-    """`loss`, whose gradients are NaN if it is not finite: so every rank sees that in its gradients, and skips."""
+    """Return `loss`; if it is not finite, its gradients are NaN.
+
+    The all-reduce carries them to all ranks, so all ranks skip the step.
+    """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 

@@ -35,7 +35,7 @@ class Matching:
     """The assignments of several stacks of predictions, made in two halves.
 
     Making it computes all costs on the device in float32 and starts their one copy to the host. `solve` waits for
-    the copy and assigns; what is queued on the device in between runs meanwhile.
+    the copy and assigns; what is queued on the device in between runs in that time.
     """
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ ImageMatches = tuple[np.ndarray, np.ndarray]  # queries, and the boxes of the im
 class Output:
     """One prediction per query, of a decoder layer or of the first stage.
 
-    labels: what the classes tell apart: the categories, or objects from nothing (every object has label 0 then).
+    labels: what the classes distinguish: the categories, or objects from nothing (every object has label 0 then).
     matches: image by image, where they are known beforehand, each object `repeats` times; otherwise queries are matched
     by their costs.
     """

@@ -1,1 +1,1 @@
-"""How a model is trained: ranks, engine, loop, reports, and checkpoints written meanwhile."""
+"""How a model is trained: ranks, engine, loop, reports, and checkpoints written in the background."""

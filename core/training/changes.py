@@ -33,7 +33,7 @@ def changed_settings(before: Config, after: Config) -> dict[str, str]:
 def told_of_changes(before: Config, after: Config, folder: Path, done: Position, per_epoch: int) -> list[str]:
     """Messages for a run in `folder` that has come to `done` under `before` and resumes under `after`.
 
-    per_epoch: steps of an epoch under `after`. A folder that was moved is not told as a changed setting.
+    per_epoch: steps of an epoch under `after`. A folder that was moved is not reported as a changed setting.
     """
     changed = changed_settings(before, after)
     if after.train.name == folder.name:

@@ -84,7 +84,7 @@ class Engine:
     """The DeepSpeed engine around the detector, and the EMA of its weights. Constructing it is collective.
 
     `run` is DeepSpeed's own engine: call it for the forward pass, then `run.backward`, then `step` of this class.
-    Frozen parameters and buffers are kept beside it, as they are before mixed precision rounds them.
+    Frozen parameters and buffers are kept in addition to it, as they are before mixed precision rounds them.
     """
 
     def __init__(self, model: Detector, config: Config, world: World) -> None:
@@ -226,7 +226,7 @@ class Engine:
 
 
 def _clips_itself(config: Config) -> bool:
-    """Whether gradient clipping is ours: DeepSpeed tells the gradient norm in every combination but this one."""
+    """Whether gradient clipping is ours: DeepSpeed reports the gradient norm in every combination but this one."""
     return config.train.zero_stage == 0 and config.train.precision == "fp32"
 
 

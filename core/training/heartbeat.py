@@ -1,4 +1,4 @@
-"""Heartbeats of the ranks, beside the training's collectives: who is alive, where each rank is, and when to stop.
+"""Heartbeats of the ranks, apart from the training's collectives: who is alive, where each rank is, and when to stop.
 
 A collective operation waits for every rank, and does not say for which one. Here each rank writes its activity, its
 last images and its stack to the rendezvous store every few seconds. When a rank dies or falls silent, or none makes

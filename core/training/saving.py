@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: training stands still while its state is copied, and goes on while a thread writes it."""
+"""Asynchronous checkpoints: training waits while its state is copied, and continues while a thread writes it."""
 
 import logging
 import shutil
@@ -30,7 +30,7 @@ class _Writing:
 class Saver:
     """Writes checkpoints one at a time in a thread of rank 0, and deletes surplus ones.
 
-    keep: how many of the newest stay (0: all), beside the best by the scores of `measure`. An OSError in writing is
+    keep: how many of the newest stay (0: all), besides the best by the scores of `measure`. An OSError in writing is
     reported, and does not end the run.
     """
 

@@ -1,7 +1,7 @@
-"""The schedule of a run: epochs, learning-rate schedule, when to save and evaluate, where a resume goes on.
+"""The schedule of a run: epochs, learning-rate schedule, when to save and evaluate, where a resume continues.
 
 Pure arithmetic. A step is an optimizer step, counted over the whole run. Progress is kept in epochs, because a resume
-may find another number of steps per epoch: another batch size, or shards that were packed anew.
+may find another number of steps per epoch: another batch size, or shards that were packed again.
 """
 
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class Every:
 class Schedule:
     """The steps of a run of `epochs` epochs, or `max_steps` steps if those are fewer.
 
-    shift: the count of steps, less the steps that the same progress takes at `per_epoch` steps an epoch. It is 0 unless
-    a resume has found another number of steps per epoch.
+    shift: steps done minus the steps that the same number of epochs takes at `per_epoch` steps an epoch; 0 unless a
+    resume changed the steps per epoch.
     """
 
     per_epoch: int
@@ -57,7 +57,7 @@ class Schedule:
     def of(
         cls, train: TrainConfig, per_epoch: int, done: Position | None = None, *, evaluates: bool = True
     ) -> "Schedule":
-        """The schedule of a new run, or of one that resumes at `done`: a part of an epoch stays the same part.
+        """The schedule of a new run, or of one that resumes at `done`, at the same fraction of its epoch.
 
         evaluates: whether there is a validation set.
         """
@@ -84,15 +84,15 @@ class Schedule:
         return -(-(self.last_step - self.shift) // self.per_epoch)
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, of the step that follows `step` others."""
+        """The epoch, from 0, of step number `step + 1`."""
         return (step - self.shift) // self.per_epoch
 
     def step_in_epoch(self, step: int) -> int:
-        """How many of `step` steps belong to the epoch that goes on, or begins, after them."""
+        """Number of steps done in the current epoch after `step` steps; 0 at the end of an epoch."""
         return (step - self.shift) % self.per_epoch
 
     def end_of_epoch(self, step: int) -> int:
-        """The last step of the epoch that goes on, or begins, after `step`; not beyond the run's last step."""
+        """The last step of the epoch of step number `step + 1`, at most `last_step`."""
         return min((self.epoch(step) + 1) * self.per_epoch + self.shift, self.last_step)
 
     def due(self, step: int) -> Due:
@@ -116,7 +116,7 @@ class Schedule:
         return Position(step, self.epoch(step), self.step_in_epoch(step), self.per_epoch, order)
 
     def learning_rate(self, config: OptimConfig, step: int) -> float:
-        """The base group's learning rate at the step that follows `step` others.
+        """The base group's learning rate at step number `step + 1`.
 
         Linear warm-up over optim.warmup_steps. Of the two schedules, "step" multiplies by 0.1 at each of
         optim.drop_epochs (section 5), "linear" falls to zero over the last LINEAR_SHARE of the run.

@@ -1,7 +1,7 @@
 """The training state by parameter (float32 weights, Adam's moments, EMA), gathered from where ZeRO partitioned it.
 
 DeepSpeed gives each rank a share of the float32 weights: flat tensors ("masters"), with several parameters in one. The
-optimizer keeps tensors of the same shape beside each, its slots (Adam's moments). This module gathers them by
+optimizer keeps tensors of the same shape for each, its slots (Adam's moments). This module gathers them by
 parameter and deals them out again, so a checkpoint depends on neither world size nor ZeRO stage.
 """
 

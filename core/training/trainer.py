@@ -238,7 +238,8 @@ class Trainer:
 
     def _stopped(self) -> End:
         self._save(wait=True)
-        self.progress.line(f"stopped after step {self.step} as asked; continue with --resume {self.run_directory}")
+        how = f"to continue: the same launcher with --resume {self.run_directory}"
+        self.progress.line(f"stopped after step {self.step} as asked; {how}")
         return self._asked()
 
     def _asked(self) -> End:

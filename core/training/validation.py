@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint by all ranks of a run that goes on."""
+"""The evaluation of a checkpoint by all ranks of a run in progress."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ log = logging.getLogger("ddetr")
 def evaluate(
     checkpoint: Path, config: Config, index: ShardIndex, world: World, watch: Watch, step: int
 ) -> Result | None:
-    """Evaluate a saved checkpoint and record the result beside it; None when some rank is asked to stop meanwhile.
+    """Evaluate a saved checkpoint and record the result in its folder; None when some rank is asked to stop during it.
 
     Collective. Each rank evaluates every world.size-th shard, with its own copy of the weights.
     """

@@ -83,7 +83,10 @@ class Finding:
 def judge(
     identities: Sequence[Identity], states: States, beats: Beats, quiet: Quiet, patience: Patience, store: str
 ) -> Finding | None:
-    """The surest finding, None as long as nothing is wrong. store: the address of the rendezvous store."""
+    """The fault that explains the silence best, or None if nothing is wrong. store: address of the rendezvous store.
+
+    In this order: a dead process, a silent store, a silent rank, a foreign heartbeat, no progress.
+    """
     if dead := [rank for rank, state in states.items() if state in (None, "Z", "X")]:
         return Finding(f"{named(dead, identities)} died", dead)
     seconds = f"{patience.silence:.0f} s"
