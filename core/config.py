@@ -159,10 +159,10 @@ def _validated(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
     """
     mistakes: list[str] = []
     wrong: set[tuple[str, str]] = set()  # section and key
-    values = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    left: dict[Any, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     while True:
         try:
-            config = Config.model_validate(values)
+            config = Config.model_validate(left)
         except ValidationError as error:
             lines = described(error, Config, as_paths=True, besides=(BASE,))
             mistakes += [line for line in lines if not any(_names(line, *setting) for setting in wrong)]
@@ -170,11 +170,11 @@ def _validated(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
             if not places:
                 return None, mistakes
             for section, *keys in places:
-                if keys and isinstance(values[section], dict) and keys[0] in values[section]:
-                    del values[section][keys[0]]
+                if keys and isinstance(left[section], dict) and keys[0] in left[section]:
+                    del left[section][keys[0]]
                     wrong.add((str(section), str(keys[0])))
                 else:
-                    values.pop(section, None)
+                    del left[section]
         else:
             return (None if mistakes else config), mistakes
 
