@@ -88,7 +88,8 @@ def test_ranks_with_other_code_are_refused(synthetic_shards: Path, tmp_path: Pat
         "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     )
     other = {"PYTHONPATH": str(tmp_path / "stale")}
-    for status, output in pair(tmp_path, synthetic_shards, environment_of_second=other):
+    imported = Path(sys.executable)  # anew by each: a forked process has the code of this one
+    for status, output in pair(tmp_path, synthetic_shards, python=imported, environment_of_second=other):
         assert status == 2, output
         assert "the ranks differ in ddetr: " in output
 
