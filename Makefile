@@ -91,7 +91,7 @@ wheel: setup
 setup: $(VENV)/.built
 
 clean:
-	rm -rf build dist demo *.egg-info ops/*.so .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo *.egg-info ops/*.so .coverage* .pytest_cache .ruff_cache .hypothesis
 
 .PHONY: gpu
 gpu: setup
