@@ -9,7 +9,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-ALL_INTERFACES = ("", "0.0.0.0", "::")
+ALL_INTERFACES = ("0.0.0.0", "::")
 log = logging.getLogger("ddetr")
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 WIDTH, HEIGHT = 96, 64  # of the stored pixels
 BOX = (8, 4, 40, 12)  # x, y, width, height of a red rectangle in the stored pixels
 SETTINGS = DataConfig(
-    train="", short_sides=(64,), validation_short_side=64, long_side=128, crop=False, similar_sizes=False, workers=0
+    short_sides=(64,), validation_short_side=64, long_side=128, crop=False, similar_sizes=False, workers=0
 )
 
 
