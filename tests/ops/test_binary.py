@@ -140,7 +140,7 @@ def test_the_wheel_in_a_fresh_environment(version: str, wheel: Path, tmp_path: P
     python = environment / "bin/python"
     try:
         install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        packages = [f"torch=={version}", "numpy", "pytest", "hypothesis"]
+        packages = [f"torch=={version}", "numpy", "pytest", "hypothesis", "safetensors"]
         installed = _run([*install, *packages], tmp_path, 30)
         if f"No matching distribution found for torch=={version}" in installed.stderr:
             pytest.skip(f"no package registry within reach has torch {version}")
