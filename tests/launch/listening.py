@@ -34,7 +34,7 @@ def listening(pid: int) -> set[Socket]:
     for member in networks.values():
         line = ["nsenter", f"--net=/proc/{member}/ns/net", "ss", "--no-header", "-ltnp"]
         result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
-        if result.returncode and not psutil.pid_exists(member):
+        if result.returncode and _has_ended(member):
             continue
         assert result.returncode == 0, result.stderr
         for row in result.stdout.splitlines():
@@ -43,6 +43,14 @@ def listening(pid: int) -> set[Socket]:
             owners = [int(number) for number in re.findall(r"pid=(\d+)", row)]
             found |= {(address, int(port), names[owner]) for owner in owners if owner in names}
     return found
+
+
+def _has_ended(pid: int) -> bool:
+    """A process that nobody has waited for yet is still listed, but has no network any more."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def listening_on(node: str) -> set[Socket]:
@@ -56,7 +64,7 @@ def listening_until(pid: int, done: Callable[[], object], seconds: float = 300) 
     found, deadline = set(), time.monotonic() + seconds
     while True:
         found |= listening(pid)
-        if done() or not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        if done() or _has_ended(pid):
             return found
         assert time.monotonic() < deadline, f"not done after {seconds} s; it listens on {found}"
         time.sleep(0.1)
