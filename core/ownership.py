@@ -89,7 +89,11 @@ def check_own(config: BaseModel, settings: Collection[str], overrides: Iterable[
     }
     if foreign:
         lines = [f"  {_written(key, value)}  ({ORDERS[key]})" for key, value in foreign.items()]
-        exact = {key: value for key, value in foreign.items() if _written(key, value) == written(key, value)}
+        exact = {
+            key: value
+            for key, value in foreign.items()
+            if not is_shortened(value) and _written(key, value) == written(key, value)
+        }
         repeated = " ".join(shlex.quote(_written(key, value)) for key, value in exact.items())
         lines += [f"If you want just that, add to the command: {repeated}"] if exact else []
         lines += (

@@ -67,6 +67,8 @@ MOST_DIGITS = 80  # of a number of 64 bits, in any base
 
 
 class _EachKeyOnce:
+    """Of a key that stands twice in one mapping, only the last would count."""
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)  # type: ignore[misc]
         seen: dict[tuple[str, str], int] = {}

@@ -1,16 +1,26 @@
-"""What a forked process of tests/processes.py does to itself before it becomes `ddetr`; both need root.
+"""What a forked process of tests/processes.py does to itself before it becomes `ddetr`.
 
 Python has calls for neither capabilities nor namespaces (os.unshare comes with 3.12).
 """
 
 import ctypes
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
-PR_SET_KEEPCAPS, CAPABILITY_VERSION_3, CAP_DAC_READ_SEARCH = 8, 0x20080522, 2
+PR_SET_KEEPCAPS, CAPABILITY_VERSION_3, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN = 8, 0x20080522, 2, 21
+
+
+def need_mounts() -> None:
+    """Skips the test where this account may not mount: it is not root, or root of a container without CAP_SYS_ADMIN."""
+    (effective,) = re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    if not int(effective, 16) >> CAP_SYS_ADMIN & 1:
+        pytest.skip("a mount of its own needs CAP_SYS_ADMIN, which root has outside of most containers")
 
 
 def become(account: int, variables: Mapping[str, str]) -> None:

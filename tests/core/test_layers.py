@@ -222,6 +222,15 @@ def test_a_command_with_signs_that_are_not_drawn_is_not_offered_for_repetition(t
     assert "add to the command" not in str(refusal.value)
 
 
+def test_an_address_without_its_query_is_not_offered_for_repetition(tmp_path: Path) -> None:
+    """As weights have it: it names another place than the run had."""
+    write(tmp_path / "run/metrics.jsonl", "")
+    theirs = write(tmp_path / "run/config.yaml", "data: {train: 'https://host/x?...'}\n")
+    with pytest.raises(ForeignSettingError, match="give them yourself") as refusal:
+        load(theirs)
+    assert "add to the command" not in str(refusal.value)
+
+
 def test_presets_say_what_they_are_and_leave_the_number_of_classes_to_the_shards() -> None:
     for name in preset_names():
         assert 20 < len(preset_summary(name)) < 160, name

@@ -17,7 +17,7 @@ from ddetr.data.shared_memory import REMEDY
 from ddetr.data.stream import TrainStream
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests.confinement import mount_memory
+from tests.confinement import mount_memory, need_mounts
 from tests.processes import finished
 
 # A stream whose reader goes on when as much is taken as was said for each step, in a /dev/shm of its own.
@@ -49,8 +49,7 @@ CONFIG = {"short_sides": (320, 480), "long_side": 960, "crop": False, "shuffle_w
 def read(
     folder: Path, shards: Path, size: int, workers: int, accumulation: int, taken: list[int]
 ) -> subprocess.CompletedProcess[str]:
-    if os.geteuid() != 0:
-        pytest.skip("a mount of its own needs root")
+    need_mounts()
     reader = folder / "reader.py"
     reader.write_text(READER)
     given = map(json.dumps, (str(shards), CONFIG | {"workers": workers}, arguments(accumulation), taken))

@@ -14,7 +14,7 @@ import ddetr.core
 import pytest
 from ddetr.launch.environment import SharedMemory, check_shared_memory
 
-from tests.confinement import mount_memory
+from tests.confinement import mount_memory, need_mounts
 from tests.core.runs import SMALL, free_port
 from tests.processes import Command, finished
 
@@ -119,8 +119,7 @@ def test_too_little_shared_memory_is_refused_with_the_remedies(
     options: list[str], synthetic_shards: Path, tmp_path: Path
 ) -> None:
     """A container's 64 MiB: at 800 pixels batches of 8 need twice that; at 96 they have room."""
-    if os.geteuid() != 0:
-        pytest.skip("a mount of its own needs root")
+    need_mounts()
     line = ["train", "tiny", *SMALL, *options]
     line += [f"data.train={synthetic_shards}", f"train.output={tmp_path}", "train.batch_size=8", "train.max_steps=3"]
     line += ["data.workers=2"]
