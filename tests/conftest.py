@@ -43,6 +43,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def new_account(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account whose earlier runs were given nothing: what other tests have given to theirs is own, too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 @pytest.fixture(scope="session")
 def coco_free() -> Path:
     """121 real COCO images with annotations.json, annotations_train.json, annotations_val.json and images/."""

@@ -8,6 +8,8 @@ from ddetr.core.config import ConfigError, dump, load, parse, preset_names
 from ddetr.core.layers import layers, preset_summary
 from ddetr.core.ownership import ForeignSettingError
 
+pytestmark = pytest.mark.usefixtures("new_account")
+
 
 def write(file: Path, text: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)

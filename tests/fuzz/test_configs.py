@@ -44,7 +44,8 @@ def test_a_configuration_is_what_its_file_says_or_refused(effort: Effort, tmp_pa
         for section, keys in said.items() if not overrides else ():
             for key, value in (keys or {}).items():
                 read = getattr(getattr(config, section), key)
-                numbers = isinstance(value, str) and type(read) in (int, float)
+                # A whole number of more digits than a float64 has is rounded, as one with a decimal point is.
+                numbers = type(read) is float or (isinstance(value, str) and type(read) is int)
                 assert (type(read)(value) if numbers else value) == (list(read) if isinstance(read, tuple) else read)
                 assert not (isinstance(value, bool) and not isinstance(read, bool))
 

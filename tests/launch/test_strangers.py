@@ -20,7 +20,7 @@ from tests.data.file_server import FileServer
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
 from tests.processes import finished
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("new_account")]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.launch.strangers import Stranger, everything, refusal, rewritten, run
 from tests.processes import finished
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("new_account")]
 
 
 def test_weights_alone_write_beside_them_through_no_link(run_directory: Path, tmp_path: Path) -> None:
