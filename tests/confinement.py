@@ -6,6 +6,7 @@ Python has calls for neither capabilities nor namespaces (os.unshare comes with 
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,9 +29,11 @@ def become(account: int, variables: Mapping[str, str]) -> None:
 
     It reads everything, which the interpreter may need, and writes as that account may.
     """
-    for name in [name for name in os.environ if name.startswith(("HOME", "XDG", "HF_", "USER"))]:
+    for name in [name for name in os.environ if name.startswith(("HOME", "XDG", "HF_", "USER", "COVERAGE"))]:
         del os.environ[name]
     os.environ.update(variables)
+    if coverage := sys.modules.get("coverage"):  # it writes into the repository, where that account may not
+        coverage.Coverage.save = lambda measured: None
     _checked(_libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0))
     os.setgroups([])
     os.setresgid(account, account, account)
