@@ -52,8 +52,8 @@ def ours_training(index: ShardIndex, count: int) -> Iterator[int]:
 
 
 def ours_evaluation(index: ShardIndex, count: int) -> Iterator[int]:
-    for batch in islice(evaluation_batches(index, 0, CONFIG, batch_size=BATCH_SIZE), count // BATCH_SIZE):
-        yield len(batch.image_ids)
+    for part in islice(evaluation_batches(index, 0, CONFIG, batch_size=BATCH_SIZE), count // BATCH_SIZE):
+        yield len(part.entries)
 
 
 def baseline(dataset: CocoDetection, count: int, training: bool) -> Iterator[int]:

@@ -306,6 +306,9 @@ class EvalConfig(Section):
     top_k: int = setting(
         100, "most detections, over all queries and classes", unit="detections per image", gt=0, le=100_000
     )
+    scorer: Literal["hotcoco", "pycocotools"] = setting(
+        "hotcoco", "the library that computes the scores; its numbers are those of pycocotools, which is slower"
+    )
     score_threshold: float = setting(
         0.4, "confidence threshold: `ddetr predict` draws detections with at least this score", unit="score", ge=0, le=1
     )

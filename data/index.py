@@ -184,27 +184,6 @@ class ShardIndex:
         shard = int(np.searchsorted(self._ends, sample, side="right"))
         return shard, sample - int(self._ends[shard]) + len(self.shards[shard].samples)
 
-    def ground_truth(self, shards: Iterable[int] | None = None) -> dict[str, Any]:
-        """The annotations of some shards (default: all), read from them, as a COCO dict with the original ids.
-
-        Only where an annotation's id is 0 or stands twice, which pycocotools does not take for objects of their own,
-        annotations are numbered from 1.
-        """
-        images, annotations = [], []
-        reader = ShardReader(self)
-        numbers = range(len(self.shards)) if shards is None else shards
-        places = ((number, row) for number in numbers for row in range(len(self.shards[number].samples)))
-        for values in reader.ahead(lambda place: reader.annotations(*place), places):
-            image_id = values["image_id"]
-            annotations += [{**annotation, "image_id": image_id} for annotation in values["annotations"]]
-            images.append({"id": image_id, **{name: values[name] for name in ("file_name", "height", "width")}})
-        reader.close()
-        ids = {annotation["id"] for annotation in annotations}
-        if 0 in ids or len(ids) < len(annotations):
-            for number, annotation in enumerate(annotations, start=1):
-                annotation["id"] = number
-        return {"info": {}, "images": images, "annotations": annotations, "categories": self.categories.to_json()}
-
 
 class ShardReader:
     """Reads single samples of an index by their place in the tar.

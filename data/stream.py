@@ -2,7 +2,7 @@
 
 Both are short lists of WebDataset stages. What flows through the training stages is a micro-batch: first its sample
 numbers (from `plan.py`), then bytes read by offset, then transformed samples, then a `PackedBatch`. In training a
-sample that cannot be used leaves an empty image in its place and a message with the batch; evaluation stops at it.
+sample that cannot be used leaves an empty image in its place and a message with the batch; evaluation leaves it out.
 """
 
 import atexit
@@ -271,13 +271,22 @@ def seen_sizes(rows: np.ndarray, config: DataConfig, seed: int, epoch: int, samp
     return training_sizes(chosen["height"], chosen["width"], config, random)
 
 
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Images of one exact size, their entries in the shard, and what is wrong with those that are left out."""
+
+    batch: Batch | None  # None where every image is left out
+    entries: list[dict[str, Any]]
+    bad_samples: tuple[str, ...]
+
+
 def evaluation_batches(
     index: ShardIndex, shard: int, config: DataConfig, *, batch_size: int
-) -> Generator[Batch, None, None]:
+) -> Generator[EvaluationBatch, None, None]:
     """Each image of a shard once, in a fixed order; the images of a batch have one exact size, so none is padded.
 
     Images are decoded by `config.workers` threads (decoding and resizing release Python's lock), two batches ahead.
-    Raises SampleError for a sample that cannot be read or decoded.
+    A sample that cannot be read or decoded is left out.
     """
     samples = index.shards[shard].samples
     rows_of_size: dict[tuple[int, int], list[int]] = {}
@@ -286,21 +295,34 @@ def evaluation_batches(
     batches = [rows[i : i + batch_size] for rows in rows_of_size.values() for i in range(0, len(rows), batch_size)]
     reader = ShardReader(index)
 
-    def decode(stored: StoredSample) -> Sample:
+    def read(row: int) -> StoredSample | SampleError:
+        return _or_error(read_sample, reader, shard, row)
+
+    def decode(stored: StoredSample | SampleError) -> tuple[Sample, dict[str, Any]] | SampleError:
+        if isinstance(stored, SampleError):
+            return stored
         view = evaluation_view(stored.entry["height"], stored.entry["width"], config)
-        return _seen(reader, stored, index, view, config.most_pixels, False)
+        sample = _or_error(_seen, reader, stored, index, view, config.most_pixels, False)
+        return sample if isinstance(sample, SampleError) else (sample, stored.entry)
 
     pipeline = DataPipeline(
         lambda: (row for rows in batches for row in rows),
-        partial(reader.ahead, partial(read_sample, reader, shard)),
+        partial(reader.ahead, read),
         partial(threaded_map, decode, threads=config.workers, ahead=2 * batch_size),
         lambda samples: (list(islice(samples, len(rows))) for rows in batches),
-        filters.map(lambda samples: collate(samples).batch()),
+        filters.map(_evaluation_batch),
     )
     try:
         yield from pipeline
     finally:
         reader.close()
+
+
+def _evaluation_batch(found: Sequence[tuple[Sample, dict[str, Any]] | SampleError]) -> EvaluationBatch:
+    bad = tuple(str(sample) for sample in found if isinstance(sample, SampleError))
+    good = [sample for sample in found if not isinstance(sample, SampleError)]
+    batch = collate([sample for sample, _ in good]).batch() if good else None
+    return EvaluationBatch(batch, [entry for _, entry in good], bad)
 
 
 def _seen(

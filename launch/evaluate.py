@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,14 +17,8 @@ from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detec
 from ..core.checkpoint.manifest import MANIFEST
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
-from ..core.evaluation.evaluator import (
-    Evaluation,
-    ShardResult,
-    check_categories,
-    evaluate_shard,
-    evaluation,
-    without_score_of,
-)
+from ..core.evaluation.columns import to_coco
+from ..core.evaluation.evaluator import Count, ShardResult, check_categories, evaluate_shard, without_score_of
 from ..core.evaluation.result import Result, weights_digest, without_score
 from ..core.evaluation.scores import check_protocols
 from ..core.ownership import ForeignSettingError, check_links, check_own
@@ -34,11 +29,22 @@ from ..data.files import write_whole
 from ..data.folders import obstacle
 from ..data.index import ShardIndex
 from ..data.location import Location
+from ..data.truth import GroundTruth
 from .console import Terminal, progress_bar
 
+SHOWN = 10  # damaged images, of those that were left out
 CPU_THREADS = 2  # of every process that evaluates on a CPU, here or in a Ray worker, so that sums are the same
 
-EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], list[ShardResult]]
+EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], Iterator[ShardResult]]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an evaluation found: its result, the shards' results in their order, and the images that were left out."""
+
+    result: Result
+    shards: list[ShardResult]
+    bad_samples: list[str]
 
 
 def evaluate(
@@ -91,13 +97,11 @@ def evaluate(
                 here = contextlib.nullcontext(_evaluate_here)
                 there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
                 evaluators[index.real_location] = stack.enter_context(there or here)
-            began = time.perf_counter()
             with _progress(console, detector, index) as advance:
-                results = evaluators[index.real_location](detector, index, advance)
-            found = evaluation(detector, index, results, weights, began)
+                found = _found(evaluators[index.real_location], detector, index, weights, advance)
             metrics = found.result.metrics
-            _print(console, detector, index, found.result)
-            _write(console, places, found)
+            _print(console, detector, index, found)
+            _write(console, places, found, index)
             if found.result.num_not_finite:
                 without.append(f"{detector.path}: {without_score(found.result.num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
@@ -164,13 +168,32 @@ def _shards(data: str | Path | None, detector: TrainedDetector, overrides: list[
     return open_shards(location, config.data)
 
 
-def _evaluate_here(detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]) -> list[ShardResult]:
+def _found(
+    evaluator: EvaluateShards,
+    detector: TrainedDetector,
+    index: ShardIndex,
+    weights: str,
+    advance: Callable[[int], None],
+) -> _Found:
+    """Evaluate a set; each shard is scored when it comes. Raises SampleError for too many damaged images."""
+    began, count, results = time.perf_counter(), Count(detector, index), {}
+    for found in evaluator(detector, index, advance):
+        assert found.shard not in results, f"shard {found.shard} was counted twice"
+        results[found.shard] = found
+        count.add(found)
+    return _Found(count.result(weights, began), [results[shard] for shard in sorted(results)], count.bad_samples)
+
+
+def _evaluate_here(
+    detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
+) -> Iterator[ShardResult]:
     device = device_for(detector.config.train, local_rank=0)
     detector.model.to(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(CPU_THREADS)
     try:
-        return [evaluate_shard(detector, index, shard, device, advance) for shard in range(len(index.shards))]
+        for shard in range(len(index.shards)):
+            yield evaluate_shard(detector, index, shard, device, advance)
     finally:
         torch.set_num_threads(threads)
 
@@ -217,10 +240,12 @@ def _places(file: Path, output: Path | None, each: bool) -> list[Path]:
     return places
 
 
-def _write(console: Console, places: list[Path], found: Evaluation) -> None:
+def _write(console: Console, places: list[Path], found: _Found, index: ShardIndex) -> None:
     folder, *checkpoints = places
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("detections", found.detections), ("ground_truth", found.ground_truth)):
+    detections = [row for shard in found.shards for row in to_coco(shard.detections)]
+    truth = GroundTruth.joined([shard.truth for shard in found.shards]).to_coco(index.categories)
+    for name, content in (("detections", detections), ("ground_truth", truth)):
         write_whole(folder / f"{name}.json", as_json(content).encode())
     result.write(folder, found.result)
     console.print(f"Written to {folder}", soft_wrap=True)
@@ -232,11 +257,18 @@ def _write(console: Console, places: list[Path], found: Evaluation) -> None:
                 console.print(f"not beside the checkpoint: {error.filename}: {error.strerror}", soft_wrap=True)
 
 
-def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Result) -> None:
-    console.print(f"{detector.path} on {index.num_samples} images of {index.location}", soft_wrap=True)
+def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: _Found) -> None:
+    scores = found.result
+    for message in found.bad_samples[:SHOWN]:
+        console.print(f"left out: {message}", soft_wrap=True)
+    left_out = f", {scores.num_bad} of {index.num_samples} are damaged and left out" if scores.num_bad else ""
+    seconds = f"{scores.seconds:.1f} s ({scores.shares})"
+    console.print(
+        f"{detector.path} on {scores.images} images of {index.location}{left_out}, in {seconds}", soft_wrap=True
+    )
     table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in found.metrics.items():
+    for name, value in scores.metrics.items():
         table.add_row(name, "not finite" if math.isnan(value) else f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..core.checkpoint import TrainedDetector, load_detector
 from ..core.checkpoint.published import published_categories
-from ..core.evaluation.evaluator import category_id
+from ..core.evaluation.evaluator import category_ids
 from ..core.model.postprocess import Detections, detections
 from ..core.training.world import device_for
 from ..data.batch import collate, normalised
@@ -99,11 +99,11 @@ def category_names(detector: TrainedDetector) -> tuple[str, ...]:
 
 
 def _rows(found: Detections, detector: TrainedDetector, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    ids = category_ids(detector.categories, found.labels).tolist()
+    labels, scores, boxes = found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist()
     return [
-        {"category_id": category_id(detector.categories, label), "name": names[label], "score": score, "box_xyxy": box}
-        for label, score, box in zip(
-            found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True
-        )
+        {"category_id": id_, "name": names[label], "score": score, "box_xyxy": box}
+        for id_, label, score, box in zip(ids, labels, scores, boxes, strict=True)
     ]
 
 

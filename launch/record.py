@@ -119,6 +119,8 @@ class Record:
             found = item.result
             score = found.metrics[found.headline]
             self.event("evaluation", step=item.step, headline=found.headline, score=score, seconds=found.seconds)
+            for message in item.bad_samples:
+                self.event("bad_sample", step=item.step, reason=message)
             if found.num_not_finite:
                 self.event("evaluation_not_finite", step=item.step, queries=found.num_not_finite)
             self._append(self._metrics, evaluation_line(item))

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,10 @@ class ShardWorkers:
 
     def evaluate(
         self, detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
-    ) -> list[ShardResult]:
-        """Evaluate every shard once. The weights go to Ray's object store once, where the workers read them.
+    ) -> Iterator[ShardResult]:
+        """Evaluate every shard once; results come in any order.
+
+        The weights go to Ray's object store once, where the workers read them.
 
         Raises RuntimeError when a shard has lost its worker more than RETRIES times. What a worker raises as a
         user's mistake (ValueError, OSError) is raised here as it is.
@@ -119,8 +121,7 @@ class ShardWorkers:
         weights = ray.put(replace(detector, config=from_anywhere(detector.config)))
         queue = deque(range(len(index.shards)))
         lost = dict.fromkeys(queue, 0)
-        results: list[ShardResult] = []
-        counted, waiting_since = 0, time.monotonic()
+        finished, counted, waiting_since = 0, 0, time.monotonic()
         while queue or self.running:
             while queue and self.idle:
                 worker, shard = self.idle.pop(), queue.popleft()
@@ -132,7 +133,7 @@ class ShardWorkers:
                     continue
                 worker, shard = self.running.pop(future)
                 try:
-                    results.append(_result(future))
+                    result = _result(future)
                     self.idle.append(worker)
                 except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
                     lost[shard] += 1
@@ -142,15 +143,17 @@ class ShardWorkers:
                     self._report(f"Ray: {where}; another one takes the shard (retry {lost[shard]} of {RETRIES})")
                     queue.append(shard)
                     self._start()
+                    continue
+                finished += len(index.shards[shard].samples)
+                yield result
             if self.running:
                 waiting_since = time.monotonic()
             elif time.monotonic() - waiting_since > WAITING_SECONDS:
                 self._report(f"Ray: still waiting for a worker; free in the cluster: {ray.available_resources()}")
                 waiting_since = time.monotonic()
-            done = sum(result.num_images for result in results) + self._images_under_way()
+            done = finished + self._images_under_way()
             advance(done - counted)
             counted = done
-        return results
 
     def close(self) -> None:
         import ray

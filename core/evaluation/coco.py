@@ -1,8 +1,23 @@
-"""COCO's twelve numbers for boxes, by pycocotools."""
+"""COCO's twelve numbers for boxes.
+
+hotcoco computes them, and its arrays equal those of pycocotools, which stays the judge (docs/decisions.md). It counts
+image by image, so each process counts those that it has evaluated.
+"""
 
 import contextlib
 import io
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import hotcoco
+import numpy as np
+
+from ...data.categories import Categories
+from ...data.truth import GroundTruth
+from .columns import counted, of_coco
+from .tally import Tally, Whole
+
+Scorer = Literal["hotcoco", "pycocotools"]
 
 # In the order of COCOeval.stats.
 MEANINGS = {
@@ -21,19 +36,88 @@ MEANINGS = {
 }
 
 
-def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
+def coco_metrics(
+    ground_truth: dict[str, Any], detections: list[dict[str, Any]], scorer: Scorer = "hotcoco"
+) -> dict[str, float]:
     """The twelve numbers of COCOeval for boxes; -1 where no ground truth falls into the range, as pycocotools has it.
 
     ground_truth: a COCO dictionary; the ids of its annotations, and `ignore` in them, have no meaning, and a missing
-    area or iscrowd is as `ddetr data pack` completes it. Detections of categories that it does not list do not count.
-    detections: COCO's result format. Neither is changed.
+    area or iscrowd is as `ddetr data pack` completes it. detections: COCO's result format; those of categories that
+    ground_truth does not list, or with numbers that are not finite, do not count. Neither is changed.
     """
+    image_ids = np.array([image["id"] for image in ground_truth["images"]], dtype=np.int64)
+    ids = sorted(int(category["id"]) for category in ground_truth["categories"])
+    categories = Categories(tuple(ids), tuple(map(str, ids)))
+    tally = coco_tally(image_ids, categories, scorer)
+    found = of_coco(detections)
+    assert np.isin(found["image_id"], image_ids).all(), "a detection in no image of the set"
+    tally.add(GroundTruth.of_coco(ground_truth), counted(found, categories))
+    return tally.scores()
+
+
+def coco_tally(image_ids: np.ndarray, categories: Categories, scorer: Scorer) -> Tally:
+    """An empty tally of COCO's protocol for a set with these images."""
+    if scorer == "pycocotools":
+        return Whole(_by_pycocotools, categories)
+    return CocoTally(image_ids, categories)
+
+
+class CocoTally(Tally):
+    """COCO's protocol by hotcoco. image_ids: of all images of the set."""
+
+    def __init__(self, image_ids: np.ndarray, categories: Categories) -> None:
+        # Their numbers in the order of the ids, in which pycocotools counts; the ids may exceed what a float64 holds.
+        self._image_ids = np.sort(image_ids)
+        self._category_ids = np.sort(np.array(categories.ids, dtype=np.int64))
+        names = dict(zip(categories.ids, categories.names, strict=True))
+        listed = [{"id": n, "name": names[id_]} for n, id_ in enumerate(self._category_ids.tolist())]
+        self._counting = hotcoco.StreamingEval(listed, "bbox")
+        self._evaluation: hotcoco.COCOeval | None = None
+
+    def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
+        rows = truth.annotations
+        columns = (
+            self._image(rows["image_id"]).tolist(),
+            np.searchsorted(self._category_ids, rows["category_id"]).tolist(),
+            *(rows[name].tolist() for name in ("bbox", "area")),
+            rows["iscrowd"].astype(int).tolist(),
+        )
+        names = ("image_id", "category_id", "bbox", "area", "iscrowd")
+        annotations = [
+            {"id": n, **dict(zip(names, row, strict=True))} for n, row in enumerate(zip(*columns, strict=True), start=1)
+        ]
+        images = [{"id": n} for n in self._image(np.array([image["id"] for image in truth.images], np.int64)).tolist()]
+        categories = np.searchsorted(self._category_ids, detections["category_id"])
+        table = [self._image(detections["image_id"]), detections["bbox"], detections["score"], categories]
+        self._counting.update(images, annotations, np.column_stack(table).astype(np.float64))
+
+    def to_bytes(self) -> bytes:
+        return self._counting.to_bytes()
+
+    def merge(self, others: Sequence[bytes]) -> None:
+        counts = [hotcoco.StreamingEval.from_bytes(other) for other in others]  # ValueError for anything else
+        self._counting = hotcoco.StreamingEval.merge([self._counting, *counts])
+
+    def scores(self) -> dict[str, float]:
+        self.evaluation().summary_lines()  # makes `stats`
+        return {name: float(value) for name, value in zip(MEANINGS, self.evaluation().stats, strict=True)}
+
+    def evaluation(self) -> hotcoco.COCOeval:
+        """What hotcoco made of it: images and categories by their place in the order of the ids."""
+        if self._evaluation is None:
+            self._evaluation = self._counting.finalize()
+            self._evaluation.accumulate()
+        return self._evaluation
+
+    def _image(self, ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._image_ids, ids)
+
+
+def _by_pycocotools(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     from pycocotools.cocoeval import COCOeval
 
-    assert {row["image_id"] for row in detections} <= {image["id"] for image in ground_truth["images"]}
-    found = [{name: row[name] for name in ("image_id", "category_id", "bbox", "score")} for row in detections]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints, and writes into what it is given
-        truth, results = _indexed(ground_truth, ground_truth["annotations"]), _indexed(ground_truth, found)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        truth, results = _indexed(ground_truth, ground_truth["annotations"]), _indexed(ground_truth, detections)
         evaluation = COCOeval(truth, results, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -41,7 +125,7 @@ def coco_metrics(ground_truth: dict, detections: list[dict]) -> dict[str, float]
     return {name: float(value) for name, value in zip(MEANINGS, evaluation.stats, strict=True)}
 
 
-def _indexed(ground_truth: dict, rows: list[dict]) -> Any:
+def _indexed(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Any:
     """A pycocotools.coco.COCO of annotations or detections in the images of a COCO dictionary.
 
     They get new numbers, from 1: COCOeval takes a match with id 0 for none, and sees one of those with equal ids.
@@ -49,8 +133,7 @@ def _indexed(ground_truth: dict, rows: list[dict]) -> Any:
     from pycocotools.coco import COCO
 
     completed = ({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **row} for row in rows)
-    numbered: Any = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
     coco = COCO()
-    coco.dataset = numbered
+    coco.dataset = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
     coco.createIndex()
     return coco

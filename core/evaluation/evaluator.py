@@ -4,42 +4,38 @@ A shard is the unit of work. A batch never crosses shards and holds images of on
 with it every detection, is the same whichever process evaluates the shard and in whatever order.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 
 from ...data.batch import Batch, normalised
 from ...data.categories import Categories
-from ...data.index import ShardIndex
+from ...data.index import SampleError, ShardIndex
 from ...data.parallel import until
 from ...data.stream import evaluation_batches
+from ...data.truth import GroundTruth
 from ..checkpoint.labels import check_evaluable
 from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
-from .result import Measure, Result
-from .scores import headline, scored
+from .columns import DETECTION_DTYPE
+from .result import PARTS, Measure, Result
+from .scores import Tallies, headline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardResult:
-    """Detections of one shard in COCO's result format: image_id, category_id, bbox (x, y, w, h) in pixels, score."""
+    """What was found in one shard. detections: rows of DETECTION_DTYPE. truth: of the images that were evaluated."""
 
     shard: int
-    detections: list[dict]
-    num_images: int
+    detections: np.ndarray
+    truth: GroundTruth
     num_not_finite: int = 0  # queries without a detection, because the model gave infinities or NaN for them
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A set evaluated: its ground truth as a COCO dictionary, all detections in the order of the shards, the result."""
-
-    ground_truth: dict[str, Any]
-    detections: list[dict]
-    result: Result
+    bad_samples: tuple[str, ...] = ()  # images left out: shard, key and what is wrong
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the work: "decoding", "model"
 
 
 def evaluate_shard(
@@ -53,73 +49,138 @@ def evaluate_shard(
     """Detect objects in every image of one shard; the detector's model is on `device` and in eval mode.
 
     `progress` is called after each batch with its number of images. When `stop()` says so, the rest is left out.
+    Raises SampleError for more damaged images than data.most_bad_samples allows.
     """
     config = detector.config
-    found: list[dict] = []
-    num_images = num_not_finite = 0
-    for batch in until(stop, evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size)):
-        detections, not_finite = detect(detector, batch.to(torch.device(device)))
-        found += detections
-        num_not_finite += not_finite
-        num_images += len(batch.image_ids)
+    found, entries, bad = [np.empty(0, dtype=DETECTION_DTYPE)], [], []
+    num_not_finite = 0
+    seconds = {"decoding": 0.0, "model": 0.0}
+    began = time.perf_counter()
+    for part in until(stop, evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size)):
+        decoded = time.perf_counter()
+        if part.batch is not None:
+            detections, not_finite = detect(detector, part.batch.to(torch.device(device)))
+            found.append(detections)
+            num_not_finite += not_finite
+        entries += part.entries
+        bad += part.bad_samples
+        check_damage(bad, index, config.data.most_bad_samples)
         if progress is not None:
-            progress(len(batch.image_ids))
-    return ShardResult(shard, found, num_images, num_not_finite)
+            progress(len(part.entries) + len(part.bad_samples))
+        seconds["decoding"] += decoded - began
+        began = time.perf_counter()
+        seconds["model"] += began - decoded
+    return ShardResult(shard, np.concatenate(found), GroundTruth.of(entries), num_not_finite, tuple(bad), seconds)
+
+
+def check_damage(bad_samples: Sequence[str], index: ShardIndex, most: float) -> None:
+    """Raise SampleError if more than the share `most` of a set's images are damaged."""
+    if len(bad_samples) > most * index.num_samples:
+        raise SampleError(
+            f"{len(bad_samples)} of {index.num_samples} images cannot be evaluated, more than "
+            f"data.most_bad_samples={most:g}; the last one: {bad_samples[-1]}"
+        )
 
 
 @torch.inference_mode()
-def detect(detector: TrainedDetector, batch: Batch) -> tuple[list[dict], int]:
-    """Detections in one batch in COCO's result format, with the set's category ids; and how many queries not finite."""
+def detect(detector: TrainedDetector, batch: Batch) -> tuple[np.ndarray, int]:
+    """Detections in one batch, rows of DETECTION_DTYPE; and how many queries are not finite."""
     images = normalised(batch.images, batch.padding_mask)
     predictions = detector.model(images, batch.padding_mask)
     results = top_detections(predictions, batch.original_sizes, detector.config.eval.top_k)
-    found: list[dict] = []
-    for image_id, result in zip(batch.image_ids.tolist(), results, strict=True):
-        boxes_xywh = result.boxes_xyxy.clone()
-        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
-        rows = zip(result.labels.tolist(), boxes_xywh.tolist(), result.scores.tolist(), strict=True)
-        found += [
-            {"image_id": image_id, "category_id": category_id(detector.categories, label), "bbox": box, "score": score}
-            for label, box, score in rows
-        ]
+    counts = [len(result.scores) for result in results]
+    found = np.empty(sum(counts), dtype=DETECTION_DTYPE)
+    boxes_xywh = torch.cat([result.boxes_xyxy for result in results])
+    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+    found["bbox"] = boxes_xywh.cpu().numpy()
+    found["score"] = torch.cat([result.scores for result in results]).cpu().numpy()
+    found["category_id"] = category_ids(detector.categories, torch.cat([result.labels for result in results]))
+    found["image_id"] = np.repeat(batch.image_ids.numpy(), counts)
     return found, sum(result.num_not_finite for result in results)
 
 
-def category_id(categories: Categories | None, label: int) -> int:
-    """The dataset's own id of a label. A published checkpoint has no categories: its label index is the id."""
-    return label if categories is None else categories.ids[label]
+def category_ids(categories: Categories | None, labels: torch.Tensor) -> np.ndarray:
+    """The set's own ids of labels. A published checkpoint has no categories: its label index is the id."""
+    found = labels.cpu().numpy()
+    return found if categories is None else np.array(categories.ids, dtype=np.int64)[found]
 
 
-def merge(results: Iterable[ShardResult]) -> list[dict]:
-    """All detections in the order of the shards, whatever the order of arrival."""
-    ordered = sorted(results, key=lambda result: result.shard)
-    shards = [result.shard for result in ordered]
-    assert len(set(shards)) == len(shards), f"a shard was counted twice: {shards}"
-    return [detection for result in ordered for detection in result.detections]
+class Count:
+    """What was found in the shards that were evaluated so far, by this process and by others that were merged."""
+
+    def __init__(self, detector: TrainedDetector, index: ShardIndex) -> None:
+        self._detector, self._index = detector, index
+        self._tallies = Tallies(index, detector.config.eval)
+        self._found = _Found()
+
+    @property
+    def bad_samples(self) -> list[str]:
+        """The images left out: shard, key and what is wrong."""
+        return sorted(self._found.bad_samples)
+
+    def add(self, result: ShardResult) -> None:
+        """Count a shard. Raises SampleError for more damaged images than data.most_bad_samples allows."""
+        began = time.perf_counter()
+        self._tallies.add(result.truth, result.detections)
+        seconds = result.seconds | {"scoring": time.perf_counter() - began}
+        found = _Found(len(result.truth.images), result.num_not_finite, list(result.bad_samples), seconds)
+        self._found = self._found.and_(found)
+        self._check()
+
+    def to_bytes(self) -> bytes:
+        """All of it, for `merge` in another process."""
+        return json.dumps(asdict(self._found)).encode() + b"\n" + self._tallies.to_bytes()
+
+    def merge(self, others: Sequence[bytes]) -> None:
+        """Count what others have counted, too. Raises as `add`, and ValueError for what is no count."""
+        began, tallies = time.perf_counter(), []
+        for other in others:
+            found, _, tally = other.partition(b"\n")
+            self._found = self._found.and_(_Found(**json.loads(found)))
+            tallies.append(tally)
+        self._tallies.merge(tallies)
+        self._found.seconds["scoring"] = self._found.seconds.get("scoring", 0) + time.perf_counter() - began
+        self._check()
+
+    def result(self, weights: str, began: float) -> Result:
+        """Score what was counted; nothing can be added afterwards.
+
+        weights: their SHA-256, as in the result. began: when the evaluation did, by time.perf_counter.
+        """
+        detector, found, scoring = self._detector, self._found, time.perf_counter()
+        metrics = self._tallies.scores(found.num_not_finite)
+        now = time.perf_counter()
+        parts = found.seconds | {"scoring": found.seconds.get("scoring", 0) + now - scoring}
+        return Result(
+            metrics=metrics,
+            headline=headline(),
+            images=found.images,
+            num_not_finite=found.num_not_finite,
+            num_bad=len(found.bad_samples),
+            seconds=now - began,
+            parts=parts,
+            time=time.time(),
+            step=detector.step,
+            epochs=detector.epochs,
+            weights=weights,
+            measure=Measure.of(detector.config, self._index),
+        )
+
+    def _check(self) -> None:
+        check_damage(self._found.bad_samples, self._index, self._detector.config.data.most_bad_samples)
 
 
-def evaluation(
-    detector: TrainedDetector, index: ShardIndex, results: Iterable[ShardResult], weights: str, began: float
-) -> Evaluation:
-    """Merge the results of all shards, and score them against the shards' annotations.
+@dataclass(frozen=True)
+class _Found:
+    images: int = 0
+    num_not_finite: int = 0
+    bad_samples: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the work, of all processes together
 
-    weights: their SHA-256, as in the result. began: when the evaluation did, by time.perf_counter.
-    """
-    results, ground_truth = list(results), index.ground_truth()
-    found, num_not_finite = merge(results), sum(result.num_not_finite for result in results)
-    result = Result(
-        metrics=scored(ground_truth, found, num_not_finite),
-        headline=headline(),
-        images=index.num_samples,
-        num_not_finite=num_not_finite,
-        seconds=time.perf_counter() - began,
-        time=time.time(),
-        step=detector.step,
-        epochs=detector.epochs,
-        weights=weights,
-        measure=Measure.of(detector.config, index),
-    )
-    return Evaluation(ground_truth, found, result)
+    def and_(self, other: "_Found") -> "_Found":
+        seconds = {name: self.seconds.get(name, 0) + other.seconds.get(name, 0) for name in PARTS}
+        bad = self.bad_samples + other.bad_samples
+        return _Found(self.images + other.images, self.num_not_finite + other.num_not_finite, bad, seconds)
 
 
 def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:

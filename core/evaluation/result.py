@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,7 @@ _VERSION = 2
 _OF_FIRST_RELEASE = "metrics.json"  # of its `ddetr eval`
 _MOST_BYTES = 1 << 20
 _LOCK_SECONDS = 60.0
+PARTS = ("decoding", "model", "scoring")  # of an evaluation's work
 MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 
 
@@ -61,17 +62,25 @@ class Result:
     headline: str  # the name of the score that checkpoints are compared by
     images: int
     num_not_finite: int  # queries that detect nothing because the model gave infinities or NaN for them
-    seconds: float
+    seconds: float  # from begin to end
     time: float  # since 1970, when it was done
     step: int | None  # of the checkpoint; None for published weights
     epochs: int | None  # that were done then
     weights: str | None  # sha256 of the file of weights; None: of the first release
     measure: Measure | None  # None: of the first release, by the run itself
+    num_bad: int = 0  # damaged images, which are left out
+    parts: Mapping[str, float] = field(default_factory=dict)  # seconds of each of PARTS, of all processes together
 
     def score(self, name: str) -> float:
         """The score of this name, 0 to 1; NaN if there is none."""
         score = self.metrics.get(name, math.nan)
         return score if score >= 0 else math.nan
+
+    @property
+    def shares(self) -> str:
+        """What each part of the work took: "decoding 31 %, model 62 %, scoring 7 %"; "" where it is not known."""
+        total = sum(self.parts.values())
+        return ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in self.parts.items() if total)
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -214,8 +223,16 @@ def _result(item: Any) -> Result:
         epochs=None if item.get("epochs") is None else whole(item, "epochs"),
         weights=digests["weights"],
         measure=Measure(shards, settings) if shards and settings else None,
+        num_bad=whole(item, "num_bad") if "num_bad" in item else 0,
+        parts=_seconds_of_parts(item.get("parts", {})),
         **times,
     )
+
+
+def _seconds_of_parts(values: Any) -> dict[str, float]:
+    if not (isinstance(values, dict) and set(values) <= set(PARTS) and all(map(is_number, values.values()))):
+        raise ValueError(f"'parts' is {described(values)}")
+    return {name: float(value) for name, value in values.items()}
 
 
 def _metrics(values: dict[str, Any], headline: str) -> dict[str, float]:

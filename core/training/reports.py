@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...data.text import visible
@@ -46,6 +46,7 @@ class EvaluationReport:
     step: int
     epoch: int  # counted from 0, of that step
     result: Result
+    bad_samples: Sequence[str] = ()  # damaged images, which are left out: shard, key, and what is wrong
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Progress:
         if isinstance(report, StepReport):
             self._step(report)
         elif isinstance(report, EvaluationReport):
-            self._evaluation(report.step, report.result)
+            self._evaluation(report)
 
     def _step(self, report: StepReport) -> None:
         self._wait += report.data_wait_seconds
@@ -174,12 +175,17 @@ class Progress:
         )
         self._since, self._wait = (now, report.step), 0.0
 
-    def _evaluation(self, step: int, result: Result) -> None:
+    def _evaluation(self, report: EvaluationReport) -> None:
+        step, result = report.step, report.result
+        for message in report.bad_samples if not self.quiet else ():
+            log.warning("left out of the evaluation of step %d: %s", step, visible(message))
         if result.num_not_finite and not self.quiet:
             log.error("step %d: %s", step, without_score(result.num_not_finite))
             return
         scores = in_brief(result.metrics, result.headline)
-        self.line(f"evaluated step {step} on {result.images} images in {result.seconds:.1f} s: {scores}")
+        self.line(
+            f"evaluated step {step} on {result.images} images in {result.seconds:.1f} s ({result.shares}): {scores}"
+        )
 
 
 def _clock(seconds: float) -> str:

@@ -224,7 +224,7 @@ class Trainer:
             return True
         found = evaluate(saved, self.config, self.index, self.world, self.watch, self.step)
         if found is not None:
-            self.observe(EvaluationReport(self.step, self.schedule.epoch(self.step - 1), found))
+            self.observe(EvaluationReport(self.step, self.schedule.epoch(self.step - 1), *found))
         return found is not None
 
     def _evaluates_what_was_left(self) -> bool:

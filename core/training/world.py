@@ -54,6 +54,13 @@ class World:
         parts = self._everyones(encoded(mine, kind), on_all=False)
         return [decoded(part, kind, f"rank {rank}") for rank, part in enumerate(parts)]
 
+    def bytes_to_first(self, mine: bytes) -> list[bytes]:
+        """Gather: every rank's bytes in rank 0's host memory; an empty list on the others."""
+        lengths = self.to_first(len(mine), int)
+        # A tensor cannot be made of no bytes.
+        parts = self.collect(self._tensor(mine + b"\n"), [length + 1 for length in lengths])
+        return [_bytes(part)[:-1] for part in parts]
+
     def collect(self, mine: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Gather every rank's tensor of one dimension in rank 0's host memory; an empty list on the others.
 

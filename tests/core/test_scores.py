@@ -1,10 +1,19 @@
 """Protocols of scores: what a user's own may be wrong about is said before anything is computed."""
 
+import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from ddetr.core.config import EvalConfig
 from ddetr.core.evaluation import scores
-from ddetr.core.evaluation.scores import COCO, Protocol, check_protocols, in_brief, scored
+from ddetr.core.evaluation.columns import DETECTION_DTYPE
+from ddetr.core.evaluation.scores import COCO, Protocol, Tallies, check_protocols, in_brief
+from ddetr.data.categories import Categories
+from ddetr.data.index import ShardIndex
+from ddetr.data.layout import SAMPLE_DTYPE, Shard
+from ddetr.data.truth import GroundTruth
 
 
 def with_protocols(monkeypatch: pytest.MonkeyPatch, *protocols: Protocol) -> None:
@@ -15,7 +24,25 @@ def of(found: dict[str, float], **others: Any) -> Protocol:
     """One that always gives these numbers."""
     meanings = dict.fromkeys(found, "a number")
     given = {"meanings": meanings, "headline": next(iter(found)), "brief": (), "score": lambda truth, rows: found}
-    return Protocol(**{**given, **others})
+    return Protocol.of(**{**given, **others})
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    """Of a set of two images."""
+    samples = np.zeros(2, dtype=SAMPLE_DTYPE)
+    samples["image_id"] = (7, 3)
+    shard = Shard(tmp_path / "shard-000000.tar", 1, "0" * 64, "0" * 64, samples)
+    return ShardIndex(tmp_path, Categories((1, 2), ("one", "two")), {}, [shard])
+
+
+def an_object(image_id: int) -> GroundTruth:
+    box = {"image_id": image_id, "category_id": 2, "bbox": [10.0, 10.0, 20.0, 20.0]}
+    return GroundTruth.of_coco({"images": [{"id": image_id}], "annotations": [box]})
+
+
+def a_detection(image_id: int, category_id: int = 2) -> np.ndarray:
+    return np.array([(image_id, category_id, (10.0, 10.0, 20.0, 20.0), 0.5)], dtype=DETECTION_DTYPE)
 
 
 @pytest.mark.parametrize(
@@ -37,16 +64,59 @@ def test_a_protocol_that_cannot_work_is_named(
         check_protocols()
 
 
-def test_the_scores_of_all_protocols_come_in_the_order_of_their_meanings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_of_all_protocols_come_in_the_order_of_their_meanings(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backwards = of({"b": 0.25, "a": 0.5}, meanings={"a": "first", "b": "second"})
     with_protocols(monkeypatch, of({"c": 1.0}, brief=("c",)), backwards)
     check_protocols()
-    assert list(scored({}, []).items()) == [("c", 1.0), ("a", 0.5), ("b", 0.25)]
+    assert list(Tallies(index, EvalConfig()).scores().items()) == [("c", 1.0), ("a", 0.5), ("b", 0.25)]
     assert (scores.headline(), scores.meanings()["b"]) == ("c", "second")
     assert in_brief({"c": 1.0, "a": 0.5, "d": 0.125}, "c") == "c 1.000, d 0.125"
 
 
-def test_scores_that_were_not_promised_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_were_not_promised_are_named(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     with_protocols(monkeypatch, of({"a": 0.5}, meanings={"a": "first", "b": "second"}, headline="a"))
     with pytest.raises(ValueError, match=r"promises the scores \['a', 'b'\] and computed \['a'\]"):
-        scored({}, [])
+        Tallies(index, EvalConfig()).scores()
+
+
+def test_a_function_gets_what_all_processes_have_counted(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the images, whoever counted what; without detections in categories that the set does not list."""
+    seen: list[Any] = []
+
+    def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+        seen.append((truth, rows))
+        return {"own": 0.5}
+
+    with_protocols(monkeypatch, COCO, of({"own": 0.5}, score=score))
+    for swapped in (False, True):
+        ours, theirs = Tallies(index, EvalConfig()), Tallies(index, EvalConfig())
+        for tallies, image_id in zip((theirs, ours) if swapped else (ours, theirs), (7, 3), strict=True):
+            tallies.add(an_object(image_id), np.concatenate([a_detection(image_id), a_detection(image_id, 99)]))
+        ours.merge([theirs.to_bytes(), Tallies(index, EvalConfig()).to_bytes()])
+        assert ours.scores() == dict.fromkeys(COCO.meanings, -1.0) | {"own": 0.5} | {
+            name: pytest.approx(1.0) for name in COCO.meanings if not name.endswith(("_medium", "_large"))
+        }
+    assert seen[0] == seen[1]
+    truth, rows = seen[0]
+    assert [image["id"] for image in truth["images"]] == [3, 7]
+    assert [(row["image_id"], row["category_id"]) for row in truth["annotations"]] == [(3, 2), (7, 2)]
+    assert [(row["image_id"], row["category_id"], row["score"]) for row in rows] == [(3, 2, 0.5), (7, 2, 0.5)]
+
+
+def test_tallies_of_other_protocols_are_refused(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Tallies(index, EvalConfig()).to_bytes()
+    with_protocols(monkeypatch, COCO, of({"own": 0.5}))
+    with pytest.raises(ValueError, match="tallies of other protocols than these"):
+        Tallies(index, EvalConfig()).merge([other])
+
+
+def test_an_evaluation_that_met_infinities_or_nan_has_no_score(index: ShardIndex) -> None:
+    diverged, sound = (Tallies(index, EvalConfig()) for _ in range(2))
+    for tallies in (diverged, sound):
+        tallies.add(an_object(3), a_detection(3))
+    found = diverged.scores(num_not_finite=3)
+    assert list(found) == list(COCO.meanings)
+    assert all(math.isnan(value) for value in found.values())
+    assert sound.scores()["AP"] == pytest.approx(1.0)

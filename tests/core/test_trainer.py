@@ -6,6 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ddetr.core.checkpoint.trained import load_detector
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.core.runs import SMALL, Run, Train, collect, succeeded, trained, wait_for
 from tests.processes import Command, finished
+from tests.truth import coco_truth
 
 pytestmark = pytest.mark.integration
 
@@ -159,7 +161,8 @@ def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, 
 
 def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, synthetic_shards: Path) -> None:
     from ddetr.core.evaluation.coco import coco_metrics
-    from ddetr.core.evaluation.evaluator import evaluate_shard, merge
+    from ddetr.core.evaluation.columns import to_coco
+    from ddetr.core.evaluation.evaluator import evaluate_shard
     from ddetr.data.index import ShardIndex
 
     run = succeeded(train(2, f"data.validation={synthetic_shards}", "train.evaluate_every_epochs=1", steps=6))
@@ -168,8 +171,9 @@ def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, syntheti
     assert (evaluation["step"], evaluation["images"]) == (6, 24)
     index, detector = ShardIndex.load(synthetic_shards), load_detector(run.directory)
     torch.set_num_threads(1)
-    found = merge(evaluate_shard(detector, index, shard, "cpu") for shard in range(len(index.shards)))
-    assert evaluation["metrics"] == coco_metrics(index.ground_truth(), found)
+    found = [evaluate_shard(detector, index, shard, "cpu").detections for shard in range(len(index.shards))]
+    truth = coco_truth(index)
+    assert evaluation["metrics"] == coco_metrics(truth, to_coco(np.concatenate(found)), "pycocotools")
 
 
 @pytest.mark.parametrize(

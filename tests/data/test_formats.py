@@ -11,6 +11,8 @@ from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
 from ddetr.launch.data import check
 
+from tests.truth import coco_truth
+
 NAMES = {1: "disc", 23: "triangle", 56: "a <cross>"}
 
 
@@ -93,7 +95,7 @@ def test_they_are_packed_and_checked(coco, coco_folder, tmp_path, write, capsys)
     assert index.num_samples == 20
     again = pack(folder, coco_folder / "images", tmp_path / "shards", workers=1)
     assert again.source == index.source == ShardIndex.load(tmp_path / "shards").source
-    assert len(index.ground_truth()["annotations"]) == len(coco["annotations"])
+    assert len(coco_truth(index)["annotations"]) == len(coco["annotations"])
 
 
 def test_mistakes_in_voc_files_are_named(coco, coco_folder, tmp_path):

@@ -16,6 +16,8 @@ from ddetr.data.shards import pack
 from ddetr.data.storage import LocalStorage
 from ddetr.data.synthetic import draw_set
 
+from tests.truth import coco_truth
+
 SHARD_BYTES = 16 << 10
 
 
@@ -76,14 +78,14 @@ def test_the_reader_keeps_few_files_open(coco_folder, tmp_path, monkeypatch):
 def test_ground_truth_is_the_json(coco_folder, tmp_path):
     index = pack_folder(coco_folder, tmp_path / "shards")
     coco = json.loads((coco_folder / "annotations.json").read_text())
-    truth = index.ground_truth()
+    truth = coco_truth(index)
 
     def by_id(items):
         return sorted(items, key=lambda item: item["id"])
 
     assert by_id(truth["images"]) == by_id(coco["images"])
     assert by_id(truth["annotations"]) == by_id(coco["annotations"])
-    parts = [index.ground_truth([number]) for number in range(len(index.shards))]
+    parts = [coco_truth(index, [number]) for number in range(len(index.shards))]
     assert [a for part in parts for a in part["annotations"]] == truth["annotations"]
 
 
@@ -92,9 +94,9 @@ def test_ground_truth_has_no_annotation_0_which_pycocotools_takes_for_no_match(c
         for number, annotation in enumerate(coco["annotations"]):
             annotation["id"] = number
 
-    before = pack_folder(coco_folder, tmp_path / "before").ground_truth()["annotations"]
+    before = coco_truth(pack_folder(coco_folder, tmp_path / "before"))["annotations"]
     edit(from_0)
-    annotations = pack_folder(coco_folder, tmp_path / "shards").ground_truth()["annotations"]
+    annotations = coco_truth(pack_folder(coco_folder, tmp_path / "shards"))["annotations"]
     assert [annotation["id"] for annotation in annotations] == list(range(1, len(before) + 1))
 
     def contents(annotations):
@@ -110,7 +112,7 @@ def test_real_coco_fed_back_as_detections_has_perfect_precision(coco_free, tmp_p
     index = pack(coco_free / "annotations_val.json", coco_free / "images", tmp_path / "shards", workers=1)
     detections = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
-        for a in index.ground_truth()["annotations"]
+        for a in coco_truth(index)["annotations"]
     ]
     original = COCO(str(coco_free / "annotations_val.json"))
     evaluation = COCOeval(original, original.loadRes(detections), "bbox")
@@ -187,7 +189,7 @@ def test_a_degenerate_box_is_refused_unless_dropped(coco_folder, edit, tmp_path)
     assert not (tmp_path / "shards").exists()
     index = pack_folder(coco_folder, tmp_path / "shards", drop_degenerate=True)
     assert index.source["dropped_boxes"] == 1
-    ids = {annotation["id"] for annotation in index.ground_truth()["annotations"]}
+    ids = {annotation["id"] for annotation in coco_truth(index)["annotations"]}
     assert ids == {annotation["id"] for annotation in coco["annotations"]} - {bad["id"]}
 
 

@@ -22,6 +22,7 @@ from ddetr.data.sources import SourceError
 from ddetr.data.stream import TrainStream, evaluation_batches
 
 from tests.data.file_server import Fault, FileServer, cut, damaged, stall, status
+from tests.truth import coco_truth
 
 SEEN = {"short_sides": (64,), "validation_short_side": 64, "long_side": 128, "crop": False, "shuffle_window": 8}
 
@@ -72,7 +73,7 @@ def test_http_gives_the_same_batches_and_each_shard_is_fetched_once(server, synt
     again = open_shards(server.url, config)
     expected = evaluation_batches(ShardIndex.load(synthetic_shards), 1, config, batch_size=4)
     for ours, theirs in zip(evaluation_batches(again, 1, config, batch_size=4), expected, strict=True):
-        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.batch.images, theirs.batch.images)
     assert len([name for method, name, _ in server.requests if name.endswith(".tar") and method == "GET"]) == len(
         fetched
     )
@@ -169,8 +170,8 @@ def test_samples_alone_are_fetched_where_that_is_asked_for(server, synthetic_sha
 
     expected = evaluation_batches(ShardIndex.load(synthetic_shards), 1, config, batch_size=4)
     for ours, theirs in zip(evaluation_batches(index, 1, config, batch_size=4), expected, strict=True):
-        assert torch.equal(ours.images, theirs.images)
-    assert index.ground_truth() == ShardIndex.load(synthetic_shards).ground_truth()
+        assert torch.equal(ours.batch.images, theirs.batch.images)
+    assert coco_truth(index) == coco_truth(ShardIndex.load(synthetic_shards))
 
 
 @pytest.mark.parametrize("faults", [[status(500), status(503)], [cut, status(502)], [stall], [damaged], [status(429)]])

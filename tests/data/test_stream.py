@@ -19,11 +19,12 @@ from ddetr.data.batch import Batch
 from ddetr.data.config import DataConfig
 from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
-from ddetr.data.stream import SampleError, TrainStream, evaluation_batches, seen_sizes
+from ddetr.data.stream import TrainStream, evaluation_batches, seen_sizes
 from ddetr.data.views import evaluation_view
 
 from tests.data.consumer import BATCH_SIZE, recorded
 from tests.data.consumer import CONFIG as CONSUMED
+from tests.truth import coco_truth
 
 CONSUMER = Path(__file__).with_name("consumer.py")
 
@@ -302,14 +303,22 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
+def evaluated(index: ShardIndex, shard: int, config: DataConfig) -> list[Batch]:
+    parts = list(evaluation_batches(index, shard, config, batch_size=4))
+    assert not any(part.bad_samples for part in parts)
+    for part in parts:
+        assert [entry["image_id"] for entry in part.entries] == part.batch.image_ids.tolist()
+    return [part.batch for part in parts]
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_evaluation_sees_each_image_once_in_batches_of_one_size(coco_free, tmp_path, workers):
     index = pack(coco_free / "annotations_val.json", coco_free / "images", tmp_path, workers=1, shard_bytes=4 << 20)
     config = DataConfig(validation_short_side=96, long_side=160, workers=workers)
     seen: Counter[int] = Counter()
     for number, shard in enumerate(index.shards):
-        batches = list(evaluation_batches(index, number, config, batch_size=4))
-        again = list(evaluation_batches(index, number, CONFIG.model_copy(update=dict(config)), batch_size=4))
+        batches = evaluated(index, number, config)
+        again = evaluated(index, number, CONFIG.model_copy(update=dict(config)))
         assert all(same(a, b) for a, b in zip(batches, again, strict=True))
         assert max(len(batch.image_ids) for batch in batches) == 4
         size_of = {int(s["image_id"]): (int(s["height"]), int(s["width"])) for s in shard.samples}
@@ -323,13 +332,19 @@ def test_evaluation_sees_each_image_once_in_batches_of_one_size(coco_free, tmp_p
     assert set(seen.values()) == {1}
 
 
-def test_evaluation_names_a_broken_image_and_can_be_left(own_index):
+def test_evaluation_leaves_out_a_broken_image_and_can_be_left(own_index):
     image_id = int(own_index.shards[0].samples[2]["image_id"])
     shard, key = cut_image(own_index, image_id)
+    others = set(own_index.shards[0].samples["image_id"].tolist()) - {image_id}
     for workers in (0, 2):
         config = CONFIG.model_copy(update={"workers": workers})
-        with pytest.raises(SampleError, match=rf"{shard}: sample {key}: the image in the shard is damaged"):
-            list(evaluation_batches(own_index, 0, config, batch_size=2))
+        for batch_size in (1, 2):
+            parts = list(evaluation_batches(own_index, 0, config, batch_size=batch_size))
+            (bad,) = [message for part in parts for message in part.bad_samples]
+            assert f"{shard}: sample {key}: the image in the shard is damaged" in bad
+            seen = [i for part in parts if part.batch for i in part.batch.image_ids.tolist()]
+            assert set(seen) == others
+            assert [entry["image_id"] for part in parts for entry in part.entries] == seen
         left = evaluation_batches(own_index, 1, config, batch_size=2)
         next(left)
         left.close()
@@ -338,7 +353,7 @@ def test_evaluation_names_a_broken_image_and_can_be_left(own_index):
 @pytest.mark.integration
 def test_real_coco_with_the_published_augmentation(coco_free, tmp_path):
     index = pack(coco_free / "annotations.json", coco_free / "images", tmp_path, workers=1)
-    truth = index.ground_truth()
+    truth = coco_truth(index)
     single = Counter(a["image_id"] for a in truth["annotations"] if not a["iscrowd"])
     config = DataConfig(short_sides=(128, 160), long_side=320, crop_resize_short_sides=(100,), crop_sizes=(64, 100))
     a_stream = TrainStream(index, config, batch_size=11, accumulation=1, rank=0, world_size=1, seed=0)

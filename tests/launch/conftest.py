@@ -64,6 +64,7 @@ def make_run() -> Callable[..., Path]:
 def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path]) -> Path:
     """Two checkpoints, steps 10 and 20. The objects in the shards are some of what step 20 detects, moved a little."""
     from ddetr.core.checkpoint.trained import load_detector
+    from ddetr.core.evaluation.columns import to_coco
     from ddetr.core.evaluation.evaluator import evaluate_shard
     from ddetr.data.index import ShardIndex
     from ddetr.data.shards import pack
@@ -75,9 +76,8 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
     pack(annotations, images, folder / "drawn", workers=1)
     detector = load_detector(make_run(folder / "first", folder / "drawn", (20,)))
     index = ShardIndex.load(folder / "drawn")
-    found = [
-        row for shard in range(len(index.shards)) for row in evaluate_shard(detector, index, shard, "cpu").detections
-    ]
+    shards = [evaluate_shard(detector, index, shard, "cpu") for shard in range(len(index.shards))]
+    found = [row for shard in shards for row in to_coco(shard.detections)]
 
     coco = json.loads(annotations.read_text())
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}

@@ -18,7 +18,7 @@ from ddetr.core.checkpoint.weights import WEIGHTS
 from ddetr.core.config import ConfigError
 from ddetr.core.evaluation import result
 from ddetr.core.evaluation.coco import MEANINGS
-from ddetr.core.evaluation.evaluator import merge
+from ddetr.core.evaluation.columns import to_coco
 from ddetr.data.index import ShardIndex
 from ddetr.launch import history
 from ddetr.launch.cluster import cluster
@@ -221,13 +221,14 @@ class TestTwoNodes:
                     killed.append(index.shards[shard].name)
 
             try:
-                results = workers.evaluate(detector, index, kill_one)
+                results = list(workers.evaluate(detector, index, kill_one))
             finally:
                 workers.close()
         assert killed
         assert any(killed[0] in report and "died" in report for report in reports), reports
         assert sorted(result.shard for result in results) == list(range(len(index.shards)))
-        assert merge(results) == json.loads((local / "detections.json").read_text())
+        rows = [row for found in sorted(results, key=lambda found: found.shard) for row in to_coco(found.detections)]
+        assert rows == json.loads((local / "detections.json").read_text())
 
     def test_a_node_without_the_shards_is_named(self, address: str, run_directory: Path, tmp_path: Path) -> None:
         detector = load_detector(run_directory)
@@ -238,7 +239,7 @@ class TestTwoNodes:
                 with pytest.raises(
                     ValueError, match=r"node \S+ cannot read the shards; every node .*elsewhere: no such folder"
                 ):
-                    workers.evaluate(detector, index, lambda images: None)
+                    list(workers.evaluate(detector, index, lambda images: None))
             finally:
                 workers.close()
 

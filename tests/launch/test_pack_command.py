@@ -10,6 +10,7 @@ from ddetr.launch.data import check
 from PIL import Image
 
 from tests.processes import finished
+from tests.truth import coco_truth
 
 pytestmark = pytest.mark.integration
 
@@ -84,7 +85,7 @@ def test_a_split_takes_the_classes_of_another_ones_shards(tmp_path: Path) -> Non
     assert packed.returncode == 0, packed.stderr
     train, val = (ShardIndex.load(tmp_path / "shards" / split) for split in ("train", "val"))
     assert train.categories == val.categories
-    assert sorted(row["category_id"] for row in val.ground_truth()["annotations"]) == [2, 3]
+    assert sorted(row["category_id"] for row in coco_truth(val)["annotations"]) == [2, 3]
 
 
 def test_shards_are_not_written_among_the_images(tmp_path: Path) -> None:

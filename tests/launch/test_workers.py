@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ddetr.core.checkpoint import load_detector
 from ddetr.core.config import changed
@@ -36,7 +37,9 @@ def test_requests_grow_with_the_shards_and_not_with_their_square(
         try:
             for shard in range(count):
                 result = worker.evaluate(detector, Location(server.url), shard)
-                assert result == evaluate_shard(detector, index, shard, "cpu")
+                expected = evaluate_shard(detector, index, shard, "cpu")
+                assert np.array_equal(result.detections, expected.detections)
+                assert result.truth.images == expected.truth.images
         finally:
             server.close()
         asked = [(method, name) for method, name, _ in server.requests]

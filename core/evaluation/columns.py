@@ -1,0 +1,36 @@
+"""Detections in columns: as they travel between processes, and as they are scored."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...data.categories import Categories
+
+# One row a detection. category_id: the set's own; bbox: x, y, width, height in pixels of the picture.
+DETECTION_DTYPE = np.dtype(
+    [("image_id", np.int64), ("category_id", np.int64), ("bbox", np.float32, (4,)), ("score", np.float32)]
+)
+# The same as other programs compute them.
+_EXACT_DTYPE = np.dtype(
+    [("image_id", np.int64), ("category_id", np.int64), ("bbox", np.float64, (4,)), ("score", np.float64)]
+)
+
+
+def to_coco(detections: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of DETECTION_DTYPE in COCO's result format."""
+    names = DETECTION_DTYPE.names or ()
+    columns = [detections[name].tolist() for name in names]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def of_coco(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Detections in COCO's result format as rows, with their float64."""
+    values = [(row["image_id"], row["category_id"], tuple(row["bbox"]), row["score"]) for row in rows]
+    return np.array(values, dtype=_EXACT_DTYPE)
+
+
+def counted(detections: np.ndarray, categories: Categories) -> np.ndarray:
+    """Those that a score counts: finite ones of the set's categories."""
+    finite = np.isfinite(detections["bbox"]).all(-1) & np.isfinite(detections["score"])
+    return detections[finite & np.isin(detections["category_id"], categories.ids)]

@@ -1,0 +1,82 @@
+"""What a protocol has counted of the images of a set so far; the tallies of several processes add up to one."""
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...data.categories import Categories
+from ...data.truth import ANNOTATION_DTYPE, GroundTruth
+from .columns import DETECTION_DTYPE, to_coco
+
+Score = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, float]]
+
+
+class Tally(ABC):
+    """A count over images that were evaluated, in whatever order and by whichever processes."""
+
+    @abstractmethod
+    def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
+        """Count further images: all their objects, and their detections in categories of the set.
+
+        detections: rows of DETECTION_DTYPE, all of them finite.
+        """
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """All of it, for `merge` in another process."""
+
+    @abstractmethod
+    def merge(self, others: Sequence[bytes]) -> None:
+        """Count the images of others, too. Raises ValueError for bytes that are no tally of this kind."""
+
+    @abstractmethod
+    def scores(self) -> dict[str, float]:
+        """The scores of all images that were counted, by name: 0 to 1, and -1 where nothing in them has one.
+
+        Nothing can be added afterwards.
+        """
+
+
+class Whole(Tally):
+    """Keeps everything, for a function that scores a COCO dictionary and detections in COCO's result format."""
+
+    def __init__(self, score: Score, categories: Categories) -> None:
+        self._score, self._categories = score, categories
+        self._parts: list[tuple[GroundTruth, np.ndarray]] = []
+
+    def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
+        if truth.images:
+            self._parts.append((truth, detections))
+
+    def to_bytes(self) -> bytes:
+        truth, detections = self._joined()
+        images = np.frombuffer(json.dumps(truth.images).encode(), dtype=np.uint8)
+        file = io.BytesIO()
+        np.savez(file, images=images, annotations=truth.annotations, detections=detections)
+        return file.getvalue()
+
+    def merge(self, others: Sequence[bytes]) -> None:
+        for other in others:
+            try:
+                columns = np.load(io.BytesIO(other), allow_pickle=False)
+                images, annotations, detections = (columns[name] for name in ("images", "annotations", "detections"))
+            except (ValueError, OSError, KeyError, IndexError) as error:
+                raise ValueError(f"not a tally: {error}") from error
+            if annotations.dtype != ANNOTATION_DTYPE or detections.dtype != DETECTION_DTYPE:
+                raise ValueError(f"not a tally: columns {annotations.dtype} and {detections.dtype}")
+            self.add(GroundTruth(json.loads(images.tobytes()), annotations), detections)
+
+    def scores(self) -> dict[str, float]:
+        truth, detections = self._joined()
+        return self._score(truth.to_coco(self._categories), to_coco(detections))
+
+    def _joined(self) -> tuple[GroundTruth, np.ndarray]:
+        """In an order that does not depend on who evaluated what."""
+        parts = sorted(self._parts, key=lambda part: part[0].images[0]["id"])
+        # Of one type: concatenating records of several corrupts memory (numpy 2.4.6).
+        found = [detections for _, detections in parts] or [np.empty(0, dtype=DETECTION_DTYPE)]
+        return GroundTruth.joined([truth for truth, _ in parts]), np.concatenate(found)
