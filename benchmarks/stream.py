@@ -52,7 +52,7 @@ def ours_training(index: ShardIndex, count: int) -> Iterator[int]:
 
 
 def ours_evaluation(index: ShardIndex, count: int) -> Iterator[int]:
-    for part in islice(evaluation_batches(index, 0, CONFIG, batch_size=BATCH_SIZE), count // BATCH_SIZE):
+    for part in islice(evaluation_batches(index, [0], CONFIG, batch_size=BATCH_SIZE), count // BATCH_SIZE):
         yield len(part.entries)
 
 

@@ -273,30 +273,27 @@ def seen_sizes(rows: np.ndarray, config: DataConfig, seed: int, epoch: int, samp
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Images of one exact size, their entries in the shard, and what is wrong with those that are left out."""
+    """Images of one shard and one exact size, their entries there, and what is wrong with those that are left out."""
 
+    shard: int
     batch: Batch | None  # None where every image is left out
     entries: list[dict[str, Any]]
     bad_samples: tuple[str, ...]
 
 
 def evaluation_batches(
-    index: ShardIndex, shard: int, config: DataConfig, *, batch_size: int
+    index: ShardIndex, shards: Sequence[int], config: DataConfig, *, batch_size: int
 ) -> Generator[EvaluationBatch, None, None]:
-    """Each image of a shard once, in a fixed order; the images of a batch have one exact size, so none is padded.
+    """Each image of some shards once, in a fixed order; the images of a batch have one exact size, so none is padded.
 
-    Images are decoded by `config.workers` threads (decoding and resizing release Python's lock), two batches ahead.
-    A sample that cannot be read or decoded is left out.
+    Images are decoded by `config.workers` threads (decoding and resizing release Python's lock), two batches ahead,
+    also into the next shard. A sample that cannot be read or decoded is left out.
     """
-    samples = index.shards[shard].samples
-    rows_of_size: dict[tuple[int, int], list[int]] = {}
-    for row, (height, width) in enumerate(evaluation_sizes(samples["height"], samples["width"], config).tolist()):
-        rows_of_size.setdefault((height, width), []).append(row)
-    batches = [rows[i : i + batch_size] for rows in rows_of_size.values() for i in range(0, len(rows), batch_size)]
+    batches = [(shard, rows) for shard in shards for rows in _rows_of_batches(index, shard, config, batch_size)]
     reader = ShardReader(index)
 
-    def read(row: int) -> StoredSample | SampleError:
-        return _or_error(read_sample, reader, shard, row)
+    def read(place: tuple[int, int]) -> StoredSample | SampleError:
+        return _or_error(read_sample, reader, *place)
 
     def decode(stored: StoredSample | SampleError) -> tuple[Sample, dict[str, Any]] | SampleError:
         if isinstance(stored, SampleError):
@@ -306,11 +303,10 @@ def evaluation_batches(
         return sample if isinstance(sample, SampleError) else (sample, stored.entry)
 
     pipeline = DataPipeline(
-        lambda: (row for rows in batches for row in rows),
+        lambda: ((shard, row) for shard, rows in batches for row in rows),
         partial(reader.ahead, read),
         partial(threaded_map, decode, threads=config.workers, ahead=2 * batch_size),
-        lambda samples: (list(islice(samples, len(rows))) for rows in batches),
-        filters.map(_evaluation_batch),
+        lambda samples: (_evaluation_batch(shard, list(islice(samples, len(rows)))) for shard, rows in batches),
     )
     try:
         yield from pipeline
@@ -318,11 +314,19 @@ def evaluation_batches(
         reader.close()
 
 
-def _evaluation_batch(found: Sequence[tuple[Sample, dict[str, Any]] | SampleError]) -> EvaluationBatch:
+def _rows_of_batches(index: ShardIndex, shard: int, config: DataConfig, batch_size: int) -> list[list[int]]:
+    samples = index.shards[shard].samples
+    rows_of_size: dict[tuple[int, int], list[int]] = {}
+    for row, (height, width) in enumerate(evaluation_sizes(samples["height"], samples["width"], config).tolist()):
+        rows_of_size.setdefault((height, width), []).append(row)
+    return [rows[i : i + batch_size] for rows in rows_of_size.values() for i in range(0, len(rows), batch_size)]
+
+
+def _evaluation_batch(shard: int, found: Sequence[tuple[Sample, dict[str, Any]] | SampleError]) -> EvaluationBatch:
     bad = tuple(str(sample) for sample in found if isinstance(sample, SampleError))
     good = [sample for sample in found if not isinstance(sample, SampleError)]
     batch = collate([sample for sample, _ in good]).batch() if good else None
-    return EvaluationBatch(batch, [entry for _, entry in good], bad)
+    return EvaluationBatch(shard, batch, [entry for _, entry in good], bad)
 
 
 def _seen(

@@ -18,7 +18,7 @@ from ..core.checkpoint.manifest import MANIFEST
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
 from ..core.evaluation.columns import to_coco
-from ..core.evaluation.evaluator import Count, ShardResult, check_categories, evaluate_shard, without_score_of
+from ..core.evaluation.evaluator import Count, ShardResult, check_categories, evaluate_shards, without_score_of
 from ..core.evaluation.result import Result, weights_digest, without_score
 from ..core.evaluation.scores import check_protocols
 from ..core.ownership import ForeignSettingError, check_links, check_own
@@ -192,8 +192,7 @@ def _evaluate_here(
     threads = torch.get_num_threads()
     torch.set_num_threads(CPU_THREADS)
     try:
-        for shard in range(len(index.shards)):
-            yield evaluate_shard(detector, index, shard, device, advance)
+        yield from evaluate_shards(detector, index, range(len(index.shards)), device, advance)
     finally:
         torch.set_num_threads(threads)
 

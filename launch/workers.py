@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..core.checkpoint import TrainedDetector
-from ..core.evaluation.evaluator import ShardResult, evaluate_shard
+from ..core.evaluation.evaluator import ShardResult, evaluate_shards
 from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
@@ -44,7 +44,8 @@ class ShardWorker:
         index = self._index(detector, location)
         device = device_for(detector.config.train, local_rank=0)
         detector.model.to(device)
-        return evaluate_shard(detector, index, shard, device, self._count)
+        (result,) = evaluate_shards(detector, index, [shard], device, self._count)
+        return result
 
     def _index(self, detector: TrainedDetector, location: Location) -> ShardIndex:
         """Opened once for all shards of a checkpoint: opening asks a source about each of them."""
@@ -119,7 +120,7 @@ class ShardWorkers:
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
         weights = ray.put(replace(detector, config=from_anywhere(detector.config)))
-        queue = deque(range(len(index.shards)))
+        queue = deque(number for number, shard in enumerate(index.shards) if len(shard.samples))
         lost = dict.fromkeys(queue, 0)
         finished, counted, waiting_since = 0, 0, time.monotonic()
         while queue or self.running:

@@ -6,8 +6,9 @@ with it every detection, is the same whichever process evaluates the shard and i
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -38,47 +39,51 @@ class ShardResult:
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the work: "decoding", "model"
 
 
-def evaluate_shard(
+def evaluate_shards(
     detector: TrainedDetector,
     index: ShardIndex,
-    shard: int,
+    shards: Sequence[int],
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> ShardResult:
-    """Detect objects in every image of one shard; the detector's model is on `device` and in eval mode.
+) -> Iterator[ShardResult]:
+    """Detect objects in every image of some shards; the detector's model is on `device` and in eval mode.
 
     `progress` is called after each batch with its number of images. When `stop()` says so, the rest is left out.
     Raises SampleError for more damaged images than data.most_bad_samples allows.
     """
-    config = detector.config
-    found, entries, bad = [np.empty(0, dtype=DETECTION_DTYPE)], [], []
-    num_not_finite = 0
-    seconds = {"decoding": 0.0, "model": 0.0}
+    config, num_bad = detector.config, 0
+    batches = evaluation_batches(index, shards, config.data, batch_size=config.eval.batch_size)
     began = time.perf_counter()
-    for part in until(stop, evaluation_batches(index, shard, config.data, batch_size=config.eval.batch_size)):
-        decoded = time.perf_counter()
-        if part.batch is not None:
-            detections, not_finite = detect(detector, part.batch.to(torch.device(device)))
-            found.append(detections)
-            num_not_finite += not_finite
-        entries += part.entries
-        bad += part.bad_samples
-        check_damage(bad, index, config.data.most_bad_samples)
-        if progress is not None:
-            progress(len(part.entries) + len(part.bad_samples))
-        seconds["decoding"] += decoded - began
+    for shard, parts in groupby(until(stop, batches), key=lambda part: part.shard):
+        found, entries, bad, num_not_finite = [np.empty(0, dtype=DETECTION_DTYPE)], [], [], 0
+        seconds = {"decoding": 0.0, "model": 0.0}
+        for part in parts:
+            decoded = time.perf_counter()
+            if part.batch is not None:
+                detections, not_finite = detect(detector, part.batch.to(torch.device(device)))
+                found.append(detections)
+                num_not_finite += not_finite
+            entries += part.entries
+            bad += part.bad_samples
+            num_bad += len(part.bad_samples)
+            if part.bad_samples:
+                check_damage(num_bad, part.bad_samples[-1], index, config.data.most_bad_samples)
+            if progress is not None:
+                progress(len(part.entries) + len(part.bad_samples))
+            seconds["decoding"] += decoded - began
+            began = time.perf_counter()
+            seconds["model"] += began - decoded
+        yield ShardResult(shard, np.concatenate(found), GroundTruth.of(entries), num_not_finite, tuple(bad), seconds)
         began = time.perf_counter()
-        seconds["model"] += began - decoded
-    return ShardResult(shard, np.concatenate(found), GroundTruth.of(entries), num_not_finite, tuple(bad), seconds)
 
 
-def check_damage(bad_samples: Sequence[str], index: ShardIndex, most: float) -> None:
-    """Raise SampleError if more than the share `most` of a set's images are damaged."""
-    if len(bad_samples) > most * index.num_samples:
+def check_damage(num_bad: int, last: str, index: ShardIndex, most: float) -> None:
+    """Raise SampleError if more than the share `most` of a set's images are damaged. last: one of them."""
+    if num_bad > most * index.num_samples:
         raise SampleError(
-            f"{len(bad_samples)} of {index.num_samples} images cannot be evaluated, more than "
-            f"data.most_bad_samples={most:g}; the last one: {bad_samples[-1]}"
+            f"{num_bad} of {index.num_samples} images cannot be evaluated, more than "
+            f"data.most_bad_samples={most:g}; the last one: {last}"
         )
 
 
@@ -167,7 +172,8 @@ class Count:
         )
 
     def _check(self) -> None:
-        check_damage(self._found.bad_samples, self._index, self._detector.config.data.most_bad_samples)
+        if bad := self._found.bad_samples:
+            check_damage(len(bad), bad[-1], self._index, self._detector.config.data.most_bad_samples)
 
 
 @dataclass(frozen=True)

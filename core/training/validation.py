@@ -9,7 +9,7 @@ from ..checkpoint import load_detector
 from ..checkpoint.weights import WEIGHTS
 from ..config import Config
 from ..evaluation import result
-from ..evaluation.evaluator import Count, evaluate_shard
+from ..evaluation.evaluator import Count, evaluate_shards
 from ..evaluation.result import Result, weights_digest
 from .heartbeat import Watch
 from .world import World
@@ -35,8 +35,9 @@ def evaluate(
         watch.at("evaluating", step)
 
     try:
-        for shard in range(world.rank, len(index.shards), world.size):
-            count.add(evaluate_shard(detector, index, shard, world.device, one_batch, watch.stop))
+        mine = range(world.rank, len(index.shards), world.size)
+        for found in evaluate_shards(detector, index, mine, world.device, one_batch, watch.stop):
+            count.add(found)
     except SampleError as too_many:  # of this rank's own; the others should end as well
         error = str(too_many)
     if errors := [error for error in world.gather([error], str | None) if error]:

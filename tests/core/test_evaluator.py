@@ -10,7 +10,7 @@ import torch
 from ddetr.core.checkpoint.trained import TrainedDetector
 from ddetr.core.config import load
 from ddetr.core.evaluation.columns import to_coco
-from ddetr.core.evaluation.evaluator import check_categories, evaluate_shard
+from ddetr.core.evaluation.evaluator import check_categories, evaluate_shards
 from ddetr.core.model.detector import DeformableDetr
 from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
@@ -60,7 +60,7 @@ def test_detections_are_those_of_single_images_in_pixels_of_the_file(
     index: ShardIndex, detector: TrainedDetector
 ) -> None:
     counted: list[int] = []
-    result = evaluate_shard(detector, index, 0, "cpu", counted.append)
+    (result,) = evaluate_shards(detector, index, [0], "cpu", counted.append)
     samples = index.shards[0].samples
     assert len(result.truth.images) == len(samples) == sum(counted)
     by_image: dict[int, list[dict]] = {}
@@ -102,7 +102,8 @@ def test_the_batch_size_changes_no_detection(index: ShardIndex, detector: Traine
             update={"eval": detector.config.eval.model_copy(update={"batch_size": config_batch_size})}
         )
         rows: dict[int, list[dict]] = {}
-        for row in to_coco(evaluate_shard(replace(detector, config=config), index, 0, "cpu").detections):
+        (result,) = evaluate_shards(replace(detector, config=config), index, [0], "cpu")
+        for row in to_coco(result.detections):
             rows.setdefault(row["image_id"], []).append(row)
         return rows
 
@@ -139,5 +140,5 @@ def test_a_published_checkpoints_label_is_the_category_id(index: ShardIndex, det
     published = replace(detector, categories=None)
     with pytest.raises(ValueError, match=r"'triangle' \(id 23\) is not in the checkpoint, 'cross'.* id 2\. A pub"):
         check_categories(published, index)
-    ids = evaluate_shard(published, index, 0, "cpu").detections["category_id"]
-    assert set(ids.tolist()) <= {0, 1, 2}
+    (found,) = evaluate_shards(published, index, [0], "cpu")
+    assert set(found.detections["category_id"].tolist()) <= {0, 1, 2}

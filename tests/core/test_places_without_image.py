@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddetr.core.checkpoint.trained import load_detector
 from ddetr.core.config import OptimConfig
+from ddetr.core.evaluation import result
 from ddetr.core.model.criterion import criterion
 from ddetr.core.model.outputs import Predictions
 from ddetr.data.batch import Batch, Sample, collate, nothing
 from ddetr.data.index import ShardIndex
 
 from tests.core.runs import Train, succeeded
+from tests.truth import coco_truth
 
 QUERIES, CLASSES = 9, 4
 
@@ -105,3 +108,45 @@ def test_too_many_damaged_images_stop_a_run(train: Train, damaged: tuple[Path, s
     assert "1 of 24 images are damaged, more than data.most_bad_samples=0" in run.output
     assert key in run.output
     assert (run.directory / f"checkpoints/step_{len(run.steps):08d}/model.safetensors").is_file()
+
+
+@pytest.mark.integration
+def test_an_evaluation_leaves_out_a_damaged_image(
+    train: Train, synthetic_shards: Path, damaged: tuple[Path, str]
+) -> None:
+    """It scores the others, as pycocotools does without that image; every rank's damaged images are named."""
+    from ddetr.core.evaluation.coco import coco_metrics
+    from ddetr.core.evaluation.columns import to_coco
+    from ddetr.core.evaluation.evaluator import evaluate_shards
+
+    folder, key = damaged
+    settings = [f"data.validation={folder}", "train.evaluate_every_epochs=1", "data.most_bad_samples=0.05"]
+    run = succeeded(train(2, *settings, steps=6))
+    assert f"left out of the evaluation of step 6: {folder}/{key}: the image in the shard is damaged" in run.output
+    (event,) = [event for event in run.events if event["event"] == "bad_sample"]
+    assert key in event["reason"]
+    checkpoint = run.directory / "checkpoints/step_00000006"
+    (found,) = result.read(checkpoint)
+    assert (found.images, found.num_bad) == (23, 1)
+
+    whole, detector = ShardIndex.load(synthetic_shards), load_detector(checkpoint)
+    left_out = int(key.rpartition(" ")[2])
+    torch.set_num_threads(1)
+    rows = list(evaluate_shards(detector, whole, range(len(whole.shards)), "cpu"))
+    truth = coco_truth(whole)
+    for name, of_image in (("images", "id"), ("annotations", "image_id")):
+        truth[name] = [item for item in truth[name] if item[of_image] != left_out]
+    detections = [row for shard in rows for row in to_coco(shard.detections) if row["image_id"] != left_out]
+    assert found.metrics == coco_metrics(truth, detections, "pycocotools")
+
+
+@pytest.mark.integration
+def test_too_many_damaged_images_stop_an_evaluation_on_every_rank(train: Train, damaged: tuple[Path, str]) -> None:
+    folder, key = damaged
+    settings = [f"data.validation={folder}", "train.evaluate_every_epochs=1", "data.most_bad_samples=0"]
+    run = train(2, *settings, steps=6)
+    assert run.exit_status == 2
+    assert "Traceback" not in run.output
+    assert "1 of 24 images cannot be evaluated, more than data.most_bad_samples=0; the last one: " in run.output
+    assert key in run.output
+    assert (run.directory / "checkpoints/step_00000006/model.safetensors").is_file()

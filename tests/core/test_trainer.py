@@ -162,7 +162,7 @@ def test_signal_saves_and_exits_cleanly(synthetic_shards: Path, tmp_path: Path, 
 def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, synthetic_shards: Path) -> None:
     from ddetr.core.evaluation.coco import coco_metrics
     from ddetr.core.evaluation.columns import to_coco
-    from ddetr.core.evaluation.evaluator import evaluate_shard
+    from ddetr.core.evaluation.evaluator import evaluate_shards
     from ddetr.data.index import ShardIndex
 
     run = succeeded(train(2, f"data.validation={synthetic_shards}", "train.evaluate_every_epochs=1", steps=6))
@@ -171,7 +171,7 @@ def test_evaluates_each_epoch_with_the_weights_just_saved(train: Train, syntheti
     assert (evaluation["step"], evaluation["images"]) == (6, 24)
     index, detector = ShardIndex.load(synthetic_shards), load_detector(run.directory)
     torch.set_num_threads(1)
-    found = [evaluate_shard(detector, index, shard, "cpu").detections for shard in range(len(index.shards))]
+    found = [part.detections for part in evaluate_shards(detector, index, range(len(index.shards)), "cpu")]
     truth = coco_truth(index)
     assert evaluation["metrics"] == coco_metrics(truth, to_coco(np.concatenate(found)), "pycocotools")
 

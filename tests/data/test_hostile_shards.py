@@ -103,7 +103,7 @@ def test_annotations_of_a_stranger_are_a_sample_error_that_names_shard_and_key(s
             ShardReader(index).sample(0, 0)
         assert str(error.value).isprintable(), name
         if whole_way:
-            parts = list(evaluation_batches(index, 0, config, batch_size=4))
+            parts = list(evaluation_batches(index, [0], config, batch_size=4))
             assert [key in message for part in parts for message in part.bad_samples] == [True], name
             stream = TrainStream(index, config, batch_size=4, accumulation=1, rank=0, world_size=1, seed=1)
             bad = [message for (batch,) in stream.steps(0) for message in batch.bad_samples]
@@ -156,7 +156,7 @@ def test_headers_of_a_tar_that_lead_nowhere_are_an_error(tmp_path, kind):
 def test_images_beyond_the_limit_are_bad_samples_that_name_the_setting(synthetic_shards, config):
     index, small = ShardIndex.load(synthetic_shards), config.model_copy(update={"most_pixels": 100})
     told = r"shard-000000.tar: sample \d{12}: the image states \d+ x \d+ pixels, more than data.most_pixels=100 allows"
-    parts = list(evaluation_batches(index, 0, small, batch_size=4))
+    parts = list(evaluation_batches(index, [0], small, batch_size=4))
     messages = [message for part in parts for message in part.bad_samples]
     assert [bool(re.search(told, message)) for message in messages] == [True] * len(index.shards[0].samples)
     stream = TrainStream(index, small, batch_size=4, accumulation=1, rank=0, world_size=1, seed=1)

@@ -88,7 +88,7 @@ def only(path: Path, size: tuple[int, int], box: tuple[int, int, int, int]) -> C
 
 def assert_pixels_agree(coco: CocoSet, output: Path) -> None:
     index = pack_set(coco, output, workers=1).index
-    (part,) = evaluation_batches(index, 0, SETTINGS, batch_size=1)
+    (part,) = evaluation_batches(index, [0], SETTINGS, batch_size=1)
     stream = TrainStream(index, SETTINGS, batch_size=1, accumulation=1, rank=0, world_size=1, seed=1)
     ((trained,),) = [next(iter(stream.steps(0)))]
     stream.close()

@@ -71,8 +71,8 @@ def test_http_gives_the_same_batches_and_each_shard_is_fetched_once(server, synt
     assert [file_sha256(path) for path in cached(config)] == sorted(shard.sha256 for shard in index.shards)
     # What is there is not fetched again, and evaluation reads the same copies.
     again = open_shards(server.url, config)
-    expected = evaluation_batches(ShardIndex.load(synthetic_shards), 1, config, batch_size=4)
-    for ours, theirs in zip(evaluation_batches(again, 1, config, batch_size=4), expected, strict=True):
+    expected = evaluation_batches(ShardIndex.load(synthetic_shards), [1], config, batch_size=4)
+    for ours, theirs in zip(evaluation_batches(again, [1], config, batch_size=4), expected, strict=True):
         assert torch.equal(ours.batch.images, theirs.batch.images)
     assert len([name for method, name, _ in server.requests if name.endswith(".tar") and method == "GET"]) == len(
         fetched
@@ -168,8 +168,8 @@ def test_samples_alone_are_fetched_where_that_is_asked_for(server, synthetic_sha
     assert len(set(parts_of(server))) >= index.num_samples - 3  # the last images fill no batch of 4
     assert not Path(config.cache).exists()
 
-    expected = evaluation_batches(ShardIndex.load(synthetic_shards), 1, config, batch_size=4)
-    for ours, theirs in zip(evaluation_batches(index, 1, config, batch_size=4), expected, strict=True):
+    expected = evaluation_batches(ShardIndex.load(synthetic_shards), [1], config, batch_size=4)
+    for ours, theirs in zip(evaluation_batches(index, [1], config, batch_size=4), expected, strict=True):
         assert torch.equal(ours.batch.images, theirs.batch.images)
     assert coco_truth(index) == coco_truth(ShardIndex.load(synthetic_shards))
 

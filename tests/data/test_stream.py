@@ -304,7 +304,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def evaluated(index: ShardIndex, shard: int, config: DataConfig) -> list[Batch]:
-    parts = list(evaluation_batches(index, shard, config, batch_size=4))
+    parts = list(evaluation_batches(index, [shard], config, batch_size=4))
     assert not any(part.bad_samples for part in parts)
     for part in parts:
         assert [entry["image_id"] for entry in part.entries] == part.batch.image_ids.tolist()
@@ -339,13 +339,13 @@ def test_evaluation_leaves_out_a_broken_image_and_can_be_left(own_index):
     for workers in (0, 2):
         config = CONFIG.model_copy(update={"workers": workers})
         for batch_size in (1, 2):
-            parts = list(evaluation_batches(own_index, 0, config, batch_size=batch_size))
+            parts = list(evaluation_batches(own_index, [0], config, batch_size=batch_size))
             (bad,) = [message for part in parts for message in part.bad_samples]
             assert f"{shard}: sample {key}: the image in the shard is damaged" in bad
             seen = [i for part in parts if part.batch for i in part.batch.image_ids.tolist()]
             assert set(seen) == others
             assert [entry["image_id"] for part in parts for entry in part.entries] == seen
-        left = evaluation_batches(own_index, 1, config, batch_size=2)
+        left = evaluation_batches(own_index, [1], config, batch_size=2)
         next(left)
         left.close()
 

@@ -65,7 +65,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
     """Two checkpoints, steps 10 and 20. The objects in the shards are some of what step 20 detects, moved a little."""
     from ddetr.core.checkpoint.trained import load_detector
     from ddetr.core.evaluation.columns import to_coco
-    from ddetr.core.evaluation.evaluator import evaluate_shard
+    from ddetr.core.evaluation.evaluator import evaluate_shards
     from ddetr.data.index import ShardIndex
     from ddetr.data.shards import pack
     from ddetr.data.synthetic import draw_set
@@ -76,7 +76,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[.
     pack(annotations, images, folder / "drawn", workers=1)
     detector = load_detector(make_run(folder / "first", folder / "drawn", (20,)))
     index = ShardIndex.load(folder / "drawn")
-    shards = [evaluate_shard(detector, index, shard, "cpu") for shard in range(len(index.shards))]
+    shards = evaluate_shards(detector, index, range(len(index.shards)), "cpu")
     found = [row for shard in shards for row in to_coco(shard.detections)]
 
     coco = json.loads(annotations.read_text())

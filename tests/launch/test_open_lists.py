@@ -83,7 +83,9 @@ def test_in_a_run_its_records_and_its_report(ddetr: Callable[..., str], syntheti
         "train", "tiny", *settings, f"train.output={tmp_path}", "train.name=run", "train.evaluate_every_epochs=1"
     )
     assert re.search(r"loss [\d.]+ \(class [\d.]+ l1 [\d.]+ giou [\d.]+ sides [\d.]+\)", said), said
-    assert re.search(r"evaluated step 6 on 24 images in [\d.]+ s \(decoding \d+ %, model \d+ %, scoring \d+ %\): AP [\d.]+, .*, hits 1.000", said), said
+    shares = r"decoding \d+ %, model \d+ %, scoring \d+ %"
+    line = rf"evaluated step 6 on 24 images in [\d.]+ s \({shares}\): AP [\d.]+, .*, hits 1.000"
+    assert re.search(line, said), said
     *steps, evaluation = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     for step in steps:
         losses, layers = step["losses"], ("0", "1", "proposals")

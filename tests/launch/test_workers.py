@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ddetr.core.checkpoint import load_detector
 from ddetr.core.config import changed
-from ddetr.core.evaluation.evaluator import evaluate_shard
+from ddetr.core.evaluation.evaluator import evaluate_shards
 from ddetr.data.index import ShardIndex
 from ddetr.data.location import Location
 from ddetr.data.shards import pack
@@ -37,7 +37,7 @@ def test_requests_grow_with_the_shards_and_not_with_their_square(
         try:
             for shard in range(count):
                 result = worker.evaluate(detector, Location(server.url), shard)
-                expected = evaluate_shard(detector, index, shard, "cpu")
+                (expected,) = evaluate_shards(detector, index, [shard], "cpu")
                 assert np.array_equal(result.detections, expected.detections)
                 assert result.truth.images == expected.truth.images
         finally:
