@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import ProgressColumn, Task
@@ -17,8 +18,9 @@ from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detec
 from ..core.checkpoint.manifest import MANIFEST
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
-from ..core.evaluation.columns import to_coco
+from ..core.evaluation.columns import counted, to_coco
 from ..core.evaluation.evaluator import Count, ShardResult, check_categories, evaluate_shards, without_score_of
+from ..core.evaluation.failures import failures
 from ..core.evaluation.result import Result, weights_digest, without_score
 from ..core.evaluation.scores import check_protocols
 from ..core.ownership import ForeignSettingError, check_links, check_own
@@ -30,6 +32,7 @@ from ..data.folders import obstacle
 from ..data.index import ShardIndex
 from ..data.location import Location
 from ..data.truth import GroundTruth
+from . import failures as failure_files
 from .console import Terminal, progress_bar
 
 SHOWN = 10  # damaged images, of those that were left out
@@ -46,6 +49,15 @@ class _Found:
     shards: list[ShardResult]
     bad_samples: list[str]
 
+    @property
+    def detections(self) -> np.ndarray:
+        """Rows of DETECTION_DTYPE."""
+        return np.concatenate([shard.detections for shard in self.shards])
+
+    @property
+    def truth(self) -> GroundTruth:
+        return GroundTruth.joined([shard.truth for shard in self.shards])
+
 
 def evaluate(
     path: Path,
@@ -54,6 +66,7 @@ def evaluate(
     ray_address: str | None = None,
     output: Path | None = None,
     all_checkpoints: bool = False,
+    use: Callable[[ShardIndex, GroundTruth, np.ndarray], None] = lambda index, truth, detections: None,
 ) -> dict[str, float]:
     """Evaluate the checkpoint at `path`; with `all_checkpoints` every one of the run directory `path`, oldest first.
 
@@ -65,6 +78,7 @@ def evaluate(
     output: folder for detections.json, ground_truth.json and the result, evaluation.json; with `all_checkpoints` for
     one folder a step. Without it they go into the run's `eval/step_XXXXXXXX`, and the result also in the checkpoint's
     folder, where its run finds it.
+    use: gets the shards, their objects and the detections of each checkpoint.
     Returns the numbers of the last checkpoint. Raises ValueError in the end that names the damaged ones, and
     FloatingPointError that names those which gave numbers that are not finite and so have no score.
     """
@@ -101,7 +115,10 @@ def evaluate(
                 found = _found(evaluators[index.real_location], detector, index, weights, advance)
             metrics = found.result.metrics
             _print(console, detector, index, found)
-            _write(console, places, found, index)
+            truth, detections = found.truth, found.detections
+            _write(console, places, found.result, index, truth, detections)
+            _explain(console, places[0], detector, index, found.result, truth, detections)
+            use(index, truth, detections)
             if found.result.num_not_finite:
                 without.append(f"{detector.path}: {without_score(found.result.num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
@@ -235,25 +252,51 @@ def _places(file: Path, output: Path | None, each: bool) -> list[Path]:
     is_one = in_run or (checkpoint / MANIFEST).is_file()
     places = [result.folder_of(file), *[checkpoint] * is_one]
     own = checkpoint.parent.parent if in_run else checkpoint
-    check_links(own, *places, *[place.parent for place in places] * in_run)
+    check_links(own, *places, places[0] / failure_files.WORST, *[place.parent for place in places] * in_run)
     return places
 
 
-def _write(console: Console, places: list[Path], found: _Found, index: ShardIndex) -> None:
+def _write(
+    console: Console,
+    places: list[Path],
+    found: Result,
+    index: ShardIndex,
+    truth: GroundTruth,
+    detections: np.ndarray,
+) -> None:
     folder, *checkpoints = places
     folder.mkdir(parents=True, exist_ok=True)
-    detections = [row for shard in found.shards for row in to_coco(shard.detections)]
-    truth = GroundTruth.joined([shard.truth for shard in found.shards]).to_coco(index.categories)
-    for name, content in (("detections", detections), ("ground_truth", truth)):
+    for name, content in (("detections", to_coco(detections)), ("ground_truth", truth.to_coco(index.categories))):
         write_whole(folder / f"{name}.json", as_json(content).encode())
-    result.write(folder, found.result)
+    result.write(folder, found)
     console.print(f"Written to {folder}", soft_wrap=True)
     for checkpoint in checkpoints:
         try:
-            result.write(checkpoint, found.result)
+            result.write(checkpoint, found)
         except OSError as error:
             if checkpoint.exists():  # its run may have deleted it meanwhile
                 console.print(f"not beside the checkpoint: {error.filename}: {error.strerror}", soft_wrap=True)
+
+
+def _explain(
+    console: Console,
+    folder: Path,
+    detector: TrainedDetector,
+    index: ShardIndex,
+    found: Result,
+    truth: GroundTruth,
+    detections: np.ndarray,
+) -> None:
+    """Say and write where the detector fails, in place of what the folder has of an earlier evaluation."""
+    failure_files.remove(folder)
+    if found.num_not_finite:
+        return
+    began = time.perf_counter()
+    rows = counted(detections, index.categories)
+    about = {"shards": index.location, "step": detector.step, "scores": found.metrics}
+    if (failing := failures(truth, rows, index.categories, **about)) is not None:
+        failure_files.write(console, folder, index, failing, detector.config.data.most_pixels)
+        failure_files.show(console, folder, failing.analysis, time.perf_counter() - began)
 
 
 def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: _Found) -> None:
