@@ -19,14 +19,11 @@ Overrides = Annotated[
     ),
 ]
 
-CheckpointPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="A run directory (its newest checkpoint), one `checkpoints/step_...` folder, a `model.safetensors`, "
-        "or a `.pth` in the published layout.",
-    ),
-]
+CHECKPOINTS = (
+    "A run directory (its newest checkpoint), one `checkpoints/step_...` folder, a `model.safetensors`, or a `.pth` in "
+    "the published layout"
+)
+CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=f"{CHECKPOINTS}.")]
 _ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
 
 

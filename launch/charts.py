@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, without a script: colours come from the page's CSS, values from hovering a point.
+"""Line and bar charts as inline SVG, without a script: colours come from the page's CSS, values from hovering a point.
 
 Coordinates: x and y are data, px and py are units of the SVG's view box.
 """
@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 640, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 106, 24, 40
 LABEL_GAP = 17  # least distance between two lines' names
 MOST_POINTS = 150
+BAR, BARS_LEFT, BARS_RIGHT = 30, 150, 130  # height of a bar with its gap; room for the names of bars and their texts
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,28 @@ def chart(
         parts.append(f'<text class="name" x="{x + 9}" y="{y:.1f}">{escaped(name)}</text>')
     parts += _readings(drawn, px, x_name)
     return "".join([*parts, "</svg>"])
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, title: str) -> str:
+    """An SVG element with a bar a row: its name, its length as a share of the longest, and the text at its end."""
+    longest = max((length for _, length, _ in rows), default=0) or 1
+    words = escaped(f"{title}: {', '.join(f'{name} {text}' for name, _, text in rows)}")
+    parts = [f'<svg viewBox="0 0 {WIDTH} {BAR * len(rows) + 6}" role="img" aria-label="{words}">']
+    for row, (name, length, text) in enumerate(rows):
+        y, width = BAR * row + 6, length / longest * (WIDTH - BARS_LEFT - BARS_RIGHT)
+        parts.append(f'<text class="name" x="{BARS_LEFT - 10}" y="{y + 15}" text-anchor="end">{escaped(name)}</text>')
+        parts.append(f'<rect class="c1" x="{BARS_LEFT}" y="{y}" width="{max(width, 1):.1f}" height="{BAR - 10}"/>')
+        parts.append(_tick(BARS_LEFT + width + 8, y + 15, text, "start"))
+    return "".join([*parts, "</svg>"])
+
+
+def spark(shares: Sequence[float]) -> str:
+    """A small SVG curve of values from 0 to 1, without axes."""
+    step, height = 3, 20
+    places = "L".join(f"{step * index} {height - round(share * height)}" for index, share in enumerate(shares))
+    words = f"from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} percent"
+    size = f"0 -1 {step * (len(shares) - 1)} {height + 2}"
+    return f'<svg class="spark" viewBox="{size}" role="img" aria-label="{words}"><path d="M{places}"/></svg>'
 
 
 def number(value: float) -> str:

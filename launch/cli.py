@@ -16,6 +16,7 @@ import typer
 
 from . import config_commands
 from .arguments import (
+    CHECKPOINTS,
     CONFIGURATION,
     OVERRIDES,
     CheckpointPath,
@@ -192,14 +193,20 @@ app.command()(config_commands.model)
 
 @app.command("eval")
 def evaluate(
-    path: CheckpointPath,
-    overrides: Overrides = None,
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar=f"CHECKPOINT... {OVERRIDES}",
+            show_default=False,
+            help=f"{CHECKPOINTS}. Several are compared. Then settings to change.",
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
             metavar="SHARDS",
             help="Shards to evaluate on: a folder, http(s)://..., s3://... or pipe:COMMAND.  [default: the run's "
-            "data.validation]",
+            "data.validation, of several the first one's]",
         ),
     ] = None,
     ray: RayAddress = None,
@@ -212,6 +219,9 @@ def evaluate(
 ) -> None:
     """Compute scores: COCO's twelve numbers (AP, AR). Batch size and number of workers do not change them.
 
+    Also where the detector fails: kinds of errors, classes, confusions and the worst images, as json, csv and pictures.
+    With several checkpoints, each difference of AP has the interval within which it is noise of the choice of images.
+
     Examples:
 
     `ddetr eval runs/r50-0001`
@@ -219,10 +229,24 @@ def evaluate(
     `ddetr eval r50_deformable_detr.pth --data shards/val --ray 10.0.0.1:6379`
 
     `ddetr eval runs/r50-0001 --data s3://bucket/val`
-    """
-    from .evaluate import evaluate as evaluate_checkpoint
 
-    evaluate_checkpoint(path, overrides or [], data, ray, output, all_checkpoints=all_checkpoints)
+    `ddetr eval runs/r50-0001 runs/r50-0002 --data shards/val --output compared`
+    """
+    paths = [Path(argument) for argument in checkpoints if not is_override(argument)]
+    overrides = [argument for argument in checkpoints if is_override(argument)]
+    if not paths:
+        raise ValueError("name a checkpoint or a run directory")
+    if len(paths) == 1:
+        from .evaluate import evaluate as evaluate_checkpoint
+
+        evaluate_checkpoint(paths[0], overrides, data, ray, output, all_checkpoints=all_checkpoints)
+        return
+    if all_checkpoints:
+        raise ValueError("--all takes one run; name the checkpoints to compare")
+
+    from .comparison import compare
+
+    compare(paths, overrides, data, ray, output)
 
 
 @app.command()

@@ -18,12 +18,13 @@ from ..data.images import load_image
 from ..data.index import ShardIndex, ShardReader
 from ..data.text import visible
 from .console import brief
-from .drawing import DrawnBox, draw_boxes, font_of
+from .drawing import DrawnBox, font_of, mark_boxes
 
 CLASSES, CONFUSIONS = "classes.csv", "confusions.csv"
 WORST = "worst"  # the folder of the pictures
 SHOWN = 5  # classes and confusions
-PANEL, BAR, GAP = 800, 34, 8  # pixels: longer side of half a picture, height of its head, between the halves
+PANEL, BAR, GAP = 520, 26, 6  # pixels: longer side of half a picture, height of its head, between the halves
+TEXT = 13  # pixels
 _FORMULA = "=+-@"  # what a spreadsheet takes for the begin of a formula
 
 
@@ -115,7 +116,7 @@ def _picture(index: ShardIndex, seen: Seen, image_id: int, most_pixels: int) -> 
     size = entry["height"], entry["width"]
     pixels = load_image(data, most_pixels=most_pixels, stated=size, orientation=entry["orientation"])
     image = Image.fromarray(pixels)
-    scale = min(1.0, PANEL / max(image.size))
+    scale = PANEL / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     places = {id_: label for label, id_ in enumerate(index.categories.ids)}
 
@@ -132,12 +133,12 @@ def _picture(index: ShardIndex, seen: Seen, image_id: int, most_pixels: int) -> 
         box(row, "" if right else "wrong: ", f" {row['score']:.2f}")
         for row, right in zip(seen.detections, seen.is_right, strict=True)
     ]
-    halves = [draw_boxes(image, boxes) for boxes in (truth, detections)]
-    width, height = halves[0].size
+    width, height = image.size
     sheet = Image.new("RGB", (2 * width + GAP, height + BAR), "#2b2b2b")
-    pen, font = ImageDraw.Draw(sheet), font_of(18)
-    for number, (half, head) in enumerate(zip(halves, ("truth", "detections"), strict=True)):
-        left = number * (width + GAP)
+    pen, font = ImageDraw.Draw(sheet), font_of(TEXT)
+    for left, head, boxes in ((0, "truth", truth), (width + GAP, "detections", detections)):
+        half = image.copy()
+        mark_boxes(half, boxes, line=2, text_size=TEXT)
         sheet.paste(half, (left, BAR))
-        pen.text((left + 8, 6), f"{head}: {len((truth, detections)[number])}", fill="#f0f0f0", font=font)
+        pen.text((left + 6, 5), f"{head}: {len(boxes)}", fill="#f0f0f0", font=font)
     return sheet

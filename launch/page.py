@@ -49,8 +49,10 @@ thead th { color: var(--soft); font-weight: 500; font-size: 13px; }
 tbody th { font-weight: 500; }
 td.n, th.n { text-align: right; padding-right: 0; padding-left: 14px; white-space: nowrap; }
 td { overflow-wrap: anywhere; }
+.n + td:not(.n), .n + th:not(.n) { padding-left: 14px; }
 .wide { overflow-x: auto; }
 .scroll { max-height: 420px; overflow: auto; }
+.scroll thead th { position: sticky; top: -16px; background: var(--card); }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 500; }
@@ -72,11 +74,19 @@ svg .name { font-size: 13px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 14px; }
 .pictures img { width: 100%; height: auto; display: block; border-radius: 6px; }
 .pictures figcaption { margin-top: 6px; overflow-wrap: anywhere; }
+.pictures.two { grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
+.spark { width: 72px; height: 24px; margin: 0; }
+.spark path { stroke: var(--c1); stroke-width: 1.5; fill: none; }
 .empty { color: var(--soft); padding: 40px 0; text-align: center; max-width: none; }
 @media (max-width: 600px) { svg .tick { font-size: 15px; } svg .name { font-size: 14px; } }
 @media print { body { background: none; } .card, figure { break-inside: avoid; } .scroll { max-height: none; } }
 """
 PICTURE_PIXELS = 720  # of the longer side, once embedded
+PICTURE_BYTES = 64 << 10  # of an embedded picture at most: its quality goes down, then its size
+
+
+class Markup(str):
+    """HTML that is shown as it is: nothing in it is untrusted."""
 
 
 def escaped(text: str) -> str:
@@ -100,7 +110,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
 
     def cell(tag: str, column: int, text: str) -> str:
         attributes = (' scope="col"' if tag == "th" else "") + (' class="n"' if column in numbers else "")
-        return f"<{tag}{attributes}>{escaped(text)}</{tag}>"
+        return f"<{tag}{attributes}>{text if isinstance(text, Markup) else escaped(text)}</{tag}>"
 
     head = "".join(cell("th", column, text) for column, text in enumerate(heads))
     lines = []
@@ -122,22 +132,34 @@ def figure(title: str, note: str, drawing: str) -> str:
     return f'<figure class="card">{caption}{drawing}</figure>'
 
 
-def picture(path: Path, caption: str) -> str:
-    """The picture made small enough to be part of the page. Raises ValueError when it cannot be read."""
-    encoded = io.BytesIO()
+def picture(path: Path, caption: str, pixels: int = PICTURE_PIXELS) -> str:
+    """The picture made small enough to be part of the page, its longer side at most `pixels`.
+
+    Raises ValueError when it cannot be read.
+    """
     try:
-        image = Image.fromarray(load_image(read_file(path), (PICTURE_PIXELS, PICTURE_PIXELS)))
-        image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-        image.save(encoded, "JPEG", quality=88)
+        image = Image.fromarray(load_image(read_file(path), (pixels, pixels)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: not a picture that can be read ({error}); move it away, then report again"
         ) from error
-    data = base64.b64encode(encoded.getvalue()).decode()
+    image.thumbnail((pixels, pixels))
+    data = base64.b64encode(_encoded(image)).decode()
     return (
         f'<figure class="card"><img src="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}" '
         f'alt="{escaped(caption)}"><figcaption>{escaped(caption)}</figcaption></figure>'
     )
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """A JPEG of at most PICTURE_BYTES."""
+    while True:
+        for quality in (88, 75, 60, 45):
+            encoded = io.BytesIO()
+            image.save(encoded, "JPEG", quality=quality)
+            if encoded.tell() <= PICTURE_BYTES:
+                return encoded.getvalue()
+        image = image.resize((max(1, image.width * 3 // 4), max(1, image.height * 3 // 4)))
 
 
 def duration(seconds: float) -> str:

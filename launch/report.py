@@ -8,9 +8,11 @@ from typing import Any
 
 from ..core.evaluation.scores import PROTOCOLS, meanings
 from ..data.files import write_whole
+from . import failure_section as failures
 from . import history
 from .charts import Line, chart, number
 from .console import brief
+from .failures import WORST
 from .history import SUMMED, Entry, History
 from .page import date, duration, escaped, figure, page, picture, table, tile
 from .settings import Settings, in_short
@@ -48,8 +50,9 @@ def report(run_directory: Path) -> Path:
     picture cannot be read.
     """
     run = read(Path(run_directory))
-    body = [_head(run), _precision(run), _curves(run), _by_epoch(run), _pictures(Path(run_directory) / "eval")]
-    body += [_events(run), _settings(run)]
+    evaluations = Path(run_directory) / "eval"
+    body = [_head(run), _precision(run), failures.section(evaluations), _curves(run), _by_epoch(run)]
+    body += [_pictures(evaluations), _events(run), _settings(run)]
     path = Path(run_directory) / "report.html"
     write_whole(path, page(f"{run.name} · ddetr", filter(None, body)).encode())
     return path
@@ -266,7 +269,7 @@ def _by_epoch(run: RunLog) -> str:
 def _pictures(folder: Path) -> str:
     suffixes = (".png", ".jpg", ".jpeg")
     inside = folder.parent.resolve()  # not what links of others lead to
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.parent.name != WORST)
     paths = sorted(path for path in found if path.resolve().is_relative_to(inside))
     if not paths:
         return ""
