@@ -1,12 +1,14 @@
 """`ddetr eval A B`: the differences between detectors on one set, and whether they are noise."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..core.checkpoint import contents, read_newest
 from ..core.evaluation.bootstrap import CONFIDENCE, RESAMPLES, SEED, Comparison, Difference
 from ..core.evaluation.bootstrap import compare as compared
 from ..core.evaluation.columns import counted
@@ -44,6 +46,8 @@ def compare(
         data, categories = index.real_location, index.categories
         found.append(matches(truth, counted(detections, index.categories), index.categories))
 
+    for path in paths:  # before the work on those before it
+        read_newest(path, contents)
     for number, path in enumerate(paths, start=1):
         console.print(f"{number}: {path}", soft_wrap=True)
         evaluate(path, overrides, data, ray_address, None if output is None else output / str(number), use=keep)
@@ -114,13 +118,7 @@ def _cells(row: Difference) -> tuple[str, ...]:
 
 def _to_json(number: int, paths: Sequence[Path], comparison: Comparison, names: dict[int, str]) -> dict[str, object]:
     def row(difference: Difference) -> dict[str, float]:
-        return {
-            "first": difference.first,
-            "second": difference.second,
-            "difference": difference.difference,
-            "low": difference.low,
-            "high": difference.high,
-        }
+        return {**asdict(difference), "difference": difference.difference}
 
     return {
         "first": str(paths[0]),

@@ -125,5 +125,6 @@ def compare(
 
 
 def _mean(averages: np.ndarray) -> np.ndarray:
-    """(2) mean over the classes (2, K) that have objects."""
-    return averages[:, ~np.isnan(averages[0])].mean(axis=1)
+    """(2) mean over the classes (2, K) that have objects; NaN without any."""
+    listed = ~np.isnan(averages[0])
+    return averages[:, listed].mean(axis=1) if listed.any() else np.full(2, np.nan)

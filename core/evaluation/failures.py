@@ -14,8 +14,8 @@ from ...data.text import shortened
 from ...data.truth import GroundTruth
 from . import analysis as parts
 from .analysis import Analysis
+from .errors import KINDS, MISSED, Errors, errors_of
 from .matching import Matches, by_choice, chosen, matches
-from .mistakes import KINDS, MISSED, Mistakes, mistakes
 from .precision import Ranking
 
 _IOU50, _IOU75 = 0, 5  # places in THRESHOLDS
@@ -84,7 +84,7 @@ def failures(
     curves = {"0.50": steps[_IOU50].curves(num_objects), "0.75": steps[_IOU75].curves(num_objects)}
     best, f1 = _best_thresholds(found)
     confident = (found.detections["score"] >= best[found.label]) & ~found.ignored[_IOU50]
-    errors, detected = mistakes(found), _detected(found, confident)
+    errors, detected = errors_of(found), _detected(found, confident)
     names = dict(zip(categories.ids, (shortened(name, parts.LONGEST_NAME) for name in categories.names), strict=True))
     named = [names[int(id_)] for id_ in found.category_ids]
 
@@ -171,7 +171,7 @@ def _detected(found: Matches, confident: np.ndarray) -> _Detected:
     return _Detected(rows, object_[rows])
 
 
-def _kinds(errors: Mistakes, confident: np.ndarray, found: Matches, detected: _Detected) -> list[parts.ErrorKind]:
+def _kinds(errors: Errors, confident: np.ndarray, found: Matches, detected: _Detected) -> list[parts.ErrorKind]:
     surely = {name: int((confident & (errors.kind == place)).sum()) for place, name in enumerate(KINDS)}
     surely[MISSED] = int(found.is_object.sum()) - len(detected.object)
     return [

@@ -46,6 +46,7 @@ class Ranking:
     """
 
     def __init__(self, label: np.ndarray, true: np.ndarray, ignored: np.ndarray, num_classes: int) -> None:
+        self._length = len(label)
         self._true = np.flatnonzero(true)
         self._ignored = np.flatnonzero(ignored)
         self.label = label[self._true]
@@ -60,13 +61,8 @@ class Ranking:
 
         num_objects: (K), counted in the same way.
         """
-        if weights is None:
-            return self.steps(num_objects, np.ones(self._length, dtype=np.int64))
+        weights = np.ones(self._length, dtype=np.int64) if weights is None else weights
         return self.steps_of(num_objects, weights, summed(weights))
-
-    @property
-    def _length(self) -> int:
-        return int(max(self._true[-1] if len(self._true) else 0, self._ignored[-1] if len(self._ignored) else 0)) + 1
 
     def steps_of(self, num_objects: np.ndarray, weights: np.ndarray, sums: np.ndarray) -> Steps:
         """As `steps`, with `summed(weights)`, which the rankings of several thresholds have in common."""

@@ -24,7 +24,7 @@ MISSED = "missed"
 
 
 @dataclass(frozen=True, eq=False)
-class Mistakes:
+class Errors:
     """The errors of a set at IoU 0.5.
 
     kind: (D) place in KINDS, -1 for a detection that is no error. missed: (G) bool. gains: what mending a kind alone
@@ -42,7 +42,7 @@ class Mistakes:
         return {**found, MISSED: int(self.missed.sum())}
 
 
-def mistakes(matches: Matches) -> Mistakes:
+def errors_of(matches: Matches) -> Errors:
     """The errors in a set, which has objects of at least one class."""
     matched, true, wrong = matches.matched[0], matches.true[0], ~(matches.true[0] | matches.ignored[0])
     near, other = matches.same.iou, matches.other.iou
@@ -64,7 +64,7 @@ def mistakes(matches: Matches) -> Mistakes:
     best = _best(target, matches)
     missed = free.copy()
     missed[target[target >= 0]] = False
-    return Mistakes(kind, missed, _gains(matches, kind, np.where(best, target, -1), missed))
+    return Errors(kind, missed, _gains(matches, kind, np.where(best, target, -1), missed))
 
 
 def _best(target: np.ndarray, matches: Matches) -> np.ndarray:
