@@ -28,6 +28,7 @@ Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=MOST_ID)]
 Id = Annotated[int, Field(ge=-MOST_ID, le=MOST_ID)]
+Iou = Annotated[str, Field(pattern=r"^0\.(50|75)$")]
 Curve = Annotated[list[Share], Field(min_length=101, max_length=101)]
 
 
@@ -48,7 +49,7 @@ class ClassRow(_Part):
     ap: Share
     ap50: Share
     recall: Share
-    threshold: float | None
+    threshold: Share | None
     f1: Share
     curve: Annotated[list[Share], Field(min_length=CURVE_RECALLS, max_length=CURVE_RECALLS)]
 
@@ -59,7 +60,7 @@ class ErrorKind(_Part):
     gain: what mending this kind alone adds to AP50.
     """
 
-    name: Literal["classification", "localisation", "both", "duplicate", "background", "missed"]
+    name: Annotated[str, Field(pattern="^(classification|localisation|both|duplicate|background|missed)$")]
     count: Count
     confident: Count
     gain: Share
@@ -120,7 +121,7 @@ class Analysis(_Part):
     detections: Count
     ap: Share
     ap50: Share
-    curves: Annotated[dict[Literal["0.50", "0.75"], Curve], Field(max_length=2)]
+    curves: Annotated[dict[Iou, Curve], Field(max_length=2)]
     errors: Annotated[list[ErrorKind], Field(max_length=6)]
     by_size: Annotated[list[Group], Field(max_length=3)]
     by_frequency: Annotated[list[Group], Field(max_length=3)]

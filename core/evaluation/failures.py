@@ -6,6 +6,7 @@ their class: what somebody sees who uses the detector with a threshold.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def failures(
     return Failures(value, found, confident, is_found)
 
 
-def _share(value: float, digits: int = 6) -> float:
+def _share(value: Any, digits: int = 6) -> float:
     return round(min(max(float(value), 0.0), 1.0), digits)  # sums of shares may exceed 1 in the last place
 
 
