@@ -84,6 +84,6 @@ def test_of_equally_near_objects_the_last_is_taken_as_by_pycocotools() -> None:
     truth = objects((1, 7, 0, 0, 10, 10), (1, 7, 0, 0, 10, 10), (1, 7, 0, 0, 10, 10, 1))
     detections = detected((1, 7, 0.9, 0, 0, 10, 9), (1, 7, 0.8, 0, 0, 10, 9), (1, 7, 0.7, 0, 0, 10, 9))
     found = matches(truth, detections, CATEGORIES)
-    (entry,) = (entry for entry in by_pycocotools(truth, detections).evalImgs if entry and entry["aRng"][1] == 1e10)
+    (entry,) = (entry for entry in by_pycocotools(truth, detections).evalImgs if entry and entry["aRng"] == [0, 1e10])
     assert entry["dtMatches"][0].tolist() == [2, 1, 3]
     assert found.objects["id"][found.matched[0]].tolist() == [2, 1, 3]
