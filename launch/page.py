@@ -52,6 +52,7 @@ td { overflow-wrap: anywhere; }
 .n + td:not(.n), .n + th:not(.n) { padding-left: 14px; }
 .wide { overflow-x: auto; }
 .scroll { max-height: 420px; overflow: auto; }
+.scroll .wide { overflow: visible; }
 .scroll thead th { position: sticky; top: -16px; background: var(--card); }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
