@@ -3,10 +3,12 @@
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .values import MOST_ID, as_whole, described, member, whole
+
+FREQUENCIES = ("r", "c", "f")  # rare, common, frequent, as LVIS has them
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,15 @@ class Categories:
     """Label k in 0..K-1 stands for the category `ids[k]`, called `names[k]`.
 
     Ids may be sparse and start anywhere (COCO's are 1..90 with gaps). Raises ValueError for a repeated id.
+
+    frequencies, parents: for the evaluation (`protocols.py`), by id: one of FREQUENCIES; the categories right above.
+    Categories are equal without them.
     """
 
     ids: tuple[int, ...]
     names: tuple[str, ...]
+    frequencies: Mapping[int, str] = field(default_factory=dict, compare=False)
+    parents: Mapping[int, tuple[int, ...]] = field(default_factory=dict, compare=False)
     _labels: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,9 +50,31 @@ class Categories:
             )
         return self._labels[category_id]
 
+    def having(self, **attributes: Any) -> "Categories":
+        """The same categories with these frequencies or parents."""
+        return replace(self, **attributes)
+
+    def above(self, category_id: int) -> list[int]:
+        """The category itself and all that it is a kind of, each once, the nearest first."""
+        found = {category_id: None}  # a set, in order
+        for id_ in (waiting := [category_id]):
+            new = [parent for parent in self.parents.get(id_, ()) if parent not in found]
+            found |= dict.fromkeys(new)
+            waiting += new
+        return list(found)
+
     def to_json(self) -> list[dict[str, Any]]:
-        """[{"id": 1, "name": "person"}, ...] in label order: kept in the shards' index and in checkpoints."""
-        return [{"id": i, "name": name} for i, name in zip(self.ids, self.names, strict=True)]
+        """[{"id": 1, "name": "person"}, ...] in label order: kept in the shards' index and in checkpoints.
+
+        "frequency" and "parents" are there where a category has them.
+        """
+        items: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in zip(self.ids, self.names, strict=True)]
+        for item in items:
+            if frequency := self.frequencies.get(item["id"]):
+                item["frequency"] = frequency
+            if parents := self.parents.get(item["id"]):
+                item["parents"] = list(parents)
+        return items
 
     @classmethod
     def from_json(cls, items: Sequence[Mapping[str, Any]]) -> "Categories":
@@ -53,7 +82,15 @@ class Categories:
         if not isinstance(items, list):
             raise ValueError(f"categories: {described(items)} is no list")
         names = tuple(member(item, "name", str) for item in items)
-        return cls(ids=tuple(whole(item, "id", -MOST_ID) for item in items), names=names)
+        ids = tuple(whole(item, "id", -MOST_ID) for item in items)
+        frequencies = {item["id"]: member(item, "frequency", str) for item in items if "frequency" in item}
+        parents = {item["id"]: tuple(member(item, "parents", list)) for item in items if "parents" in item}
+        if bad := [value for value in frequencies.values() if value not in FREQUENCIES]:
+            raise ValueError(f"a frequency is {described(bad[0])}, none of {', '.join(FREQUENCIES)}")
+        known = set(ids)
+        if bad := [above for above in parents.values() if not all(type(i) is int and i in known for i in above)]:
+            raise ValueError(f"'parents' is {described(list(bad[0]))}: not ids of categories in the list")
+        return cls(ids, names, frequencies, parents)
 
     @classmethod
     def from_coco(cls, items: Iterable[Mapping[str, Any]]) -> "Categories":

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.progress import Progress
 
@@ -22,6 +23,7 @@ from .findings import Finding
 from .headers import read_headers
 from .images import Header
 from .index import lack_of_objects
+from .protocols import ProtocolName, lists_of, recognised, with_attributes
 from .sets import CocoImage, CocoSet, Reading, Source
 from .text import visible
 from .values import MOST_SIDE, as_whole, described
@@ -43,13 +45,15 @@ def coco_set(
     if not categories or not source.images:
         reason = f"; the first of {len(findings)} findings: {_line(findings[0])}" if findings else ""
         raise ValueError(f"{path}: no {'images' if categories else 'categories'} in it{reason}")
+    protocol = reading.protocol or recognised(source.images, source.annotations)
+    categories = with_attributes(categories, source.categories, protocol, findings)
     names = Counter(categories.names)
     findings += [
         Finding("repeated category", f"category {name}", f"{count} categories have this name", "warning")
         for name, count in names.items()
         if count > 1
     ]
-    images, refused = _images(source.images, findings)
+    images, refused = _images(source.images, folder, protocol, categories, findings)
     images = {
         image_id: replace(image, file_name=_file_name(image, folder, findings)) for image_id, image in images.items()
     }
@@ -65,16 +69,18 @@ def coco_set(
     without_area = annotate(images, refused, source, categories, reading, findings)
     kept = [image for image_id, image in sorted(images.items()) if image_id in usable]
     findings += _set_findings(path, kept)
-    return CocoSet(path, categories, kept, findings, folder, without_area)
+    return CocoSet(path, categories, kept, findings, folder, without_area, protocol)
 
 
-def _images(entries: Iterable[Any], findings: list[Finding]) -> tuple[dict[int, CocoImage], set[str]]:
+def _images(
+    entries: Iterable[Any], folder: Path, protocol: ProtocolName, categories: Categories, findings: list[Finding]
+) -> tuple[dict[int, CocoImage], set[str]]:
     """Images by id, with height 0 where none is stated; and the ids of entries that became findings, as described."""
     images: dict[int, CocoImage] = {}
     image_by_name: dict[str, int] = {}
     refused: set[str] = set()
     for entry in entries:
-        image_id, name = as_whole(member_of(entry, "id")), member_of(entry, "file_name")
+        image_id, name = as_whole(member_of(entry, "id")), _stated_name(entry, folder)
         where = f"image {described(member_of(entry, 'id'))}"
         size, fault = _stated_size(entry)
         if image_id is None:
@@ -93,8 +99,20 @@ def _images(entries: Iterable[Any], findings: list[Finding]) -> tuple[dict[int, 
                 what = f"{name} is also image {image_by_name[name]}"
                 findings.append(Finding("duplicate file name", where, what))
             image_by_name[name] = image_id
-            images[image_id] = CocoImage(image_id, name, *size, [])
+            images[image_id] = image = CocoImage(image_id, name, *size, [])
+            if lists := lists_of(entry, image.where, protocol, categories, findings):
+                images[image_id] = replace(image, **lists)
     return images, refused
+
+
+def _stated_name(entry: Any, folder: Path) -> Any:
+    """An image's file_name. LVIS v1 has the end of coco_url: the file lies in the folder of its split, or in `folder`."""
+    name, url = member_of(entry, "file_name"), member_of(entry, "coco_url")
+    if name is not None or not isinstance(url, str):
+        return name
+    in_split = "/".join(urlsplit(url).path.split("/")[-2:])
+    last = in_split.rpartition("/")[2]
+    return last if os.path.lexists(folder / last) and not os.path.lexists(folder / in_split) else in_split
 
 
 def _file_name(image: CocoImage, folder: Path, findings: list[Finding]) -> str:

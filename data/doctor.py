@@ -22,6 +22,7 @@ from .index import SampleError, ShardIndex, ShardReader, tar_members
 from .inspection import inspect_file, inspect_image
 from .layout import Shard
 from .parallel import ordered_map
+from .protocols import IMAGE_LISTS
 from .sets import CocoImage, CocoSet, Reading
 
 Digest = tuple[str, bytes]  # where an image is, and the digest of its bytes
@@ -109,6 +110,9 @@ def _check_shard(index: ShardIndex, most_pixels: int, number: int) -> tuple[list
         if indexed != stored:
             what = f"(id, height, width, boxes) is {indexed} in the index, {stored} in the shard"
             findings.append(Finding("wrong bytes", where, what))
+        for name in IMAGE_LISTS:
+            if unknown := [id_ for id_ in getattr(image, name) or [] if id_ not in index.categories]:
+                findings.append(Finding("unknown category", where, f"{name} lists {unknown[:5]}"))
         for annotation in image.annotations:
             place = f"{where}, annotation {annotation['id']}"
             fault = box_fault(annotation["bbox"], image.height, image.width)

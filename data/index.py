@@ -32,6 +32,7 @@ from .layout import (
 )
 from .location import Location
 from .parallel import threaded_map
+from .protocols import ProtocolName, protocol_in
 from .storage import LocalStorage, Storage
 from .text import visible
 from .values import described, member
@@ -50,7 +51,7 @@ class ShardIndex:
     """All shards of a set, in order; samples are numbered through them.
 
     location: their folder, as a message may show it; real_location: as it was asked for. storage: from where their
-    bytes are read. Raises nothing itself; `load` checks the files.
+    bytes are read. protocol: by which detections in the set are scored. Raises nothing itself; `load` checks the files.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class ShardIndex:
         categories: Categories,
         source: dict[str, Any],
         shards: Sequence[Shard],
+        protocol: ProtocolName = "coco",
     ) -> None:
         self.real_location = Location(location)
         self.categories = categories
         self.source = source  # what the shards were made from: name and digest of the json, counts
         self.shards = tuple(shards)
+        self.protocol: ProtocolName = protocol
         self.storage: Storage = LocalStorage()
 
     @property
@@ -113,7 +116,7 @@ class ShardIndex:
             categories = Categories.from_json(member(values, "categories", list))
             if not categories:
                 raise ValueError("no categories in it")
-            return cls(location, categories, source, shards)
+            return cls(location, categories, source, shards, protocol_in(values))
         except ForeignIndexError as error:
             raise ValueError(f"{Location(location).shown}/{INDEX_NAME}: {error}") from None
         except (ValueError, MemoryError) as error:
@@ -150,6 +153,7 @@ class ShardIndex:
             "categories": self.categories.to_json(),
             "source": self.source,
             "shards": [shard.to_json() for shard in self.shards],
+            **({} if self.protocol == "coco" else {"protocol": self.protocol}),
         }
         write_whole(Path(self.real_location) / INDEX_NAME, json.dumps(values, separators=(",", ":")).encode())
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .documents import parse_json
 from .images import MOST_FILE_BYTES
+from .protocols import lists_in
 from .values import MOST_ID, MOST_SIDE, described, is_number, is_whole, member, whole
 
 INDEX_NAME = "index.json"
@@ -166,7 +167,8 @@ def _rows(samples: list[Any], shard_bytes: int) -> np.ndarray:
 def entry_from_json(data: bytes) -> dict[str, Any]:
     """{"image_id", "file_name", "height", "width", "annotations", "orientation"} of a sample.
 
-    height, width: of the picture, which is the stored one turned by `orientation` (1 where none is noted).
+    height, width: of the picture, which is the stored one turned by `orientation` (1 where none is noted). The lists
+    of categories that a protocol has of an image (`protocols.IMAGE_LISTS`) are there, too, where they are noted.
     Raises ValueError for anything else.
     """
     values = parse_json(data)
@@ -177,6 +179,7 @@ def entry_from_json(data: bytes) -> dict[str, Any]:
         "width": whole(values, "width", 1, MOST_SIDE),
         "annotations": [_annotation(annotation) for annotation in member(values, "annotations", list)],
         "orientation": whole(values, "orientation", 1, 8) if "orientation" in values else 1,
+        **lists_in(values),
     }
 
 

@@ -17,7 +17,7 @@ from .text import visible
 
 _HEAD_BYTES = 4096  # blanks before a json
 _DEEPEST = 3  # folders below the root in which its json files may be
-_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.){1,4000}")')
+_FILE_NAME, _URL = (re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.){1,4000}")' % key) for key in (b"file_name", b"coco_url"))
 _LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
 _FIRST_IMAGES = 8  # that are looked for; some may be missing
 MOST_LOOKED_AT_BYTES = 16 << 20  # of a json that is none of COCO's
@@ -179,8 +179,11 @@ def _first_file_names(file: Path) -> list[str]:
         return []
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         texts = [match[1] for match in islice(_FILE_NAME.finditer(data), _FIRST_IMAGES)]
+        urls = [] if texts else [match[1] for match in islice(_URL.finditer(data), _FIRST_IMAGES)]  # LVIS v1
     names = []
-    for text in texts:
+    for text in (*texts, *urls):
         with contextlib.suppress(ValueError):  # the json is broken, and refused when it is read
-            names.append(str(parse_json(text)).replace("\\", "/"))
+            name = str(parse_json(text)).replace("\\", "/")
+            parts = name.split("/") if urls else []
+            names += ["/".join(parts[-2:]), parts[-1]] if urls else [name]
     return names

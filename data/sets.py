@@ -8,6 +8,7 @@ from typing import Any, Literal
 from .categories import Categories
 from .config import MOST_PIXELS
 from .findings import Finding
+from .protocols import ProtocolName
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Reading:
     allow_outside: images may lie outside their folder, by .., by a link or by an absolute name. most_pixels: as
     data.most_pixels. renumber: annotations get new ids, in their order. orientation: what boxes of an image with an
     EXIF orientation refer to where its size does not decide: the stored pixels, or the picture as shown. classes: where
-    the names of the classes are, of VOC and YOLO. workers: processes, 0 for one per core.
+    the names of the classes are, of VOC and YOLO. workers: processes, 0 for one per core. protocol: by which the set
+    is evaluated, in place of the one that the annotations show.
     """
 
     allow_outside: bool = False
@@ -26,6 +28,7 @@ class Reading:
     orientation: Literal["stored", "shown"] | None = None
     classes: Path | None = None
     workers: int = 0
+    protocol: ProtocolName | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class CocoImage:
 
     height, width: pixels of the picture, which is the stored one turned by `orientation` (1 to 8, as EXIF has them).
     annotations: {"id", "bbox" (xywh in pixels of the picture), "category_id", "area", "iscrowd"} each.
+    neg_category_ids, not_exhaustive_category_ids: where the set's protocol has these lists.
     """
 
     image_id: int
@@ -61,6 +65,8 @@ class CocoImage:
     width: int
     annotations: list[dict[str, Any]]
     orientation: int = 1
+    neg_category_ids: list[int] | None = None
+    not_exhaustive_category_ids: list[int] | None = None
 
     @property
     def key(self) -> str:
@@ -78,7 +84,7 @@ class CocoSet:
     """Categories, images by ascending id, and everything found wrong on the way.
 
     path: of the annotations. folder: of the images. without_area: category id -> how many boxes have no area, which
-    `images` are without.
+    `images` are without. protocol: by which detections in it are scored.
     """
 
     path: Path
@@ -88,6 +94,7 @@ class CocoSet:
     findings: list[Finding]
     folder: Path
     without_area: Mapping[int, int]
+    protocol: ProtocolName = "coco"
 
 
 @dataclass(frozen=True)

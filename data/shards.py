@@ -31,6 +31,7 @@ from .index import ShardIndex, tar_members
 from .inspection import inspect_file
 from .layout import INDEX_NAME, MOST_INDEX_BYTES, SAMPLE_DTYPE, Shard, sample_key
 from .parallel import ordered_map
+from .protocols import IMAGE_LISTS
 from .sets import CocoImage, CocoSet, Reading
 from .text import visible
 
@@ -153,7 +154,7 @@ def pack_set(
         "crowds": sum(annotation["iscrowd"] for image in coco.images for annotation in image.annotations),
         "dropped_boxes": sum(coco.without_area.values()),
     }
-    index = ShardIndex(output, coco.categories, source, [finished[job.path] for job in jobs])
+    index = ShardIndex(output, coco.categories, source, [finished[job.path] for job in jobs], coco.protocol)
     index.save()
     partials = [path for path in output.iterdir() if _LEFTOVER.fullmatch(path.name)]
     for leftover in [*(job.sidecar for job in jobs), *partials]:
@@ -241,6 +242,7 @@ def _sample_json(image: CocoImage) -> bytes:
         "width": image.width,
         "annotations": image.annotations,
         **({} if image.orientation == 1 else {"orientation": image.orientation}),
+        **{name: ids for name in IMAGE_LISTS if (ids := getattr(image, name)) is not None},
     }
     return json.dumps(values, separators=(",", ":")).encode()
 

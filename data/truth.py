@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .categories import Categories
+from .protocols import IMAGE_LISTS
 
 # One row an object. bbox: x, y, width, height in pixels of the picture; area: of the object, in square pixels.
 ANNOTATION_DTYPE = np.dtype(
@@ -26,7 +27,8 @@ _OF_IMAGE = ("file_name", "height", "width")
 class GroundTruth:
     """Images and their objects.
 
-    images: an entry of a COCO json each, with "id". annotations: rows of ANNOTATION_DTYPE.
+    images: an entry of a COCO json each, with "id", and the lists of LVIS and Open Images where the set has them.
+    annotations: rows of ANNOTATION_DTYPE.
     """
 
     images: list[dict[str, Any]]
@@ -38,7 +40,8 @@ class GroundTruth:
         images, rows = [], []
         for entry in entries:
             image_id = entry["image_id"]
-            images.append({"id": image_id, **{name: entry[name] for name in _OF_IMAGE}})
+            named = (*_OF_IMAGE, *(name for name in IMAGE_LISTS if name in entry))
+            images.append({"id": image_id, **{name: entry[name] for name in named}})
             rows += [_row(annotation, image_id) for annotation in entry["annotations"]]
         return GroundTruth(images, np.array(rows, dtype=ANNOTATION_DTYPE))
 

@@ -19,6 +19,7 @@ from ..data.findings import FIXES, Finding, summary
 from ..data.formats import EVERYTHING, read_sets
 from ..data.index import ShardIndex
 from ..data.layout import INDEX_NAME
+from ..data.protocols import SPELLED, ProtocolName
 from ..data.sets import Reading
 from ..data.shards import pack_set
 from ..data.stream import TrainStream
@@ -67,6 +68,7 @@ def pack(
             f"{place}: {index.num_samples} images with {index.source['boxes']} boxes of {len(index.categories)} "
             f"categories in {len(index.shards)} shards, {megabytes:.1f} MiB"
         )
+        say(_scored(index.protocol))
         if index.source["dropped_boxes"]:
             say(f"{index.source['dropped_boxes']} boxes without area were left out")
         if packed.warnings:
@@ -81,6 +83,7 @@ def check(
     if images is None and (path / INDEX_NAME).exists():
         with progress_bar() as progress:
             findings = check_shards(path, workers=workers, most_pixels=reading.most_pixels, progress=progress)
+        say(_scored(ShardIndex.read(path).protocol))
         return _told(str(path), findings)
     with progress_bar() as progress:
         sets = read_sets(path, images, replace(reading, workers=workers), split=split, progress=progress)
@@ -88,8 +91,13 @@ def check(
     for name, coco in sets.items():
         with progress_bar() as progress:
             findings = check_set(coco, workers=workers, most_pixels=reading.most_pixels, progress=progress)
+        say(_scored(coco.protocol))
         right.append(_told(f"{path}, {name}" if len(sets) > 1 else str(path), findings))
     return all(right)
+
+
+def _scored(protocol: ProtocolName) -> str:
+    return f"detections in it are scored by the protocol of {SPELLED[protocol]}"
 
 
 def _told(place: str, findings: list[Finding]) -> bool:

@@ -9,6 +9,7 @@ from .arguments import Overrides
 
 ACTS = ("model.backbone", "data.most_pixels")  # the privileged settings that these commands use
 OrientationName = Literal["stored", "shown"]
+ProtocolName = Literal["coco", "lvis", "openimages"]
 AllowOutside = Annotated[
     bool,
     typer.Option(
@@ -40,6 +41,12 @@ Classes = Annotated[
     ),
 ]
 Split = Annotated[str | None, typer.Option(help="Which split of an export's root to read (default: all of them).")]
+Protocol = Annotated[
+    ProtocolName | None,
+    typer.Option(
+        help="How detections in the set are scored, kept with the shards (default: by what the annotations hold)."
+    ),
+]
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Turn annotated images into shards; check them, make them, look at them."
@@ -72,6 +79,7 @@ def data_pack(
     orientation: Orientation = None,
     classes: Classes = None,
     split: Split = None,
+    protocol: Protocol = None,
 ) -> None:
     """Pack annotations and images into indexed tar shards, in parallel.
 
@@ -93,7 +101,7 @@ def data_pack(
         workers=workers,
         shard_megabytes=shard_megabytes,
         drop_degenerate=drop_degenerate,
-        reading=Reading(allow_outside, most_pixels, renumber, orientation, classes),
+        reading=Reading(allow_outside, most_pixels, renumber, orientation, classes, protocol=protocol),
         split=split,
     )
 
@@ -111,6 +119,7 @@ def data_check(
     orientation: Orientation = None,
     classes: Classes = None,
     split: Split = None,
+    protocol: Protocol = None,
 ) -> None:
     """Find bad boxes, missing or broken images, unknown categories and duplicates, and say which.
 
@@ -121,7 +130,7 @@ def data_check(
     from ..data.sets import Reading
     from .data import check
 
-    reading = Reading(allow_outside, most_pixels, renumber, orientation, classes)
+    reading = Reading(allow_outside, most_pixels, renumber, orientation, classes, protocol=protocol)
     if not check(path, images, workers=workers, reading=reading, split=split):
         raise typer.Exit(1)
 
