@@ -303,8 +303,13 @@ class EvalConfig(Section):
     batch_size: int = setting(
         4, "images of one exact size that are evaluated together", unit="images per forward pass", gt=0, le=1024
     )
-    top_k: int = setting(
-        100, "most detections, over all queries and classes", unit="detections per image", gt=0, le=100_000
+    top_k: int | None = setting(
+        None,
+        "most detections, over all queries and classes; by default as many as the set's protocol counts, of COCO and "
+        "Open Images 100, of LVIS 300, and 100 for `ddetr predict`",
+        unit="detections per image",
+        gt=0,
+        le=100_000,
     )
     scorer: Literal["hotcoco", "pycocotools"] = setting(
         "hotcoco", "the library that computes the scores; its numbers are those of pycocotools, which is slower"

@@ -8,6 +8,7 @@ from typing import Any
 
 from .values import MOST_ID, as_whole, described, member, whole
 
+MOST_ABOVE = 64  # categories that one is a kind of; Open Images has up to five
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent, as LVIS has them
 
 
@@ -35,6 +36,8 @@ class Categories:
             repeated = sorted(category_id for category_id, count in Counter(self.ids).items() if count > 1)
             raise ValueError(f"categories: every id must be unique, repeated: {reprlib.repr(repeated)}")
         object.__setattr__(self, "_labels", labels)
+        for category_id in self.parents:
+            self.above(category_id)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,12 +58,17 @@ class Categories:
         return replace(self, **attributes)
 
     def above(self, category_id: int) -> list[int]:
-        """The category itself and all that it is a kind of, each once, the nearest first."""
+        """The category itself and all that it is a kind of, each once, the nearest first.
+
+        Raises ValueError for more than MOST_ABOVE.
+        """
         found = {category_id: None}  # a set, in order
         for id_ in (waiting := [category_id]):
             new = [parent for parent in self.parents.get(id_, ()) if parent not in found]
             found |= dict.fromkeys(new)
             waiting += new
+            if len(found) > MOST_ABOVE + 1:
+                raise ValueError(f"categories: more than {MOST_ABOVE} stand above {category_id}")
         return list(found)
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def _images(
 
 
 def _stated_name(entry: Any, folder: Path) -> Any:
-    """An image's file_name. LVIS v1 has the end of coco_url: the file lies in the folder of its split, or in `folder`."""
+    """An image's file_name. LVIS v1 has its coco_url alone: the file is in the folder of its split, or in `folder`."""
     name, url = member_of(entry, "file_name"), member_of(entry, "coco_url")
     if name is not None or not isinstance(url, str):
         return name

@@ -32,8 +32,8 @@ FIXES = {
     "no boxes": "a detector learns nothing from it and no AP can be computed: look whether this is the right set",
     "lost boxes": "correct the boxes: no --drop-degenerate leaves out all boxes of a class",
     # of LVIS and Open Images
-    "missing frequency": "nothing to do if none is known: the category counts in no AP of rare, common or frequent ones",
-    "missing list": "nothing to do if none is known: detections of classes without a box on the image do not count then",
+    "missing frequency": "nothing to do if it is not known: no AP of rare, common or frequent ones has the category",
+    "missing list": "nothing to do if it is not known: on this image, detections of classes without a box do not count",
     # files
     "outside image": "move the image into the folder and correct file_name; --allow-outside reads it where it is",
     "not a file": "put an ordinary file in its place: pipes and devices are not read",

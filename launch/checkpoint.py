@@ -220,7 +220,8 @@ def _scores(found: Result) -> str:
     images = f" on {found.images} images" if found.images else ""
     if math.isnan(found.metrics[found.headline]):
         return f"no score{images}: the model gave infinities or NaN"
-    return in_brief(found.metrics, found.headline) + images
+    departure = f", {found.departure}" if found.departure else ""
+    return in_brief(found.metrics, found.headline, found.protocol) + images + departure
 
 
 def _resumable(folder: Path) -> str:

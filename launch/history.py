@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checkpoint.weights import STEP, WEIGHTS
-from ..core.evaluation import result
+from ..core.evaluation import result, tally
 from ..core.training.reports import EvaluationReport, StepReport
 from ..data import documents
+from ..data.protocols import PROTOCOLS
 from ..data.text import visible
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
@@ -73,7 +74,7 @@ def read(run_directory: Path) -> History:
             steps.append(_with_sums(entry, steps[-1]["step"] if steps else 0))
         elif entry.get("kind") == "evaluation":
             evaluations = [earlier for earlier in evaluations if earlier["step"] < entry["step"]]
-            evaluations.append({"headline": FIRST_HEADLINE, **entry})
+            evaluations.append({"headline": FIRST_HEADLINE, "protocol": "coco", **entry})
     chosen, others = _of_one_measure(evaluations, _results(run_directory, steps, unreadable))
     return History(steps, chosen, _lines(run_directory / EVENTS, _has_time, unreadable), others, unreadable)
 
@@ -146,7 +147,8 @@ def _is_metric(entry: Entry) -> bool:
 
 def _is_evaluation(entry: Entry) -> bool:
     metrics, headline = entry.get("metrics", {}), entry.get("headline", FIRST_HEADLINE)
-    has_scores = _are_amounts(metrics, result.MOST_SCORES) and isinstance(headline, str) and headline in metrics
+    has_scores = _are_amounts(metrics, tally.MOST_SCORES) and isinstance(headline, str) and headline in metrics
+    has_scores = has_scores and entry.get("protocol", "coco") in PROTOCOLS and _is_count(entry.get("top_k") or 0)
     return has_scores and _has_counts(entry) and _is_span(entry.get("seconds"))
 
 
@@ -165,7 +167,7 @@ def _are_amounts(values: Any, most: int) -> bool:
     """At most so many numbers, under names that can be shown."""
     if not isinstance(values, dict) or len(values) > most:
         return False
-    return all(len(name) <= result.LONGEST_SCORE and _is_amount(value) for name, value in values.items())
+    return all(len(name) <= tally.LONGEST_SCORE and _is_amount(value) for name, value in values.items())
 
 
 def _has_counts(entry: Entry) -> bool:

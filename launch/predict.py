@@ -10,6 +10,7 @@ from PIL import Image
 from ..core.checkpoint import TrainedDetector, load_detector
 from ..core.checkpoint.published import published_categories
 from ..core.evaluation.evaluator import category_ids
+from ..core.evaluation.scores import most_detections
 from ..core.model.postprocess import Detections, detections
 from ..core.training.world import device_for
 from ..data.batch import collate, normalised
@@ -85,7 +86,7 @@ def detect_image(detector: TrainedDetector, pixels: Any, device: torch.device) -
     """The detections of one RGB image (height, width, 3) uint8, best first, on the CPU."""
     batch = collate([evaluation_sample(pixels, detector.config.data)]).batch().to(device)
     predictions = detector.model(normalised(batch.images, batch.padding_mask), batch.padding_mask)
-    found = detections(predictions, batch.original_sizes, detector.config.eval.top_k)[0]
+    found = detections(predictions, batch.original_sizes, most_detections(detector.config.eval, "coco"))[0]
     return replace(found, scores=found.scores.cpu(), labels=found.labels.cpu(), boxes_xyxy=found.boxes_xyxy.cpu())
 
 

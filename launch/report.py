@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.evaluation.scores import PROTOCOLS, meanings
+from ..core.evaluation.scores import OF_SETS, departure, meanings
 from ..data.files import write_whole
 from . import failure_section as failures
 from . import history
@@ -140,7 +140,8 @@ def _names(run: RunLog) -> list[str]:
 def _precision(run: RunLog) -> str:
     if not run.evaluations:
         return '<h2>Precision</h2><p class="card empty">No evaluation has been recorded yet.</p>'
-    last, known = run.evaluations[-1], meanings()
+    last = run.evaluations[-1]
+    known = meanings(last["protocol"])
     rows = []
     for name in _names(run):
         values = [(_score(record, name), record["epoch"] + 1) for record in run.evaluations]
@@ -167,6 +168,8 @@ def _precision(run: RunLog) -> str:
         f"Last evaluation: step {number(last['step'])}, {number(last['images'])} images, {duration(last['seconds'])}. "
         "A dash means that the images have no such objects, or that the model gave infinities or NaN."
     )
+    if beside := departure(last["protocol"], last.get("top_k")):
+        note += f" All are {beside}."
     if run.history.others:
         note += f" {run.history.others} evaluation(s) on other sets or with other settings are not shown."
     return (
@@ -180,7 +183,7 @@ def _charts(run: RunLog) -> list[tuple[str, Sequence[str]]]:
     first, *others = _names(run)
     kin = [name for name in others if name.startswith(first)]
     sizes = [name for name in kin if name.startswith(f"{first}_")]
-    shown = {name for protocol in PROTOCOLS if first in protocol.meanings for name in protocol.meanings} | set(kin)
+    shown = {*OF_SETS[run.evaluations[-1]["protocol"]].meanings, *kin}
     drawn = [
         (f"{brief(first)} over steps", [first, *(name for name in kin if name not in sizes)]),
         (f"{brief(first)} by object size", sizes),

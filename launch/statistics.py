@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from ..core.config import Config, ConfigError, changed, with_classes
-from ..core.evaluation.scores import headline
+from ..core.evaluation.scores import headline, most_detections
 from ..core.overrides import read
 from ..data.config import LONGEST_SIDE, DataConfig
 from ..data.index import ShardIndex, lack_of_objects
@@ -38,7 +38,9 @@ def stats(shards: Path, config: Config, ranks: int) -> None:
     console.print(_classes(index, objects))
     console.print(_as_seen(index, objects, config, ranks))
     if lack := lack_of_objects(len(objects), int(objects["iscrowd"].sum())):
-        console.print(f"{lack}: no detector can be trained on this set, and evaluations on it give no {headline()}")
+        console.print(
+            f"{lack}: no detector can be trained on this set, and evaluations on it give no {headline(index.protocol)}"
+        )
         return
     suggested = suggestions(index, objects, config, ranks)
     console.print("settings to change:" if suggested else "no setting needs to be changed for this set")
@@ -251,7 +253,7 @@ def _queries(seen: _Set, config: Config) -> _Remedies:
 
 
 def _top_k(seen: _Set, config: Config) -> _Remedies:
-    model, top_k = config.model, config.eval.top_k
+    model, top_k = config.model, most_detections(config.eval, seen.index.protocol)
     detections = np.minimum(model.queries, _places(seen, config))
     if model.classification == "sigmoid":
         detections = detections * model.num_classes

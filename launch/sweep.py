@@ -28,7 +28,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..core.config import Config, came_with_weights, changed, dump, load
-from ..core.evaluation.scores import headline, meanings
+from ..core.evaluation.scores import OF_SETS, headline, meanings
 from ..core.mistakes import ConfigError, brief, described, listed
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
@@ -117,8 +117,9 @@ class Sweep(_Part):
     @field_validator("metric")
     @classmethod
     def _is_a_score(cls, metric: str) -> str:
-        if metric not in meanings():
-            raise ValueError(f"expected one of {', '.join(meanings())}, got {metric!r}")
+        known = {name: None for protocol in OF_SETS for name in meanings(protocol)}
+        if metric not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, got {metric!r}")
         return metric
 
 
@@ -186,7 +187,7 @@ def _refused(sweep: Sweep, base: Config) -> list[str]:
         without = dump(config.model_copy(update={"optim": base.optim}))
         if without not in known:
             try:
-                check_beforehand(config)
+                check_beforehand(config, sweep.metric)
                 known[without] = []
             except (OSError, ValueError) as error:
                 known[without] = [str(error)]

@@ -20,7 +20,7 @@ from ..core.checkpoint.manifest import verify
 from ..core.config import Config, dump, gives_classes, with_classes
 from ..core.evaluation.evaluator import without_score_of
 from ..core.evaluation.result import Measure, is_evaluated
-from ..core.evaluation.scores import check_protocols, headline
+from ..core.evaluation.scores import check_protocols, check_scorer, headline, meanings
 from ..core.model import pretrained
 from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
@@ -144,13 +144,15 @@ def run(
     return run_directory
 
 
-def check_beforehand(config: Config) -> None:
+def check_beforehand(config: Config, metric: str | None = None) -> None:
     """All that a `run` of one rank finds out about a configuration before it makes anything, and whether it will have
-    a score, which a search needs. Raises what it raises, and ValueError.
+    the score `metric`, by which a search goes. Raises what it raises, and ValueError.
     """
     config, index, validation_index = _open_data(config)
     if validation_index and validation_index.lack:
         raise ValueError(without_score_of(validation_index))
+    if validation_index and metric and metric not in (scores := meanings(validation_index.protocol)):
+        raise ValueError(f"metric: {validation_index.location} has no {metric}; its scores are {', '.join(scores)}")
     training_stream(config, index, World(0, 1, 0, torch.device("cpu")))
     deepspeed_config(config)
     _fit_initial_weights(_without_weights(config), config, index.categories)
@@ -176,6 +178,7 @@ def _open_data(config: Config) -> tuple[Config, ShardIndex, ShardIndex | None]:
             f"leave it out, or set model.num_classes={count}"
         )
     if validation_index:
+        check_scorer(validation_index, config.eval)
         known = dict(zip(train_index.categories.ids, train_index.categories.names, strict=True))
         remedy = "Pack validation shards from data with all or some of the categories of training"
         where, place = "the training shards", train_index.location
@@ -196,7 +199,8 @@ def _told_of_validation(config: Config, train: ShardIndex, validation: ShardInde
     if validation.lack:
         return [without_score_of(validation)]
     listed, all_ = len(validation.categories), len(train.categories)
-    few = f"{validation.location} lists {listed} of the {all_} categories of training: {headline()} is of these alone"
+    score = headline(validation.protocol)
+    few = f"{validation.location} lists {listed} of the {all_} categories of training: {score} is of these alone"
     return [few] if listed < all_ else []
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...data.categories import Categories
 from ...data.documents import parse_json
 from ...data.values import member, whole
-from ..config import Config, ConfigError, EvalConfig, changed, parse, without_logins
+from ..config import Config, ConfigError, changed, parse, without_logins
 from ..mistakes import brief
 from .published import Published, from_published, is_published, published_config, read_published, unwrapped
 from .weights import Shapes, StoredTensors, read_newest, shapes_of
@@ -58,8 +58,7 @@ def contents_of(file: Path, overrides: Sequence[str]) -> Contents:
         if published.taken:
             log.warning("%s", published.taken)
         model_config = published_config(named, published.arguments, file)
-        top_k = min(EvalConfig().top_k, model_config.queries * model_config.num_classes)
-        stored, categories, step, epochs = Config(model=model_config, eval=EvalConfig(top_k=top_k)), None, None, None
+        stored, categories, step, epochs = Config(model=model_config), None, None, None
         weights: Mapping[str, Tensor] = from_published(named)
         shapes = shapes_of(weights)
     else:

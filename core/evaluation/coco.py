@@ -63,22 +63,29 @@ def coco_tally(image_ids: np.ndarray, categories: Categories, scorer: Scorer) ->
 
 
 class CocoTally(Tally):
-    """COCO's protocol by hotcoco. image_ids: of all images of the set."""
+    """COCO's protocol by hotcoco. image_ids: of all images of the set.
+
+    names: of the scores, in hotcoco's order. federated: whether it counts as LVIS does.
+    """
+
+    names: tuple[str, ...] = tuple(MEANINGS)
+    federated = False
 
     def __init__(self, image_ids: np.ndarray, categories: Categories) -> None:
+        self._categories = categories
         # Their numbers in the order of the ids, in which pycocotools counts; the ids may exceed what a float64 holds.
         self._image_ids = np.sort(image_ids)
         self._category_ids = np.sort(np.array(categories.ids, dtype=np.int64))
-        names = dict(zip(categories.ids, categories.names, strict=True))
-        listed = [{"id": n, "name": names[id_]} for n, id_ in enumerate(self._category_ids.tolist())]
-        self._counting = hotcoco.StreamingEval(listed, "bbox")
+        items = {item["id"]: item for item in categories.to_json()}
+        listed = [{**items[id_], "id": n} for n, id_ in enumerate(self._category_ids.tolist())]
+        self._counting = hotcoco.StreamingEval(listed, "bbox", lvis_style=self.federated)
         self._evaluation: hotcoco.COCOeval | None = None
 
     def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
         rows = truth.annotations
         columns = (
             self._image(rows["image_id"]).tolist(),
-            np.searchsorted(self._category_ids, rows["category_id"]).tolist(),
+            self._category(rows["category_id"]).tolist(),
             *(rows[name].tolist() for name in ("bbox", "area")),
             rows["iscrowd"].astype(int).tolist(),
         )
@@ -86,10 +93,9 @@ class CocoTally(Tally):
         annotations = [
             {"id": n, **dict(zip(names, row, strict=True))} for n, row in enumerate(zip(*columns, strict=True), start=1)
         ]
-        images = [{"id": n} for n in self._image(np.array([image["id"] for image in truth.images], np.int64)).tolist()]
-        categories = np.searchsorted(self._category_ids, detections["category_id"])
+        categories = self._category(detections["category_id"])
         table = [self._image(detections["image_id"]), detections["bbox"], detections["score"], categories]
-        self._counting.update(images, annotations, np.column_stack(table).astype(np.float64))
+        self._counting.update(self._images(truth), annotations, np.column_stack(table).astype(np.float64))
 
     def to_bytes(self) -> bytes:
         return self._counting.to_bytes()
@@ -100,7 +106,7 @@ class CocoTally(Tally):
 
     def scores(self) -> dict[str, float]:
         self.evaluation().summary_lines()  # makes `stats`
-        return {name: float(value) for name, value in zip(MEANINGS, self.evaluation().stats, strict=True)}
+        return {name: float(value) for name, value in zip(self.names, self.evaluation().stats, strict=True)}
 
     def evaluation(self) -> hotcoco.COCOeval:
         """What hotcoco made of it: images and categories by their place in the order of the ids."""
@@ -109,8 +115,15 @@ class CocoTally(Tally):
             self._evaluation.accumulate()
         return self._evaluation
 
+    def _images(self, truth: GroundTruth) -> list[dict[str, Any]]:
+        """The images' entries under their numbers."""
+        return [{"id": n} for n in self._image(np.array([image["id"] for image in truth.images], np.int64)).tolist()]
+
     def _image(self, ids: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._image_ids, ids)
+
+    def _category(self, ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._category_ids, ids)
 
 
 def _by_pycocotools(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
 from .columns import DETECTION_DTYPE
 from .result import PARTS, Measure, Result
-from .scores import Tallies, headline
+from .scores import Tallies, headline, most_detections
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ def evaluate_shards(
     Raises SampleError for more damaged images than data.most_bad_samples allows.
     """
     config, num_bad = detector.config, 0
+    top_k = most_detections(config.eval, index.protocol)
     batches = evaluation_batches(index, shards, config.data, batch_size=config.eval.batch_size)
     began = time.perf_counter()
     for shard, parts in groupby(until(stop, batches), key=lambda part: part.shard):
@@ -61,7 +62,7 @@ def evaluate_shards(
         for part in parts:
             decoded = time.perf_counter()
             if part.batch is not None:
-                detections, not_finite = detect(detector, part.batch.to(torch.device(device)))
+                detections, not_finite = detect(detector, part.batch.to(torch.device(device)), top_k)
                 found.append(detections)
                 num_not_finite += not_finite
             entries += part.entries
@@ -88,11 +89,11 @@ def check_damage(num_bad: int, last: str, index: ShardIndex, most: float) -> Non
 
 
 @torch.inference_mode()
-def detect(detector: TrainedDetector, batch: Batch) -> tuple[np.ndarray, int]:
-    """Detections in one batch, rows of DETECTION_DTYPE; and how many queries are not finite."""
+def detect(detector: TrainedDetector, batch: Batch, top_k: int) -> tuple[np.ndarray, int]:
+    """The best `top_k` detections in each image, rows of DETECTION_DTYPE; and how many queries are not finite."""
     images = normalised(batch.images, batch.padding_mask)
     predictions = detector.model(images, batch.padding_mask)
-    results = top_detections(predictions, batch.original_sizes, detector.config.eval.top_k)
+    results = top_detections(predictions, batch.original_sizes, top_k)
     counts = [len(result.scores) for result in results]
     found = np.empty(sum(counts), dtype=DETECTION_DTYPE)
     boxes_xywh = torch.cat([result.boxes_xyxy for result in results])
@@ -158,7 +159,9 @@ class Count:
         parts = found.seconds | {"scoring": found.seconds.get("scoring", 0) + now - scoring}
         return Result(
             metrics=metrics,
-            headline=headline(),
+            headline=headline(self._index.protocol),
+            protocol=self._index.protocol,
+            top_k=most_detections(detector.config.eval, self._index.protocol),
             images=found.images,
             num_not_finite=found.num_not_finite,
             num_bad=len(found.bad_samples),
@@ -202,4 +205,4 @@ def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:
 
 def without_score_of(index: ShardIndex) -> str:
     """The warning for shards without objects to evaluate on."""
-    return f"{index.location}: {index.lack}, so evaluations on it give no {headline()} (-1)"
+    return f"{index.location}: {index.lack}, so evaluations on it give no {headline(index.protocol)} (-1)"

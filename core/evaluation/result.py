@@ -20,11 +20,14 @@ from typing import Any, BinaryIO
 from ...data.documents import as_json, parse_json
 from ...data.files import file_sha256, write_whole
 from ...data.index import ShardIndex
+from ...data.protocols import ProtocolName, protocol_in
 from ...data.text import file_name, visible
 from ...data.values import described, is_number, member, whole
 from ..checkpoint.manifest import MANIFEST, read_manifest
 from ..checkpoint.weights import WEIGHTS
 from ..config import Config
+from .scores import departure, most_detections
+from .tally import LONGEST_SCORE, MOST_SCORES
 
 EVALUATION = "evaluation.json"
 _VERSION = 2
@@ -32,7 +35,6 @@ _OF_FIRST_RELEASE = "metrics.json"  # of its `ddetr eval`
 _MOST_BYTES = 1 << 20
 _LOCK_SECONDS = 60.0
 PARTS = ("decoding", "model", "scoring")  # of an evaluation's work
-MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ class Measure:
     def of(config: Config, index: ShardIndex) -> "Measure":
         """The measure of an evaluation with this configuration on these shards."""
         seen = {name: getattr(config.data, name) for name in ("validation_short_side", "long_side")}
-        settings = json.dumps({**seen, "top_k": config.eval.top_k}, sort_keys=True)
+        counted = {"top_k": most_detections(config.eval, index.protocol)}
+        if index.protocol != "coco":  # the same shards may have another index
+            counted |= {"protocol": index.protocol, "categories": index.categories.to_json()}
+        settings = json.dumps({**seen, **counted}, sort_keys=True)
         shards = "\n".join(shard.sha256 for shard in index.shards)
         return Measure(*(hashlib.sha256(text.encode()).hexdigest() for text in (shards, settings)))
 
@@ -68,6 +73,8 @@ class Result:
     epochs: int | None  # that were done then
     weights: str | None  # sha256 of the file of weights; None: of the first release
     measure: Measure | None  # None: of the first release, by the run itself
+    protocol: ProtocolName = "coco"  # of the set
+    top_k: int | None = None  # most detections of an image; None: not recorded, by earlier versions
     num_bad: int = 0  # damaged images, which are left out
     parts: Mapping[str, float] = field(default_factory=dict)  # seconds of each of PARTS, of all processes together
 
@@ -75,6 +82,11 @@ class Result:
         """The score of this name, 0 to 1; NaN if there is none."""
         score = self.metrics.get(name, math.nan)
         return score if score >= 0 else math.nan
+
+    @property
+    def departure(self) -> str:
+        """What is to be said beside the numbers where they are not of as many detections as the protocol counts."""
+        return departure(self.protocol, self.top_k)
 
     @property
     def shares(self) -> str:
@@ -223,6 +235,8 @@ def _result(item: Any) -> Result:
         epochs=None if item.get("epochs") is None else whole(item, "epochs"),
         weights=digests["weights"],
         measure=Measure(shards, settings) if shards and settings else None,
+        protocol=protocol_in(item),
+        top_k=None if item.get("top_k") is None else whole(item, "top_k", least=1),
         num_bad=whole(item, "num_bad") if "num_bad" in item else 0,
         parts=_seconds_of_parts(item.get("parts", {})),
         **times,

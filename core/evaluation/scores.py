@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...data.index import ShardIndex
+from ...data.protocols import SPELLED, ProtocolName
 from ...data.text import visible
 from ...data.truth import GroundTruth
 from ..config import EvalConfig
-from .coco import MEANINGS, coco_tally
+from . import coco, lvis, openimages
 from .columns import counted
-from .result import LONGEST_SCORE
-from .tally import Score, Tally, Whole
+from .tally import LONGEST_SCORE, Score, Tally, Whole
 
 
 @dataclass(frozen=True)
 class Protocol:
     """A way to score detections.
 
-    meanings: what each of its numbers is, by name, in the order in which they are shown. headline: the one by which
-    checkpoints are compared. brief: those for which a line has room. tally: an empty count over the images of a set,
-    which gives the numbers by name.
+    meanings: what each of its numbers is, by name, in the order in which they are shown. headline: the one that stands
+    for all. brief: those for which a line has room. tally: an empty count over the images of a set, which gives the
+    numbers by name.
     """
 
     meanings: Mapping[str, str]
@@ -41,27 +41,48 @@ class Protocol:
         return Protocol(meanings, headline, brief, lambda index, _: Whole(score, index.categories))
 
 
-COCO = Protocol(
-    MEANINGS,
-    "AP",
-    ("AP", "AP50", "AP75", "AP_small"),
-    lambda index, config: coco_tally(index.samples["image_id"], index.categories, config.scorer),
-)
+@dataclass(frozen=True)
+class SetProtocol(Protocol):
+    """One that the index of a set may name. detections_per_image: how many it counts, the best ones."""
 
-# All that an evaluation computes; the first one's headline is what retention, searches, progress and alerts go by.
-# Code that shows scores takes the names from the result.
-PROTOCOLS: list[Protocol] = [COCO]
+    detections_per_image: int
 
+
+# The headline of a set's protocol is what retention, searches, progress and alerts go by.
+OF_SETS: dict[ProtocolName, SetProtocol] = {
+    "coco": SetProtocol(
+        coco.MEANINGS,
+        "AP",
+        ("AP", "AP50", "AP75", "AP_small"),
+        lambda index, config: coco.coco_tally(index.samples["image_id"], index.categories, config.scorer),
+        100,
+    ),
+    "lvis": SetProtocol(
+        lvis.MEANINGS,
+        "AP",
+        ("AP", "AP_rare", "AP_common", "AP_frequent"),
+        lambda index, _: lvis.LvisTally(index.samples["image_id"], index.categories),
+        300,
+    ),
+    "openimages": SetProtocol(
+        openimages.MEANINGS, "AP", ("AP",), lambda index, _: openimages.OpenImagesTally(index.categories), 100
+    ),
+}
+
+# What an evaluation computes besides, on every set. Code that shows scores takes the names from the result.
+PROTOCOLS: list[Protocol] = []
 
 RESERVED = ("epochs", "step")  # which a search reports with the scores
 
 
 class Tallies:
-    """The tallies of all protocols over the images of a set."""
+    """The tallies of the set's protocol and of PROTOCOLS over the images of a set."""
 
     def __init__(self, index: ShardIndex, config: EvalConfig) -> None:
-        self._categories = index.categories
-        self._tallies = [(protocol, protocol.tally(index, config)) for protocol in PROTOCOLS]
+        check_scorer(index, config)
+        self._categories, self._meanings = index.categories, meanings(index.protocol)
+        protocols = [OF_SETS[index.protocol], *PROTOCOLS]
+        self._tallies = [(protocol, protocol.tally(index, config)) for protocol in protocols]
 
     def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
         """Count further images. detections: rows of DETECTION_DTYPE."""
@@ -89,7 +110,7 @@ class Tallies:
         ValueError when a protocol computes other scores than it names.
         """
         if num_not_finite:
-            return dict.fromkeys(meanings(), math.nan)
+            return dict.fromkeys(self._meanings, math.nan)
         found: dict[str, float] = {}
         for protocol, tally in self._tallies:
             scores = tally.scores()
@@ -98,7 +119,7 @@ class Tallies:
                     f"a protocol promises the scores {list(protocol.meanings)} and computed {list(scores)}"
                 )
             found |= scores
-        return {name: found[name] for name in meanings()}
+        return {name: found[name] for name in self._meanings}
 
 
 def _parts(data: bytes) -> list[bytes]:
@@ -110,9 +131,19 @@ def _parts(data: bytes) -> list[bytes]:
     return parts
 
 
+def check_scorer(index: ShardIndex, config: EvalConfig) -> None:
+    """Raise ValueError unless eval.scorer knows the protocol of the set."""
+    if config.scorer == "pycocotools" and index.protocol != "coco":
+        raise ValueError(
+            f"eval.scorer=pycocotools scores by COCO's protocol alone, and {index.location} is a set of "
+            f"{SPELLED[index.protocol]}; leave it out"
+        )
+
+
 def check_protocols() -> None:
     """Raises ValueError that names what is wrong with PROTOCOLS, before anything is computed."""
-    names = [name for protocol in PROTOCOLS for name in protocol.meanings]
+    own = [name for protocol in PROTOCOLS for name in protocol.meanings]
+    names = [*{name for protocol in OF_SETS.values() for name in protocol.meanings}, *own]
     if twice := [name for name, count in Counter(names).items() if count > 1 or name in RESERVED]:
         raise ValueError(f"scores: the name {twice[0]!r} is taken: give the score of one protocol another")
     if long := [name for name in names if len(name) > LONGEST_SCORE or name != visible(name)]:
@@ -122,18 +153,32 @@ def check_protocols() -> None:
             raise ValueError(f"scores: a protocol of {list(protocol.meanings)} has no {min(unknown)!r} to show")
 
 
-def headline() -> str:
-    """The name of the score by which checkpoints are compared."""
-    return PROTOCOLS[0].headline
+def headline(protocol: ProtocolName = "coco") -> str:
+    """The name of the score by which checkpoints are compared on a set of this protocol."""
+    return OF_SETS[protocol].headline
 
 
-def meanings() -> dict[str, str]:
-    """What every score is, by name, in their order."""
-    return {name: meaning for protocol in PROTOCOLS for name, meaning in protocol.meanings.items()}
+def meanings(protocol: ProtocolName) -> dict[str, str]:
+    """What every score of a set of this protocol is, by name, in their order."""
+    found = (OF_SETS[protocol], *PROTOCOLS)
+    return {name: meaning for each in found for name, meaning in each.meanings.items()}
 
 
-def in_brief(metrics: Mapping[str, float], headline: str) -> str:
+def most_detections(config: EvalConfig, protocol: ProtocolName) -> int:
+    """How many detections of an image are scored: eval.top_k, by default as many as the set's protocol counts."""
+    return config.top_k or OF_SETS[protocol].detections_per_image
+
+
+def departure(protocol: ProtocolName, top_k: int | None) -> str:
+    """What is to be said beside numbers of at most so many detections an image: "" where the protocol has as many."""
+    usual = OF_SETS[protocol].detections_per_image
+    if top_k in (None, usual):
+        return ""
+    return f"with at most {top_k} detections an image, where {SPELLED[protocol]} counts {usual}"
+
+
+def in_brief(metrics: Mapping[str, float], headline: str, protocol: ProtocolName = "coco") -> str:
     """The scores of a result in a line: AP 0.412, AP50 0.605, ...; last those that no protocol here knows."""
-    known = [name for protocol in PROTOCOLS for name in protocol.brief if name in metrics]
-    unknown = [name for name in metrics if name not in meanings()]
+    known = [name for each in (OF_SETS[protocol], *PROTOCOLS) for name in each.brief if name in metrics]
+    unknown = [name for name in metrics if name not in meanings(protocol)]
     return ", ".join(f"{name} {metrics[name]:.3f}" for name in dict.fromkeys([headline, *known, *unknown]))

@@ -12,6 +12,7 @@ from ...data.categories import Categories
 from ...data.truth import ANNOTATION_DTYPE, GroundTruth
 from .columns import DETECTION_DTYPE, to_coco
 
+MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 Score = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, float]]
 
 
@@ -41,11 +42,10 @@ class Tally(ABC):
         """
 
 
-class Whole(Tally):
-    """Keeps everything, for a function that scores a COCO dictionary and detections in COCO's result format."""
+class Kept(Tally):
+    """Keeps everything, for a score that needs it at once."""
 
-    def __init__(self, score: Score, categories: Categories) -> None:
-        self._score, self._categories = score, categories
+    def __init__(self) -> None:
         self._parts: list[tuple[GroundTruth, np.ndarray]] = []
 
     def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
@@ -53,7 +53,7 @@ class Whole(Tally):
             self._parts.append((truth, detections))
 
     def to_bytes(self) -> bytes:
-        truth, detections = self._joined()
+        truth, detections = self.joined()
         images = np.frombuffer(json.dumps(truth.images).encode(), dtype=np.uint8)
         file = io.BytesIO()
         np.savez(file, images=images, annotations=truth.annotations, detections=detections)
@@ -70,13 +70,21 @@ class Whole(Tally):
                 raise ValueError(f"not a tally: columns {annotations.dtype} and {detections.dtype}")
             self.add(GroundTruth(json.loads(images.tobytes()), annotations), detections)
 
-    def scores(self) -> dict[str, float]:
-        truth, detections = self._joined()
-        return self._score(truth.to_coco(self._categories), to_coco(detections))
-
-    def _joined(self) -> tuple[GroundTruth, np.ndarray]:
-        """In an order that does not depend on who evaluated what."""
+    def joined(self) -> tuple[GroundTruth, np.ndarray]:
+        """All of it, in an order that does not depend on who evaluated what."""
         parts = sorted(self._parts, key=lambda part: part[0].images[0]["id"])
         # Of one type: concatenating records of several corrupts memory (numpy 2.4.6).
         found = [detections for _, detections in parts] or [np.empty(0, dtype=DETECTION_DTYPE)]
         return GroundTruth.joined([truth for truth, _ in parts]), np.concatenate(found)
+
+
+class Whole(Kept):
+    """For a function that scores a COCO dictionary and detections in COCO's result format."""
+
+    def __init__(self, score: Score, categories: Categories) -> None:
+        super().__init__()
+        self._score, self._categories = score, categories
+
+    def scores(self) -> dict[str, float]:
+        truth, detections = self.joined()
+        return self._score(truth.to_coco(self._categories), to_coco(detections))

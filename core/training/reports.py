@@ -182,7 +182,8 @@ class Progress:
         if result.num_not_finite and not self.quiet:
             log.error("step %d: %s", step, without_score(result.num_not_finite))
             return
-        scores = in_brief(result.metrics, result.headline)
+        scores = in_brief(result.metrics, result.headline, result.protocol)
+        scores += f" ({result.departure})" if result.departure else ""
         self.line(
             f"evaluated step {step} on {result.images} images in {result.seconds:.1f} s ({result.shares}): {scores}"
         )

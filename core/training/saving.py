@@ -126,7 +126,8 @@ def prune(checkpoints: Iterable[Path], keep: int, measure: Measure | None = None
         except (OSError, ValueError) as error:
             log.warning("%s: its checkpoint is kept", error)
             unread.add(path)
-    scores = {path: found.score(headline()) for path, found in result.comparable(results, measure).items()}
+    compared = result.comparable(results, measure)
+    scores = {path: found.score(headline(found.protocol)) for path, found in compared.items()}
     best = max((path for path, score in scores.items() if score >= 0), key=lambda path: scores[path], default=None)
     surplus = [path for path in checkpoints[:-keep] if path not in unread and path != best]
     for path in surplus:

@@ -164,7 +164,7 @@ def _heads(canvas: Canvas, record: Record, top: float, queries: tuple[float, flo
         "compute",
         Box(1452, top + 448, 342, 82),
         "Detections, when evaluating",
-        [f"the best {record.config.eval.top_k} of queries x classes by sigmoid;", "no non-maximum suppression"],
+        [f"the best {record.config.eval.top_k or 100} of queries x classes by sigmoid;", "no non-maximum suppression"],
         place(detections),
     )
     canvas.arrow((1623, everything.y + everything.h), found.top())

@@ -9,11 +9,13 @@ import pytest
 from ddetr.core.config import EvalConfig
 from ddetr.core.evaluation import scores
 from ddetr.core.evaluation.columns import DETECTION_DTYPE
-from ddetr.core.evaluation.scores import COCO, Protocol, Tallies, check_protocols, in_brief
+from ddetr.core.evaluation.scores import OF_SETS, Protocol, Tallies, check_protocols, in_brief
 from ddetr.data.categories import Categories
 from ddetr.data.index import ShardIndex
 from ddetr.data.layout import SAMPLE_DTYPE, Shard
 from ddetr.data.truth import GroundTruth
+
+COCO = OF_SETS["coco"]
 
 
 def with_protocols(monkeypatch: pytest.MonkeyPatch, *protocols: Protocol) -> None:
@@ -49,6 +51,7 @@ def a_detection(image_id: int, category_id: int = 2) -> np.ndarray:
     ("protocol", "message"),
     [
         (of({"AP": 0.5}), "the name 'AP' is taken"),
+        (of({"AP_rare": 0.5}), "the name 'AP_rare' is taken"),
         (of({"step": 0.5}), "the name 'step' is taken"),
         (of({"hits": 0.5}, headline="hit"), r"a protocol of \['hits'\] has no 'hit' to show"),
         (of({"hits": 0.5}, brief=("misses",)), "has no 'misses' to show"),
@@ -59,7 +62,7 @@ def a_detection(image_id: int, category_id: int = 2) -> np.ndarray:
 def test_a_protocol_that_cannot_work_is_named(
     protocol: Protocol, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_protocols(monkeypatch, COCO, protocol)
+    with_protocols(monkeypatch, protocol)
     with pytest.raises(ValueError, match=message):
         check_protocols()
 
@@ -67,11 +70,13 @@ def test_a_protocol_that_cannot_work_is_named(
 def test_the_scores_of_all_protocols_come_in_the_order_of_their_meanings(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The set's own first."""
     backwards = of({"b": 0.25, "a": 0.5}, meanings={"a": "first", "b": "second"})
     with_protocols(monkeypatch, of({"c": 1.0}, brief=("c",)), backwards)
     check_protocols()
-    assert list(Tallies(index, EvalConfig()).scores().items()) == [("c", 1.0), ("a", 0.5), ("b", 0.25)]
-    assert (scores.headline(), scores.meanings()["b"]) == ("c", "second")
+    found = Tallies(index, EvalConfig()).scores()
+    assert list(found.items()) == [*dict.fromkeys(COCO.meanings, -1.0).items(), ("c", 1.0), ("a", 0.5), ("b", 0.25)]
+    assert (scores.headline(), scores.meanings("coco")["b"]) == ("AP", "second")
     assert in_brief({"c": 1.0, "a": 0.5, "d": 0.125}, "c") == "c 1.000, d 0.125"
 
 
@@ -89,7 +94,7 @@ def test_a_function_gets_what_all_processes_have_counted(index: ShardIndex, monk
         seen.append((truth, rows))
         return {"own": 0.5}
 
-    with_protocols(monkeypatch, COCO, of({"own": 0.5}, score=score))
+    with_protocols(monkeypatch, of({"own": 0.5}, score=score))
     for swapped in (False, True):
         ours, theirs = Tallies(index, EvalConfig()), Tallies(index, EvalConfig())
         for tallies, image_id in zip((theirs, ours) if swapped else (ours, theirs), (7, 3), strict=True):
@@ -107,7 +112,7 @@ def test_a_function_gets_what_all_processes_have_counted(index: ShardIndex, monk
 
 def test_tallies_of_other_protocols_are_refused(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Tallies(index, EvalConfig()).to_bytes()
-    with_protocols(monkeypatch, COCO, of({"own": 0.5}))
+    with_protocols(monkeypatch, of({"own": 0.5}))
     with pytest.raises(ValueError, match="tallies of other protocols than these"):
         Tallies(index, EvalConfig()).merge([other])
 
