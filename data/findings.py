@@ -33,6 +33,8 @@ FIXES = {
     "lost boxes": "correct the boxes: no --drop-degenerate leaves out all boxes of a class",
     # of LVIS and Open Images
     "missing frequency": "nothing to do if it is not known: no AP of rare, common or frequent ones has the category",
+    "absent companion": "put the file beside that of the boxes; without it, each class stands alone or is not verified",
+    "absent image": "nothing to do if a part of the set is meant; else put the images into IMAGES",
     "missing list": "nothing to do if it is not known: on this image, detections of classes without a box do not count",
     # files
     "outside image": "move the image into the folder and correct file_name; --allow-outside reads it where it is",

@@ -1,4 +1,4 @@
-"""Annotations of every origin as sets: a COCO json, Pascal VOC's xml, YOLO's txt, or the root of an export."""
+"""Annotations of every origin as sets: a COCO json, VOC's xml, YOLO's txt, Open Images' CSV, the root of an export."""
 
 import hashlib
 import os
@@ -14,6 +14,7 @@ from .files import file_sha256
 from .findings import Finding
 from .foreign import foreign
 from .image_files import IMAGE_SUFFIXES, ImageFiles, files_below, label_stem, stem_of
+from .openimages import openimages_source
 from .parts import find_parts
 from .sets import CocoSet, Part, Reading, Source
 from .voc import VocFiles, alphabetical, read_voc, voc_source
@@ -32,8 +33,9 @@ def read_sets(
 ) -> dict[str, CocoSet]:
     """Read the sets at `path`, by the names of their splits; "" is the name of a single one that has none.
 
-    path: a COCO json; a folder of VOC xml or YOLO txt files, which may lie in folders below; or the root of an export
-    (`parts.py`). images: the folder of the images, where it is not known by the layout. split: the one to read.
+    path: a COCO json; the CSV of Open Images' boxes; a folder of VOC xml or YOLO txt files, which may lie in folders
+    below; or the root of an export (`parts.py`). images: the folder of the images, where it is not known by the
+    layout. split: the one to read.
     Raises FileNotFoundError when there is none of them, ValueError when nothing in one can be used.
     """
     parts = find_parts(path, images, split)
@@ -54,7 +56,7 @@ def read_sets(
             if part.kind == "voc":
                 source = voc_source(voc[part.name], ids, from_zero)
             else:
-                source = (_coco_source if part.kind == "coco" else _yolo_source)(part, reading)
+                source = _SOURCES[part.kind](part, reading)
             source.findings[:0] = [Finding("absent split", part.name, what, "warning") for what in part.absent]
             sets[part.name] = coco_set(part.annotations, source, part.images, reading, progress=progress)
         except (ValueError, FileNotFoundError) as error:
@@ -127,6 +129,14 @@ def _coco_source(part: Part, reading: Reading) -> Source:
             f"{path}: not a COCO json: no list {' and no list '.join(map(repr, missing))}{foreign(values)}"
         )
     return Source(lists["categories"], lists["images"] or [], lists["annotations"] or [])
+
+
+def _openimages_source(part: Part, reading: Reading) -> Source:
+    if reading.classes is not None:
+        raise ValueError(f"{part.annotations}: Open Images has its own classes; --classes is for VOC and YOLO")
+    if not part.images.is_dir():
+        raise FileNotFoundError(f"{part.images}: no such folder; expected the images of {part.annotations}")
+    return openimages_source(part.annotations, ImageFiles(part.images))
 
 
 def _voc_files(part: Part) -> VocFiles:
@@ -204,3 +214,6 @@ def _yolo_source(part: Part, reading: Reading) -> Source:
             annotation["category_id"] = ids.get(name, name)
     source.findings[:0] = findings
     return source
+
+
+_SOURCES = {"coco": _coco_source, "yolo": _yolo_source, "openimages": _openimages_source}

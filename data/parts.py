@@ -11,6 +11,7 @@ from .documents import parse_json
 from .foreign import foreign
 from .image_files import IMAGE_SUFFIXES, files_in, folders_in, is_inside
 from .images import read_file
+from .openimages import is_boxes
 from .parts_coco import MOST_LOOKED_AT_BYTES, coco_parts, lone_coco
 from .parts_voc import voc_parts
 from .parts_yolo import darknet_parts, yaml_parts, yaml_root, yolo_parts
@@ -20,13 +21,17 @@ _OF_SETS = {".json", ".xml", ".yaml", ".yml", ".data", ".txt", ".names", *IMAGE_
 
 
 def find_parts(path: Path, images: Path | None = None, split: str | None = None) -> list[Part]:
-    """Find the splits of a set at `path`: a json, a folder of xml or txt files, or the root of an export.
+    """Find the splits of a set at `path`: a json or CSV, a folder of xml or txt files, or the root of an export.
 
     split: the only one that is going to be read; the others' images need not be there.
     Raises FileNotFoundError where there is nothing that can be read, ValueError for a data.yaml that leads nowhere.
     """
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
         return yaml_parts(path)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        if images is None:
+            raise FileNotFoundError(f"{path}: name the folder of its images after it, IMAGES")
+        return [Part("", "openimages", path, images)]
     if not path.is_dir():
         return [Part("", "coco", path, images)] if images else [lone_coco(path)]
     if images is not None and images.resolve() != path.resolve():
@@ -54,6 +59,8 @@ def find_parts(path: Path, images: Path | None = None, split: str | None = None)
 def _instead(root: Path) -> str:
     """What a json in the folder is, where that is known."""
     for file in files_in(root):
+        if is_boxes(file):
+            return f" ({file.name} holds boxes of Open Images: name it, and IMAGES after it)"
         if file.suffix.lower() == ".json" and file.stat().st_size < MOST_LOOKED_AT_BYTES:
             with contextlib.suppress(ValueError, OSError):
                 if what := foreign(parse_json(read_file(file))):

@@ -99,14 +99,14 @@ class CocoSet:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a set. annotations: a json, or the folder of xml or txt files. images: the folder of its images.
+    """One part of a set. annotations: a json, a CSV, or the folder of xml or txt files. images: of its images.
 
     listed: the images that belong to it, where not all in the folder do: their names for YOLO, without suffix for VOC.
     classes: the file that names its classes, where the layout has one. absent: splits that are named but not there.
     """
 
     name: str
-    kind: Literal["coco", "voc", "yolo"]
+    kind: Literal["coco", "voc", "yolo", "openimages"]
     annotations: Path
     images: Path
     listed: tuple[str, ...] | None = None
