@@ -311,7 +311,8 @@ def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found
     table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
-    table.caption = scores.departure or None
     for name, value in scores.metrics.items():
         table.add_row(name, "not finite" if math.isnan(value) else f"{value:.4f}" if value >= 0 else "no such objects")
     console.print(table)
+    if scores.departure:
+        console.print(scores.departure, soft_wrap=True)

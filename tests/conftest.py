@@ -1,11 +1,13 @@
-"""Fixtures that several folders of tests use: real images, where they are, a small set of real shards, the wheel."""
+"""Fixtures that several folders of tests use: real images, a small set of real shards, lvis-api, the wheel."""
 
+import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -69,6 +71,22 @@ def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = folder / "shards"
     pack(folder / "coco/annotations.json", folder / "coco/images", shards, workers=1, shard_bytes=64 << 10)
     return shards
+
+
+@pytest.fixture(scope="module")
+def lvis_api() -> Iterator[ModuleType]:
+    """The published evaluation of LVIS: its drawing wants OpenCV, its numbers np.float, which numpy 1.24 took away."""
+    import numpy as np
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cv2", ModuleType("cv2"))
+        patch.setattr(np, "float", float, raising=False)
+        try:
+            import lvis
+        except ImportError:
+            pytest.skip("lvis is absent: pip install -c constraints.txt --no-deps lvis")
+        logging.getLogger("lvis").setLevel(logging.ERROR)
+        yield lvis
 
 
 @pytest.fixture(scope="session")

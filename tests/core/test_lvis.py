@@ -1,10 +1,7 @@
 """LVIS' numbers against cases worked out by hand, and against lvis-api, whose evaluation is the published one."""
 
 import json
-import logging
-import sys
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +16,6 @@ from ddetr.data.truth import ANNOTATION_DTYPE, GroundTruth
 IDS = (-3, 5, 7, 12, 2**40, 2**62)
 CATEGORIES = Categories(IDS, tuple(map(str, IDS)), dict(zip(IDS, "rcffrc", strict=True)))
 BOX = (10.0, 20.0, 30.0, 40.0)
-
-
-@pytest.fixture(scope="module")
-def judge() -> Iterator[types.ModuleType]:
-    """lvis-api: its drawing wants OpenCV, its numbers the name np.float, which numpy 1.24 took away."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))
-        patch.setattr(np, "float", float, raising=False)
-        try:
-            import lvis
-        except ImportError:
-            pytest.skip("lvis is absent: pip install -c constraints.txt --no-deps lvis")
-        logging.getLogger("lvis").setLevel(logging.ERROR)
-        yield lvis
 
 
 def image(id_: int, boxes: Sequence[int], neg: Sequence[int] = (), not_exhaustive: Sequence[int] = ()) -> GroundTruth:
@@ -151,10 +134,10 @@ def assert_equal_arrays(lvis: Any, seeds: range, folder: Path) -> None:
     assert compared > 0.8 * len(seeds)
 
 
-def test_the_arrays_of_any_set_are_those_of_lvis_api(judge: Any, tmp_path: Path) -> None:
-    assert_equal_arrays(judge, range(60), tmp_path)
+def test_the_arrays_of_any_set_are_those_of_lvis_api(lvis_api: Any, tmp_path: Path) -> None:
+    assert_equal_arrays(lvis_api, range(60), tmp_path)
 
 
 @pytest.mark.slow
-def test_the_arrays_of_many_sets_are_those_of_lvis_api(judge: Any, tmp_path: Path) -> None:
-    assert_equal_arrays(judge, range(60, 1060), tmp_path)
+def test_the_arrays_of_many_sets_are_those_of_lvis_api(lvis_api: Any, tmp_path: Path) -> None:
+    assert_equal_arrays(lvis_api, range(60, 1060), tmp_path)
