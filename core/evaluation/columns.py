@@ -1,5 +1,6 @@
 """Detections in columns: as they travel between processes, and as they are scored."""
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,3 +35,22 @@ def counted(detections: np.ndarray, categories: Categories) -> np.ndarray:
     """Those that a score counts: finite ones of the set's categories."""
     finite = np.isfinite(detections["bbox"]).all(-1) & np.isfinite(detections["score"])
     return detections[finite & np.isin(detections["category_id"], categories.ids)]
+
+
+def packed(**columns: np.ndarray) -> bytes:
+    """Arrays by name, for `unpacked` in another process."""
+    file = io.BytesIO()
+    np.savez(file, **columns)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def unpacked(data: bytes, **dtypes: np.dtype) -> list[np.ndarray]:
+    """The arrays of these names and types, in this order. Raises ValueError for any other bytes."""
+    try:
+        columns = np.load(io.BytesIO(data), allow_pickle=False)
+        found = [columns[name] for name in dtypes]
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise ValueError(f"not a tally: {error}") from error
+    if [array.dtype for array in found] != [*dtypes.values()]:
+        raise ValueError(f"not a tally: columns {', '.join(str(array.dtype) for array in found)}")
+    return found

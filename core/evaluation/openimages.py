@@ -11,35 +11,35 @@
 Source: storage.googleapis.com/openimages/web/evaluation.html, with groups of weight 1.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ...data.categories import Categories
 from ...data.truth import GroundTruth
-from .tally import Kept
+from .columns import packed, unpacked
+from .tally import Tally
 
 MEANINGS = {"AP": "precision, IoU 0.50, mean over the classes"}
 OVERLAP = 0.5
+# One row a detection that is right or wrong, once for each class that it is of. class_: its number.
+OUTCOME_DTYPE = np.dtype([("image_id", np.int64), ("class_", np.int64), ("score", np.float32), ("right", np.bool_)])
 
 
-class OpenImagesTally(Kept):
+class OpenImagesTally(Tally):
     """Open Images' protocol. The hierarchy is that of the categories."""
 
     def __init__(self, categories: Categories) -> None:
-        super().__init__()
         self._ids = np.sort(np.array(categories.ids, dtype=np.int64))
         lineages = [np.searchsorted(self._ids, categories.above(id_)) for id_ in self._ids.tolist()]
         # (K, the longest lineage): each class and those above it, by number; -1 where there is no more.
         self._lineages = np.full((len(lineages), max(map(len, lineages), default=1)), -1)
         for number, lineage in enumerate(lineages):
             self._lineages[number, : len(lineage)] = lineage
+        self._objects = np.zeros(len(self._ids), dtype=np.int64)  # of each class
+        self._outcomes = [np.empty(0, dtype=OUTCOME_DTYPE)]
 
-    def scores(self) -> dict[str, float]:
-        found = list(self.by_class().values())
-        return {"AP": float(np.mean(found)) if found else -1.0}
-
-    def by_class(self) -> dict[int, float]:
-        """AP of each class that has objects, by category id."""
-        truth, detections = self.joined()
+    def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
         image_ids = np.sort(np.array([image["id"] for image in truth.images], dtype=np.int64))
         objects, of_objects = self._expanded(truth.annotations, image_ids)
         guesses, of_guesses = self._expanded(detections, image_ids)
@@ -55,14 +55,37 @@ class OpenImagesTally(Kept):
                 inside = objects[start : start + length]
                 found = matched(guesses["bbox"][begin:stop].astype(np.float64), inside["bbox"], inside["iscrowd"])
                 right[begin:stop], counts[begin:stop] = found
-        precisions = {}
-        images = max(1, len(image_ids))
-        for number, num_objects in zip(*np.unique(of_objects // images, return_counts=True), strict=True):
-            begin, stop = np.searchsorted(of_guesses, (number * images, (number + 1) * images))
-            chosen = begin + np.flatnonzero(counts[begin:stop])
-            best_first = chosen[np.argsort(-guesses["score"][chosen], kind="stable")]
-            precisions[int(self._ids[number])] = average_precision(right[best_first], int(num_objects))
-        return precisions
+        outcomes = np.empty(len(guesses), dtype=OUTCOME_DTYPE)
+        outcomes["image_id"], outcomes["score"], outcomes["right"] = guesses["image_id"], guesses["score"], right
+        if len(image_ids):
+            outcomes["class_"] = of_guesses // len(image_ids)
+            self._objects += np.bincount(of_objects // len(image_ids), minlength=len(self._ids))
+        self._outcomes.append(outcomes[counts])
+
+    def to_bytes(self) -> bytes:
+        return packed(objects=self._objects, outcomes=np.concatenate(self._outcomes))
+
+    def merge(self, others: Sequence[bytes]) -> None:
+        for other in others:
+            objects, outcomes = unpacked(other, objects=self._objects.dtype, outcomes=OUTCOME_DTYPE)
+            if len(objects) != len(self._objects):
+                raise ValueError(f"a tally of {len(objects)} classes, not of {len(self._objects)}")
+            self._objects += objects
+            self._outcomes.append(outcomes)
+
+    def scores(self) -> dict[str, float]:
+        found = list(self.by_class().values())
+        return {"AP": float(np.mean(found)) if found else -1.0}
+
+    def by_class(self) -> dict[int, float]:
+        """AP of each class that has objects, by category id."""
+        outcomes = np.concatenate(self._outcomes)
+        # By class, the best first; of equal ones, whoever evaluated the images, in the order of these.
+        outcomes = outcomes[np.lexsort((outcomes["image_id"], -outcomes["score"], outcomes["class_"]))]
+        ends = np.searchsorted(outcomes["class_"], np.arange(len(self._ids)), side="right")
+        right = np.split(outcomes["right"], ends)[:-1]
+        classes = zip(self._ids.tolist(), right, self._objects.tolist(), strict=True)
+        return {id_: average_precision(hits, objects) for id_, hits, objects in classes if objects}
 
     def _expanded(self, rows: np.ndarray, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each row once for its class and each class above it, in the order of their cells; and these."""

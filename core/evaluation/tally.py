@@ -1,6 +1,5 @@
 """What a protocol has counted of the images of a set so far; the tallies of several processes add up to one."""
 
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ import numpy as np
 
 from ...data.categories import Categories
 from ...data.truth import ANNOTATION_DTYPE, GroundTruth
-from .columns import DETECTION_DTYPE, to_coco
+from .columns import DETECTION_DTYPE, packed, to_coco, unpacked
 
 MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 Score = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, float]]
@@ -42,10 +41,11 @@ class Tally(ABC):
         """
 
 
-class Kept(Tally):
-    """Keeps everything, for a score that needs it at once."""
+class Whole(Tally):
+    """Keeps everything, for a function that scores a COCO dictionary and detections in COCO's result format."""
 
-    def __init__(self) -> None:
+    def __init__(self, score: Score, categories: Categories) -> None:
+        self._score, self._categories = score, categories
         self._parts: list[tuple[GroundTruth, np.ndarray]] = []
 
     def add(self, truth: GroundTruth, detections: np.ndarray) -> None:
@@ -53,38 +53,24 @@ class Kept(Tally):
             self._parts.append((truth, detections))
 
     def to_bytes(self) -> bytes:
-        truth, detections = self.joined()
+        truth, detections = self._joined()
         images = np.frombuffer(json.dumps(truth.images).encode(), dtype=np.uint8)
-        file = io.BytesIO()
-        np.savez(file, images=images, annotations=truth.annotations, detections=detections)
-        return file.getvalue()
+        return packed(images=images, annotations=truth.annotations, detections=detections)
 
     def merge(self, others: Sequence[bytes]) -> None:
         for other in others:
-            try:
-                columns = np.load(io.BytesIO(other), allow_pickle=False)
-                images, annotations, detections = (columns[name] for name in ("images", "annotations", "detections"))
-            except (ValueError, OSError, KeyError, IndexError) as error:
-                raise ValueError(f"not a tally: {error}") from error
-            if annotations.dtype != ANNOTATION_DTYPE or detections.dtype != DETECTION_DTYPE:
-                raise ValueError(f"not a tally: columns {annotations.dtype} and {detections.dtype}")
+            images, annotations, detections = unpacked(
+                other, images=np.dtype(np.uint8), annotations=ANNOTATION_DTYPE, detections=DETECTION_DTYPE
+            )
             self.add(GroundTruth(json.loads(images.tobytes()), annotations), detections)
 
-    def joined(self) -> tuple[GroundTruth, np.ndarray]:
-        """All of it, in an order that does not depend on who evaluated what."""
+    def scores(self) -> dict[str, float]:
+        truth, detections = self._joined()
+        return self._score(truth.to_coco(self._categories), to_coco(detections))
+
+    def _joined(self) -> tuple[GroundTruth, np.ndarray]:
+        """In an order that does not depend on who evaluated what."""
         parts = sorted(self._parts, key=lambda part: part[0].images[0]["id"])
         # Of one type: concatenating records of several corrupts memory (numpy 2.4.6).
         found = [detections for _, detections in parts] or [np.empty(0, dtype=DETECTION_DTYPE)]
         return GroundTruth.joined([truth for truth, _ in parts]), np.concatenate(found)
-
-
-class Whole(Kept):
-    """For a function that scores a COCO dictionary and detections in COCO's result format."""
-
-    def __init__(self, score: Score, categories: Categories) -> None:
-        super().__init__()
-        self._score, self._categories = score, categories
-
-    def scores(self) -> dict[str, float]:
-        truth, detections = self.joined()
-        return self._score(truth.to_coco(self._categories), to_coco(detections))
