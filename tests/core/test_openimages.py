@@ -223,3 +223,13 @@ def test_the_number_of_sets_without_neighbours_is_that_of_hotcoco_however_it_is_
         assert ours.scores()["AP"] == pytest.approx(expected, abs=1e-12), seed
         different.add(expected)
     assert len(different) > 150
+
+
+def test_what_is_no_tally_is_refused() -> None:
+    tally = OpenImagesTally(ANIMALS)
+    for other, message in (
+        (b"what another program sends", "not a tally"),
+        (OpenImagesTally(KINDS).to_bytes(), "a tally of 7 classes, not of 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tally.merge([other])

@@ -1,6 +1,7 @@
 """Results of evaluations beside their checkpoints: which are read, which can be compared."""
 
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from ddetr.core.checkpoint.manifest import write_checkpoint
 from ddetr.core.checkpoint.weights import WEIGHTS
-from ddetr.core.config import load
+from ddetr.core.config import changed, load
 from ddetr.core.evaluation import result
 from ddetr.core.evaluation.result import EVALUATION, Measure, Result
 from ddetr.core.training.saving import prune
@@ -105,6 +106,41 @@ def test_settings_and_shards_make_the_measure(synthetic_shards: Path) -> None:
     for override in ("eval.top_k=50", "data.validation_short_side=64", "data.long_side=99"):
         assert Measure.of(load("tiny", [override]), index).settings != measure.settings
         assert Measure.of(load("tiny", [override]), index).shards == measure.shards
+
+
+def test_the_settings_of_earlier_results_are_those_of_now(synthetic_shards: Path) -> None:
+    """They stated COCO's 100 detections, which the protocol of the set counts; another protocol's are others."""
+    coco, lvis = ShardIndex.load(synthetic_shards), ShardIndex.load(synthetic_shards)
+    stated = '{"long_side": 128, "top_k": 100, "validation_short_side": 96}'
+    own = load("tiny", ["data.long_side=128", "data.validation_short_side=96"])
+    digest = hashlib.sha256(stated.encode()).hexdigest()
+    assert Measure.of(own, coco).settings == digest
+    assert Measure.of(changed(own, ["eval.top_k=100"], "test"), coco).settings == digest
+    lvis.protocol = "lvis"
+    settings = {Measure.of(changed(own, [f"eval.top_k={k}"], "test"), lvis).settings for k in ("null", 300, 100)}
+    assert len(settings) == 2
+    assert digest not in settings
+
+
+def test_the_number_of_detections_stands_beside_scores_of_another_protocol(tmp_path: Path) -> None:
+    own = found(saved(tmp_path, 1), 0.5, protocol="lvis", top_k=300)
+    assert own.departure == ""
+    assert replace(own, top_k=None).departure == ""
+    assert replace(own, protocol="coco").departure == "with at most 300 detections an image, where COCO counts 100"
+
+
+@pytest.mark.parametrize(("name", "value"), [("protocol", "voc"), ("protocol", 3), ("top_k", 0), ("top_k", "many")])
+def test_a_protocol_or_number_that_cannot_be_is_named(name: str, value: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path, 1)
+    result.write(path, found(path, 0.5, protocol="lvis", top_k=300))
+    (again,) = result.read(path)
+    assert (again.protocol, again.top_k) == ("lvis", 300)
+    file = path / EVALUATION
+    values = json.loads(file.read_text())
+    values["results"][0][name] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=name):
+        result.read(path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 3}', '{"version": 2, "results": [{}]}', '{"AP": "x"}'])
