@@ -28,7 +28,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..core.config import Config, came_with_weights, changed, dump, load
-from ..core.evaluation.scores import OF_SETS, headline, meanings
+from ..core.evaluation.scores import headline, score_names
 from ..core.mistakes import ConfigError, brief, described, listed
 from ..core.overrides import written
 from ..core.ownership import ORDERS, ForeignSettingError, check_own
@@ -117,9 +117,8 @@ class Sweep(_Part):
     @field_validator("metric")
     @classmethod
     def _is_a_score(cls, metric: str) -> str:
-        known = {name: None for protocol in OF_SETS for name in meanings(protocol)}
-        if metric not in known:
-            raise ValueError(f"expected one of {', '.join(known)}, got {metric!r}")
+        if metric not in score_names():
+            raise ValueError(f"expected one of {', '.join(score_names())}, got {metric!r}")
         return metric
 
 

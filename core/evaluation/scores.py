@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,8 +142,7 @@ def check_scorer(index: ShardIndex, config: EvalConfig) -> None:
 
 def check_protocols() -> None:
     """Raises ValueError that names what is wrong with PROTOCOLS, before anything is computed."""
-    own = [name for protocol in PROTOCOLS for name in protocol.meanings]
-    names = [*{name for protocol in OF_SETS.values() for name in protocol.meanings}, *own]
+    names = [*dict.fromkeys(_names(OF_SETS.values())), *_names(PROTOCOLS)]
     if twice := [name for name, count in Counter(names).items() if count > 1 or name in RESERVED]:
         raise ValueError(f"scores: the name {twice[0]!r} is taken: give the score of one protocol another")
     if long := [name for name in names if len(name) > LONGEST_SCORE or name != visible(name)]:
@@ -156,6 +155,15 @@ def check_protocols() -> None:
 def headline(protocol: ProtocolName = "coco") -> str:
     """The name of the score by which checkpoints are compared on a set of this protocol."""
     return OF_SETS[protocol].headline
+
+
+def score_names() -> list[str]:
+    """The names of the scores of all protocols, each once."""
+    return list(dict.fromkeys(_names([*OF_SETS.values(), *PROTOCOLS])))
+
+
+def _names(protocols: Iterable[Protocol]) -> list[str]:
+    return [name for protocol in protocols for name in protocol.meanings]
 
 
 def meanings(protocol: ProtocolName) -> dict[str, str]:
