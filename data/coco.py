@@ -40,13 +40,13 @@ def coco_set(
     findings = list(source.findings)
     try:
         categories = Categories.from_coco(source.categories)
+        protocol = reading.protocol or recognised(source.images, source.annotations)
+        categories = with_attributes(categories, source.categories, protocol, findings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not categories or not source.images:
         reason = f"; the first of {len(findings)} findings: {_line(findings[0])}" if findings else ""
         raise ValueError(f"{path}: no {'images' if categories else 'categories'} in it{reason}")
-    protocol = reading.protocol or recognised(source.images, source.annotations)
-    categories = with_attributes(categories, source.categories, protocol, findings)
     names = Counter(categories.names)
     findings += [
         Finding("repeated category", f"category {name}", f"{count} categories have this name", "warning")

@@ -16,12 +16,11 @@ from .categories import Categories
 from .documents import decoded, parse_json
 from .findings import Finding
 from .image_files import ImageFiles, files_in
-from .images import read_file
+from .images import open_file, read_file
 from .protocols import with_attributes
 from .sets import Source
 from .values import as_flag, as_number, described
 
-MOST_BYTES = 4 << 30  # of one file; the boxes of the training set take 2.3 GB
 _HEAD_BYTES = 512
 _CORNERS = ("XMin", "YMin", "XMax", "YMax")
 _OF_BOXES, _OF_LABELS = {"ImageID", "LabelName", *_CORNERS}, {"ImageID", "LabelName", "Confidence"}
@@ -58,10 +57,16 @@ def openimages_source(boxes: Path, images: ImageFiles) -> Source:
         }
         for class_, name in names.items()
     ]
-    files = {name.rpartition("/")[2].partition(".")[0]: name for name in images.names}
-    verified = _verified(labels, ids, Categories.from_coco(categories), categories, findings)
-    rows = list(_rows(boxes))
-    named = {row["ImageID"] for _, row in rows} | set(verified)
+    try:
+        classes = with_attributes(Categories.from_coco(categories), categories, "openimages", findings)
+    except ValueError as error:
+        raise ValueError(f"{boxes}: {error}") from error
+    files: dict[str, str] = {}
+    for name in images.names:
+        if (other := files.setdefault(name.rpartition("/")[2].partition(".")[0], name)) != name:
+            findings.append(Finding("ambiguous image", str(images.folder), f"{name} and {other} have one ImageID"))
+    verified = _verified(labels, ids, classes, findings)
+    named = {row["ImageID"] for _, row in _rows(boxes, _OF_BOXES)} | set(verified)
     numbers = {image: number for number, image in enumerate(sorted(named & set(files)), 1)}
     if not numbers:
         raise ValueError(f"{boxes}: none of its images is in {images.folder}, as IMAGEID.jpg")
@@ -76,7 +81,7 @@ def openimages_source(boxes: Path, images: ImageFiles) -> Source:
         what = f"{len(left)} images in it are in no file of boxes or labels: {', '.join(left[:3])}"
         findings.append(Finding("image left out", str(images.folder), what, "warning"))
     annotations, places = [], []
-    for line, row in rows:
+    for line, row in _rows(boxes, _OF_BOXES):
         if row["ImageID"] not in numbers:
             continue
         place, corners = f"{boxes.name}, line {line}", [as_number(row[name]) for name in _CORNERS]
@@ -108,22 +113,29 @@ def _head(file: Path) -> set[str]:
     return {name.strip() for name in first.split(",")}
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a CSV with names in its first line. Raises ValueError for what is none."""
-    reader = csv.DictReader(io.StringIO(decoded(read_file(file, MOST_BYTES))), restval="")
-    try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}: {error}") from error
+def _rows(file: Path, names: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a CSV with these names in its first line. Raises ValueError for what is none."""
+    with io.TextIOWrapper(open_file(file), encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, restval="")
+        try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if absent := sorted(names - set(reader.fieldnames)):
+                raise ValueError(f"{file}: its first line lacks {', '.join(absent)}")
+            for row in reader:
+                yield reader.line_num, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}, line {reader.line_num}: not a CSV in UTF-8: {error}") from error
 
 
 def _descriptions(boxes: Path, files: Iterable[Path]) -> dict[str, str]:
     """The names of the classes by their codes, as /m/01yrx."""
     for file in files:
-        rows = csv.reader(io.StringIO(decoded(read_file(file, MOST_BYTES)))) if _is_of_classes(file) else ()
-        found = {row[0]: row[1] for row in rows if len(row) == 2 and _CLASS.fullmatch(row[0])}
+        try:
+            lines = decoded(read_file(file)).split("\n") if _is_of_classes(file) else []
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        pairs = [line.strip().split(",", 1) for line in lines]
+        found = {pair[0]: pair[1].strip('"') for pair in pairs if len(pair) == 2 and _CLASS.fullmatch(pair[0])}
         if found:
             return found
     raise ValueError(
@@ -141,7 +153,7 @@ def _is_of_classes(file: Path) -> bool:
 def _hierarchy(file: Path) -> Any:
     """The tree in a json, if it is one of classes."""
     try:
-        tree = parse_json(read_file(file, MOST_BYTES))
+        tree = parse_json(read_file(file))
     except ValueError:
         return None
     return tree if isinstance(tree, dict) and {"LabelName", "Subcategory"} <= tree.keys() else None
@@ -162,11 +174,10 @@ def _parents(tree: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _verified(
-    files: Iterable[Path], ids: dict[str, int], categories: Categories, items: list[Any], findings: list[Finding]
+    files: Iterable[Path], ids: dict[str, int], categories: Categories, findings: list[Finding]
 ) -> dict[str, set[int]]:
     """The categories that somebody has looked for, by image: of a label that is there also all above it, of one that is
     not also all below it."""
-    categories = with_attributes(categories, items, "openimages", findings)
     above = {id_: categories.above(id_) for id_ in categories.ids}
     below: dict[int, set[int]] = {}
     for id_, lineage in above.items():
@@ -174,7 +185,7 @@ def _verified(
             below.setdefault(parent, set()).add(id_)
     found: dict[str, set[int]] = {}
     for file in files:
-        for line, row in _rows(file):
+        for line, row in _rows(file, _OF_LABELS):
             confidence, id_ = as_number(row["Confidence"]), ids.get(row["LabelName"])
             if confidence is None:
                 findings.append(Finding("bad entry", f"{file.name}, line {line}", f"no number: {described(row)}"))

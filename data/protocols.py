@@ -29,12 +29,14 @@ def protocol_in(values: Mapping[str, Any]) -> ProtocolName:
 
 
 def recognised(images: Iterable[Any], annotations: Iterable[Any]) -> ProtocolName:
-    """The protocol of a COCO json by what it holds: group-of boxes are Open Images', lists of an image LVIS's."""
-    if any(isinstance(entry, dict) and any(name in entry for name in _GROUP_OF) for entry in annotations):
-        return "openimages"
-    return (
-        "lvis" if any(isinstance(entry, dict) and any(n in entry for n in IMAGE_LISTS) for entry in images) else "coco"
-    )
+    """The protocol of a COCO json by what it holds: lists of an image are LVIS', with boxes around groups Open Images'.
+
+    Groups alone are not enough: without lists, the protocol would count no detection of a class that has no box.
+    """
+    if not any(isinstance(entry, dict) and any(name in entry for name in IMAGE_LISTS) for entry in images):
+        return "coco"
+    groups = any(isinstance(entry, dict) and any(name in entry for name in _GROUP_OF) for entry in annotations)
+    return "openimages" if groups else "lvis"
 
 
 def with_attributes(

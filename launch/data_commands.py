@@ -58,7 +58,8 @@ def data_pack(
     annotations: Annotated[
         Path,
         typer.Argument(
-            metavar="ANNOTATIONS", help="COCO json; a folder of VOC or YOLO files; or the root of an export."
+            metavar="ANNOTATIONS",
+            help="COCO or LVIS json; the CSV of Open Images' boxes; a folder of VOC or YOLO files; the root of an export.",
         ),
     ],
     places: Annotated[

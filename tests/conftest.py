@@ -81,10 +81,7 @@ def lvis_api() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cv2", ModuleType("cv2"))
         patch.setattr(np, "float", float, raising=False)
-        try:
-            import lvis
-        except ImportError:
-            pytest.skip("lvis is absent: pip install -c constraints.txt --no-deps lvis")
+        lvis = pytest.importorskip("lvis", reason="lvis is absent: pip install -c constraints.txt --no-deps lvis")
         logging.getLogger("lvis").setLevel(logging.ERROR)
         yield lvis
 
