@@ -59,7 +59,7 @@ def data_pack(
         Path,
         typer.Argument(
             metavar="ANNOTATIONS",
-            help="COCO or LVIS json; the CSV of Open Images' boxes; a folder of VOC or YOLO files; the root of an export.",
+            help="COCO or LVIS json; the CSV of Open Images' boxes; a folder of VOC or YOLO files; an export's root.",
         ),
     ],
     places: Annotated[
