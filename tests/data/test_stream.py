@@ -19,11 +19,11 @@ from ddetr.data.batch import Batch
 from ddetr.data.config import DataConfig
 from ddetr.data.index import ShardIndex
 from ddetr.data.shards import pack
-from ddetr.data.stream import TrainStream, evaluation_batches, seen_sizes
-from ddetr.data.views import evaluation_view
+from ddetr.data.stream import TrainStream, seen_sizes
 
 from tests.data.consumer import BATCH_SIZE, recorded
 from tests.data.consumer import CONFIG as CONSUMED
+from tests.data.damage import cut_image
 from tests.truth import coco_truth
 
 CONSUMER = Path(__file__).with_name("consumer.py")
@@ -180,20 +180,6 @@ def test_bad_batch_sizes_are_named(index):
         stream(index, batch_size=25)
 
 
-def cut_image(index: ShardIndex, image_id: int) -> tuple[str, str]:
-    """Zero the second half of an image inside its shard, which keeps its size; returns shard and key."""
-    for shard in index.shards:
-        for row in range(len(shard.samples)):
-            sample = shard.samples[row]
-            if sample["image_id"] == image_id:
-                half = int(sample["image_bytes"]) // 2
-                with shard.path.open("r+b") as file:
-                    file.seek(int(sample["image_offset"]) + half)
-                    file.write(bytes(int(sample["image_bytes"]) - half))
-                return shard.name, shard.key(row)
-    raise AssertionError(image_id)
-
-
 @pytest.fixture
 def own_index(synthetic_shards, tmp_path) -> ShardIndex:
     return ShardIndex.load(shutil.copytree(synthetic_shards, tmp_path / "shards"))
@@ -301,53 +287,6 @@ def _is_zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
-
-
-def evaluated(index: ShardIndex, shard: int, config: DataConfig) -> list[Batch]:
-    parts = list(evaluation_batches(index, [shard], config, batch_size=4))
-    assert not any(part.bad_samples for part in parts)
-    for part in parts:
-        assert [entry["image_id"] for entry in part.entries] == part.batch.image_ids.tolist()
-    return [part.batch for part in parts]
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_evaluation_sees_each_image_once_in_batches_of_one_size(coco_free, tmp_path, workers):
-    index = pack(coco_free / "annotations_val.json", coco_free / "images", tmp_path, workers=1, shard_bytes=4 << 20)
-    config = DataConfig(validation_short_side=96, long_side=160, workers=workers)
-    seen: Counter[int] = Counter()
-    for number, shard in enumerate(index.shards):
-        batches = evaluated(index, number, config)
-        again = evaluated(index, number, CONFIG.model_copy(update=dict(config)))
-        assert all(same(a, b) for a, b in zip(batches, again, strict=True))
-        assert max(len(batch.image_ids) for batch in batches) == 4
-        size_of = {int(s["image_id"]): (int(s["height"]), int(s["width"])) for s in shard.samples}
-        for batch in batches:
-            assert not batch.padding_mask.any()
-            for image_id, size in zip(batch.image_ids.tolist(), batch.original_sizes.tolist(), strict=True):
-                assert tuple(size) == size_of[image_id]
-                assert evaluation_view(*size, config).size == tuple(batch.images.shape[2:])
-        seen.update(i for batch in batches for i in batch.image_ids.tolist())
-    assert len(seen) == 44
-    assert set(seen.values()) == {1}
-
-
-def test_evaluation_leaves_out_a_broken_image_and_can_be_left(own_index):
-    image_id = int(own_index.shards[0].samples[2]["image_id"])
-    shard, key = cut_image(own_index, image_id)
-    others = set(own_index.shards[0].samples["image_id"].tolist()) - {image_id}
-    for workers in (0, 2):
-        config = CONFIG.model_copy(update={"workers": workers})
-        for batch_size in (1, 2):
-            parts = list(evaluation_batches(own_index, [0], config, batch_size=batch_size))
-            (bad,) = [message for part in parts for message in part.bad_samples]
-            assert f"{shard}: sample {key}: the image in the shard is damaged" in bad
-            seen = [i for part in parts if part.batch for i in part.batch.image_ids.tolist()]
-            assert set(seen) == others
-            assert [entry["image_id"] for part in parts for entry in part.entries] == seen
-        left = evaluation_batches(own_index, [1], config, batch_size=2)
-        next(left)
-        left.close()
 
 
 @pytest.mark.integration
