@@ -74,19 +74,17 @@ def by_ddetr(
 ) -> tuple[float, float]:
     categories = Categories(tuple(range(1, classes + 1)), tuple(map(str, range(classes))))
     image_ids = np.arange(images)
-    tallies = [coco_tally(image_ids, categories, scorer) for _ in range(processes)]
-    slowest = 0.0
-    for number, tally in enumerate(tallies):
+    first, sent, slowest = coco_tally(image_ids, categories, scorer), [], 0.0
+    for number in range(processes):
+        tally = coco_tally(image_ids, categories, scorer) if number else first
         began = time.perf_counter()
         for truth, detections in shards[number::processes]:
             tally.add(truth, detections)
-        sent = tally.to_bytes() if number else b""
+        sent += [tally.to_bytes()] if number else []
         slowest = max(slowest, time.perf_counter() - began)
-        tallies[number] = tally if not number else sent
     began = time.perf_counter()
-    first, *others = tallies
-    if others:
-        first.merge(others)
+    if sent:
+        first.merge(sent)
     scores = first.scores()
     return slowest + time.perf_counter() - began, scores["AP"]
 
@@ -94,7 +92,7 @@ def by_ddetr(
 def by_vernier(
     scorer: str, shards: list[tuple[GroundTruth, np.ndarray]], images: int, classes: int, processes: int
 ) -> tuple[float, float]:
-    from vernier._core import CocoDataset, evaluate_bbox_grid
+    from vernier._core import CocoDataset, evaluate_bbox_grid  # pyright: ignore[reportMissingImports]
 
     began = time.perf_counter()
     rows = np.concatenate([truth.annotations for truth, _ in shards])

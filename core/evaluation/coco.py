@@ -110,10 +110,11 @@ class CocoTally(Tally):
 
     def evaluation(self) -> hotcoco.COCOeval:
         """What hotcoco made of it: images and categories by their place in the order of the ids."""
-        if self._evaluation is None:
-            self._evaluation = self._counting.finalize()
-            self._evaluation.accumulate()
-        return self._evaluation
+        evaluation = self._evaluation
+        if evaluation is None:
+            self._evaluation = evaluation = self._counting.finalize()
+            evaluation.accumulate()
+        return evaluation
 
     def _images(self, truth: GroundTruth) -> list[dict[str, Any]]:
         """The images' entries under their numbers."""
@@ -146,7 +147,7 @@ def _indexed(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     from pycocotools.coco import COCO
 
     completed = ({"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **row} for row in rows)
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = {**ground_truth, "annotations": [{**row, "id": n} for n, row in enumerate(completed, start=1)]}
     coco.createIndex()
     return coco
