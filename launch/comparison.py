@@ -44,7 +44,7 @@ def compare(
     def keep(index: ShardIndex, truth: GroundTruth, detections: np.ndarray) -> None:
         nonlocal data, categories
         data, categories = index.real_location, index.categories
-        found.append(matches(truth, counted(detections, index.categories), index.categories))
+        found.append(matches(truth, counted(detections, index.categories), index.categories, index.protocol))
 
     for path in paths:  # before the work on those before it
         read_newest(path, contents)

@@ -293,7 +293,7 @@ def _explain(
         return
     began = time.perf_counter()
     rows = counted(detections, index.categories)
-    about = {"shards": index.location, "step": detector.step, "scores": found.metrics}
+    about = {"protocol": index.protocol, "shards": index.location, "step": detector.step, "scores": found.metrics}
     if (failing := failures(truth, rows, index.categories, **about)) is not None:
         failure_files.write(console, folder, index, failing, detector.config.data.most_pixels)
         failure_files.show(console, folder, failing.analysis, time.perf_counter() - began)

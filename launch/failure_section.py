@@ -76,7 +76,7 @@ def _groups(analysis: Analysis) -> str:
     note = "mean over the classes; with the number of classes"
     return (
         f'<figure class="card">{drawn(analysis.by_size, "AP by size of the objects")}'
-        f"{drawn(analysis.by_frequency, 'AP by number of objects in this set')}"
+        f"{drawn(analysis.by_frequency, 'AP by frequency of the classes')}"
         f"<figcaption>{note}</figcaption></figure>"
     )
 

@@ -22,6 +22,7 @@ MOST_WORST = 12  # images
 LONGEST_NAME = 80  # characters of a class, an image or a place
 CURVE_RECALLS = 21  # of a class: 0, 0.05, ..., 1
 BINS = 10  # of scores
+FREQUENCY_GROUPS = ("rare", "common", "frequent")  # as LVIS has them
 SMALL_GROUPS = (("1 to 10 objects", 10), ("11 to 100 objects", 100), ("over 100 objects", None))
 
 Name = Annotated[str, Field(max_length=LONGEST_NAME)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...data.categories import Categories
+from ...data.protocols import ProtocolName
 from ...data.text import shortened
 from ...data.truth import GroundTruth
 from . import analysis as parts
@@ -62,16 +63,17 @@ def failures(
     detections: np.ndarray,
     categories: Categories,
     *,
+    protocol: ProtocolName = "coco",
     shards: str = "",
     step: int | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> Failures | None:
     """Analyse a set; None without a class that has objects.
 
-    detections: rows of DETECTION_DTYPE, those that the scores count. shards: where the set is. step: of the
-    checkpoint. scores: of the protocol, for AP by size.
+    detections: rows of DETECTION_DTYPE, finite and in categories of the set. protocol: of the set. shards: where the
+    set is. step: of the checkpoint. scores: of the protocol, for AP by size.
     """
-    found = matches(truth, detections, categories)
+    found = matches(truth, detections, categories, protocol)
     num_objects = found.num_objects
     listed = np.flatnonzero(num_objects)
     if not len(listed):
@@ -119,7 +121,9 @@ def failures(
         curves={iou: [_share(value, 4) for value in curve[listed].mean(axis=0)] for iou, curve in curves.items()},
         errors=_kinds(errors, confident, found, detected),
         by_size=_by_size(scores or {}),
-        by_frequency=_by_frequency(ap, num_objects),
+        by_frequency=_by_frequency(
+            ap, num_objects, [categories.frequencies.get(int(id_)) for id_ in found.category_ids]
+        ),
         calibration_error=_share(error),
         bins=bins,
         confusions=_confusions(found, detected, named),
@@ -186,15 +190,22 @@ def _by_size(scores: Mapping[str, float]) -> list[parts.Group]:
     return [parts.Group(name=name, classes=0, ap=_share(ap)) for name, ap in sizes.items() if ap >= 0]
 
 
-def _by_frequency(ap: np.ndarray, num_objects: np.ndarray) -> list[parts.Group]:
-    """Classes by the number of their objects in this set."""
-    groups, least = [], 1
-    for name, most in parts.SMALL_GROUPS:
-        inside = (num_objects >= least) & (num_objects <= (most or np.inf))
-        if inside.any():
-            groups.append(parts.Group(name=name, classes=int(inside.sum()), ap=_share(ap[inside].mean())))
-        least = (most or 0) + 1
-    return groups
+def _by_frequency(ap: np.ndarray, num_objects: np.ndarray, stated: list[str | None]) -> list[parts.Group]:
+    """Classes by their frequency among the training images, where the set states it, else by their objects here."""
+    inside: dict[str, np.ndarray] = {}
+    if any(stated):
+        inside = {name: np.array([frequency == name[0] for frequency in stated]) for name in parts.FREQUENCY_GROUPS}
+    else:
+        least = 1
+        for name, most in parts.SMALL_GROUPS:
+            inside[name] = (num_objects >= least) & (num_objects <= (most or np.inf))
+            least = (most or 0) + 1
+    found = {name: group & (num_objects > 0) for name, group in inside.items()}
+    return [
+        parts.Group(name=name, classes=int(group.sum()), ap=_share(ap[group].mean()))
+        for name, group in found.items()
+        if group.any()
+    ]
 
 
 def _calibration(found: Matches) -> tuple[float, list[parts.Bin]]:

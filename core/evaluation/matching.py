@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...data.categories import Categories
+from ...data.protocols import LISTS, ProtocolName
 from ...data.truth import GroundTruth
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
-MOST_PER_IMAGE = 100  # detections of one class in one image, as COCO counts them
+MOST_OF_CLASS = 100  # detections of one class in one image, as COCO counts them
+MOST_OF_IMAGE = 300  # of all classes together, as LVIS counts them
 BACKGROUND = 0.1  # below this IoU with all objects a detection is of background (TIDE, section 2.2)
 _PAIRS_AT_ONCE = 1 << 21
 
@@ -46,12 +48,13 @@ class Matches:
 
     category_ids: np.ndarray  # (K), rising
     image_ids: np.ndarray  # (I), rising
-    detections: np.ndarray  # (D) rows, at most MOST_PER_IMAGE of a class in an image
+    detections: np.ndarray  # (D) rows, those that the protocol counts
     label: np.ndarray  # (D)
     image: np.ndarray  # (D)
     objects: np.ndarray  # (G) rows of ANNOTATION_DTYPE
     object_label: np.ndarray  # (G)
     object_image: np.ndarray  # (G)
+    is_doubtful: np.ndarray  # (D) bool: not all objects of that class have boxes in that image
     matched: np.ndarray  # (T, D) int32: the row of the object that a detection is, -1 for none
     same: Nearest  # objects of the detection's class, without crowds
     other: Nearest  # objects of other classes, without crowds
@@ -64,9 +67,9 @@ class Matches:
 
     @property
     def ignored(self) -> np.ndarray:
-        """(T, D): the detection lies in a crowd of its class, so that it is neither true nor false."""
+        """(T, D): the detection is neither true nor false: it lies in a crowd of its class, or is doubtful."""
         crowd = np.append(self.objects["iscrowd"], False)  # the last one is for -1
-        return crowd[self.matched]
+        return crowd[self.matched] | ((self.matched < 0) & self.is_doubtful)
 
     @property
     def is_object(self) -> np.ndarray:
@@ -79,11 +82,15 @@ class Matches:
         return np.bincount(self.object_label[self.is_object], minlength=len(self.category_ids))
 
 
-def matches(truth: GroundTruth, detections: np.ndarray, categories: Categories) -> Matches:
+def matches(
+    truth: GroundTruth, detections: np.ndarray, categories: Categories, protocol: ProtocolName = "coco"
+) -> Matches:
     """Match detections with objects at every IoU threshold, as COCOeval does.
 
     In each image and class the detections choose in the order of their scores. Each takes the object with the highest
     IoU that is still free, at least the threshold; one that finds none may lie in a crowd, which any number may share.
+    In LVIS and Open Images only detections of classes count that the image was labelled for. Open Images' hierarchy,
+    and its own rule for groups, are left out.
 
     detections: rows of DETECTION_DTYPE in images of `truth`, finite, of the set's categories.
     """
@@ -92,10 +99,19 @@ def matches(truth: GroundTruth, detections: np.ndarray, categories: Categories) 
     objects = truth.annotations[np.argsort(truth.annotations["image_id"], kind="stable")]
     object_label = np.searchsorted(category_ids, objects["category_id"])
     object_image = np.searchsorted(image_ids, objects["image_id"])
-    rows = _most_certain(detections)
+    rows = _most_certain(detections, protocol)
     label, image = np.searchsorted(category_ids, rows["category_id"]), np.searchsorted(image_ids, rows["image_id"])
     order = np.lexsort((image, -rows["score"], label))
-    rows, label, image = rows[order], label[order], image[order]
+    is_doubtful = np.zeros(len(rows), dtype=bool)
+    if LISTS[protocol]:
+        labelled, partly = (
+            _cells(truth, name, image_ids, category_ids) for name in ("neg_category_ids", "not_exhaustive_category_ids")
+        )
+        cells = image * len(category_ids) + label
+        labelled = np.append(labelled, object_image * len(category_ids) + object_label)
+        order = order[np.isin(cells[order], labelled)]
+        is_doubtful = np.isin(cells, partly)
+    rows, label, image, is_doubtful = rows[order], label[order], image[order], is_doubtful[order]
 
     pairs = _pairs(rows, image, objects, object_image, len(image_ids))
     same = label[pairs.detection] == object_label[pairs.object]
@@ -114,6 +130,7 @@ def matches(truth: GroundTruth, detections: np.ndarray, categories: Categories) 
         objects=objects,
         object_label=object_label,
         object_image=object_image,
+        is_doubtful=is_doubtful,
         matched=np.stack(matched),
         same=_nearest(pairs.of(same & ~crowd), len(rows)),
         other=_nearest(pairs.of(~same & ~crowd), len(rows)),
@@ -139,17 +156,26 @@ def chosen(pairs: Pairs, is_crowd: np.ndarray, num: int) -> np.ndarray:
     return found
 
 
-def _most_certain(detections: np.ndarray) -> np.ndarray:
-    """Those with the highest scores of each class in each image."""
-    order = np.lexsort((-detections["score"], detections["category_id"], detections["image_id"]))
+def _most_certain(detections: np.ndarray, protocol: ProtocolName) -> np.ndarray:
+    """Those with the highest scores: of each class in each image, in LVIS of each image."""
+    together = ("image_id",) if protocol == "lvis" else ("image_id", "category_id")
+    order = np.lexsort((-detections["score"], *(detections[name] for name in reversed(together))))
     rows = detections[order]
     new = np.ones(len(rows), dtype=bool)
-    for name in ("image_id", "category_id"):
+    for name in together:
         new[1:] &= rows[name][1:] == rows[name][:-1]
     new[1:] = ~new[1:]
     starts = np.flatnonzero(new)
     rank = np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
-    return rows[rank < MOST_PER_IMAGE]
+    return rows[rank < (MOST_OF_IMAGE if protocol == "lvis" else MOST_OF_CLASS)]
+
+
+def _cells(truth: GroundTruth, name: str, image_ids: np.ndarray, category_ids: np.ndarray) -> np.ndarray:
+    """One number for each image and class in the images' lists of this name."""
+    listed = [(image["id"], id_) for image in truth.images for id_ in image.get(name, ())]
+    images, ids = np.array(listed, dtype=np.int64).reshape(-1, 2).T
+    known = np.isin(ids, category_ids)
+    return np.searchsorted(image_ids, images[known]) * len(category_ids) + np.searchsorted(category_ids, ids[known])
 
 
 def _pairs(

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from ddetr.core.evaluation.columns import DETECTION_DTYPE, to_coco
+from ddetr.core.evaluation.failures import failures
 from ddetr.core.evaluation.lvis import MEANINGS, LvisTally
+from ddetr.core.evaluation.matching import matches
+from ddetr.core.evaluation.precision import Ranking
 from ddetr.data.categories import Categories
 from ddetr.data.protocols import IMAGE_LISTS
 from ddetr.data.truth import ANNOTATION_DTYPE, GroundTruth
@@ -141,3 +144,36 @@ def test_the_arrays_of_any_set_are_those_of_lvis_api(lvis_api: Any, tmp_path: Pa
 @pytest.mark.slow
 def test_the_arrays_of_many_sets_are_those_of_lvis_api(lvis_api: Any, tmp_path: Path) -> None:
     assert_equal_arrays(lvis_api, range(60, 1060), tmp_path)
+
+
+def test_errors_are_analysed_on_the_same_matches() -> None:
+    """AP of each class by the analysis, which a class table shows, is that of the protocol."""
+    compared = 0
+    for seed in range(60):
+        images = a_set(seed)
+        truth = GroundTruth.joined([part for part, _ in images])
+        detections = np.concatenate([rows for _, rows in images])
+        tally = tallied([part for part, _ in images], detections)
+        precision = tally.evaluation().eval["precision"]  # (T, R, K, areas)
+        expected = np.where(precision < 0, np.nan, precision)[:, :, :, 0].reshape(10, 101, -1).mean(axis=1)
+        found = matches(truth, detections, CATEGORIES, "lvis")
+        for threshold, (true, ignored) in enumerate(zip(found.true, found.ignored, strict=True)):
+            ranking = Ranking(found.label, true, ignored, len(CATEGORIES))
+            average = ranking.steps(found.num_objects).average(found.num_objects)
+            assert average == pytest.approx(expected[threshold], abs=1e-9, nan_ok=True), (seed, threshold)
+            compared += int(np.isfinite(average).sum())
+    assert compared > 500
+
+
+def test_classes_are_grouped_by_the_frequency_that_the_set_states() -> None:
+    truth = [image(1, [5, 7]), image(2, [12])]
+    for part in truth:
+        part.images[0]["file_name"] = "a.jpg"
+    detections = found((1, 5, BOX, 0.5), (1, 2**62, BOX, 0.9))  # nobody looked for the other one there
+    failing = failures(GroundTruth.joined(truth), detections, CATEGORIES, protocol="lvis")
+    assert failing is not None
+    assert [(group.name, group.classes, group.ap) for group in failing.analysis.by_frequency] == [
+        ("common", 1, 1.0),
+        ("frequent", 2, 0.0),
+    ]
+    assert failing.analysis.detections == 1
