@@ -3,16 +3,19 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .text import file_name
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write or replace a file. Raises OSError that names it; what had its name before is still there then."""
+def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write or replace a file. Raises OSError that names it; what had its name before is still there then.
+
+    data: the content, or pieces of it.
+    """
     with unfinished(path) as partial, partial.open("xb") as file:  # x: not through a link that another user left there
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ..core.checkpoint import TrainedDetector, checkpoints, contents, load_detec
 from ..core.checkpoint.manifest import MANIFEST
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
-from ..core.evaluation.columns import counted, to_coco
+from ..core.evaluation.columns import as_text, counted
 from ..core.evaluation.evaluator import Count, ShardResult, check_categories, evaluate_shards, without_score_of
 from ..core.evaluation.failures import failures
 from ..core.evaluation.result import Result, weights_digest, without_score
@@ -266,8 +266,8 @@ def _write(
 ) -> None:
     folder, *checkpoints = places
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("detections", to_coco(detections)), ("ground_truth", truth.to_coco(index.categories))):
-        write_whole(folder / f"{name}.json", as_json(content).encode())
+    write_whole(folder / "detections.json", as_text(detections))
+    write_whole(folder / "ground_truth.json", as_json(truth.to_coco(index.categories)).encode())
     result.write(folder, found)
     console.print(f"Written to {folder}", soft_wrap=True)
     for checkpoint in checkpoints:

@@ -1,12 +1,13 @@
 """Detections in columns: as they travel between processes, and as they are scored."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ...data.categories import Categories
+from ...data.documents import as_json
 
 # One row a detection. category_id: the set's own; bbox: x, y, width, height in pixels of the picture.
 DETECTION_DTYPE = np.dtype(
@@ -17,12 +18,23 @@ _EXACT_DTYPE = np.dtype(
     [("image_id", np.int64), ("category_id", np.int64), ("bbox", np.float64, (4,)), ("score", np.float64)]
 )
 
+_ROWS_AT_ONCE = 100_000
+
 
 def to_coco(detections: np.ndarray) -> list[dict[str, Any]]:
     """Rows of DETECTION_DTYPE in COCO's result format."""
     names = DETECTION_DTYPE.names or ()
     columns = [detections[name].tolist() for name in names]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def as_text(detections: np.ndarray) -> Iterator[bytes]:
+    """The json file of these rows in COCO's result format, in pieces: as dictionaries they take far more memory."""
+    yield b"["
+    for start in range(0, len(detections), _ROWS_AT_ONCE):
+        piece = as_json(to_coco(detections[start : start + _ROWS_AT_ONCE]))[1:-1]
+        yield (", " * bool(start) + piece).encode()
+    yield b"]"
 
 
 def of_coco(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:

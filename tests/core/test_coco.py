@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from ddetr.core.evaluation import columns
 from ddetr.core.evaluation.coco import MEANINGS, CocoTally, Scorer, coco_metrics, coco_tally
 from ddetr.core.evaluation.columns import DETECTION_DTYPE, to_coco
 from ddetr.data.categories import Categories
@@ -322,6 +324,15 @@ def test_processes_without_images_add_nothing(scorer: Scorer) -> None:
 def test_what_is_no_tally_is_refused(scorer: Scorer) -> None:
     with pytest.raises(ValueError, match=r"not a (tally|StreamingEval state)"):
         coco_tally(np.array([1]), CATEGORIES, scorer).merge([b"what another program sends"])
+
+
+def test_detections_are_written_as_one_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.concatenate([found for _, found in a_set(8)])
+    assert len(rows) > 100
+    for at_once in (1, 7, len(rows), 10**6):
+        monkeypatch.setattr(columns, "_ROWS_AT_ONCE", at_once)
+        assert b"".join(columns.as_text(rows)) == json.dumps(to_coco(rows)).encode()
+    assert json.loads(b"".join(columns.as_text(rows[:0]))) == []
 
 
 @pytest.mark.parametrize("scorer", ["hotcoco", "pycocotools"])
