@@ -89,7 +89,17 @@ HEADLINE = Metric(
     "its name (AP)",
 )
 EVALUATION_SECONDS = Metric("ddetr_evaluation_seconds", "gauge", "Duration of the last evaluation.")
+EVALUATION_PART_SECONDS = Metric(
+    "ddetr_evaluation_part_seconds",
+    "gauge",
+    "What a part of the last evaluation took of all ranks together: waiting for decoded images, the model, scoring.",
+    "part",
+    "decoding, model, scoring",
+)
 EVALUATION_IMAGES = Metric("ddetr_evaluation_images", "gauge", "Images of the last evaluation.")
+EVALUATION_BAD_SAMPLES = Metric(
+    "ddetr_evaluation_bad_images", "gauge", "Damaged images that the last evaluation left out."
+)
 EVALUATION_NOT_FINITE = Metric(
     "ddetr_evaluation_not_finite_queries",
     "gauge",
@@ -104,7 +114,8 @@ CHECKPOINT_TIME = Metric(
 METRICS = (
     *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
     *(STEP_SECONDS, DATA_WAIT_SECONDS, OWN_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
-    *(SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_IMAGES, EVALUATION_NOT_FINITE),
+    *(SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_PART_SECONDS),
+    *(EVALUATION_IMAGES, EVALUATION_BAD_SAMPLES, EVALUATION_NOT_FINITE),
     *(START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
 
@@ -155,7 +166,11 @@ class Result(Protocol):
     @property
     def num_not_finite(self) -> int: ...
     @property
+    def num_bad(self) -> int: ...
+    @property
     def seconds(self) -> float: ...
+    @property
+    def parts(self) -> Mapping[str, float]: ...
 
 
 @runtime_checkable
@@ -236,7 +251,10 @@ class RunMetrics:
             self._set(SCORE, value, metric=name)
         self._set(HEADLINE, scores[result.headline], metric=result.headline)
         self._set(EVALUATION_SECONDS, result.seconds)
+        for part, seconds in result.parts.items():
+            self._set(EVALUATION_PART_SECONDS, seconds, part=part)
         self._set(EVALUATION_IMAGES, result.images)
+        self._set(EVALUATION_BAD_SAMPLES, result.num_bad)
         self._set(EVALUATION_NOT_FINITE, result.num_not_finite)
 
     def _set(self, metric: Metric, value: float, /, **label: str) -> None:

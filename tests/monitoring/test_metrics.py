@@ -81,6 +81,8 @@ def test_evaluation_and_checkpoint(metrics: RunMetrics):
     assert value(metrics, "ddetr_evaluation_headline_ratio", metric="AP") == 0.2
     assert value(metrics, "ddetr_evaluation_seconds") == 12.5
     assert value(metrics, "ddetr_evaluation_images") == 100
+    assert value(metrics, "ddetr_evaluation_bad_images") == 2
+    assert value(metrics, "ddetr_evaluation_part_seconds", part="model") == 20
     assert value(metrics, "ddetr_evaluation_not_finite_queries") == 0
     assert before <= value(metrics, "ddetr_last_checkpoint_timestamp_seconds") <= time.time()
 
