@@ -32,8 +32,8 @@ def test_two_checkpoints_are_compared_on_the_same_shards(run_directory: Path, tm
     assert "│ cross " in done.stdout
 
 
-def test_a_detector_against_itself_is_noise(run_directory: Path) -> None:
-    done = finished("eval", run_directory, run_directory, "eval.top_k=20")
+def test_a_detector_against_itself_is_noise(run_directory: Path, tmp_path: Path) -> None:
+    done = finished("eval", run_directory, run_directory, "--output", tmp_path, "eval.top_k=20")
     words = re.sub(r"\s+", " ", done.stdout)
     assert "0 lies inside: this set does not tell them apart." in words, done.stderr
     assert "by +0.0000 to +0.0000" in words
