@@ -256,10 +256,10 @@ def open_shards(location: str, config: DataConfig) -> ShardIndex:
     fetch(source, INDEX_NAME, text.extend, size=MOST_INDEX_BYTES, exact=False, attempts=config.fetch_attempts)
     try:
         folder = Path(config.cache).expanduser()
-    except RuntimeError:  # nobody knows this account's home
-        if config.fetch == "shards":
-            raise ValueError(_unusable(Path(config.cache), "this account has no home")) from None
+    except RuntimeError:  # nobody knows this home
         folder = Path(config.cache)
+        if config.fetch == "shards":
+            raise ValueError(_unusable(folder, f"no home is known for {folder.parts[0]}")) from None
     index = ShardIndex.parse(text, location, folder)
     if config.fetch == "shards":
         check_room(list(index.shards), config.cache_bytes)

@@ -29,8 +29,6 @@ class Categories:
     _labels: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.ids) != len(self.names):
-            raise ValueError(f"categories: {len(self.ids)} ids but {len(self.names)} names")
         labels = {category_id: label for label, category_id in enumerate(self.ids)}
         if len(labels) != len(self.ids):
             repeated = sorted(category_id for category_id, count in Counter(self.ids).items() if count > 1)

@@ -134,7 +134,7 @@ def _check_bytes(shard: Shard) -> list[Finding]:
         findings.append(Finding("wrong bytes", shard.name, "its sha256 is not the one in the index"))
     try:
         keys = list(tar_members(shard.path))
-    except (tarfile.TarError, EOFError) as error:
+    except tarfile.TarError as error:
         return [*findings, Finding("wrong bytes", shard.name, f"not a readable tar: {error}")]
     if keys != [shard.key(row) for row in range(len(shard.samples))]:
         findings.append(Finding("wrong bytes", shard.name, "its samples are not those of the index"))

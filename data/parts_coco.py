@@ -60,7 +60,7 @@ def coco_parts(root: Path, images: Path | None, split: str | None = None) -> lis
 def lone_coco(file: Path) -> Part:
     """A COCO json whose images are near it.
 
-    Raises FileNotFoundError without the file, ValueError when none of its first images is near it.
+    Raises FileNotFoundError without the file, ValueError when it names images and none of the first is near it.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a COCO json, or a folder")
@@ -100,11 +100,13 @@ def _images(root: Path, file: Path, folders: list[Path], *, required: bool = Fal
 
     Several may hold images of these names. Right is one in the branch of the json itself, then one called like its
     split; one called like another split is wrong. Raises ValueError where several remain, or that alone; and where
-    there is none, if `required`, else the images are said to be missing one by one.
+    there is none, if `required`, else the images are said to be missing one by one. A json that names no image is
+    refused for what it is when it is read.
     """
     split = _PREFIX.sub("", file.stem).strip("._- ").lower()
     own = _family(file.stem) or _family(file.parent.relative_to(root).as_posix())
-    for image in _first_file_names(file):
+    names = _first_file_names(file)
+    for image in names:
         last = image.rpartition("/")[2]
         forms = [image, unicodedata.normalize("NFC", image), unicodedata.normalize("NFD", image)]
         elsewhere = image.startswith("/") or ":" in image or ".." in image.split("/")
@@ -133,7 +135,7 @@ def _images(root: Path, file: Path, folders: list[Path], *, required: bool = Fal
                 )
             if found:
                 return found[0]
-    if required:
+    if required and names:
         raise ValueError(f"{file}: none of its first images is near it: name the folder of its images after it, IMAGES")
     return next(place for place in (root / "images", root) if place.is_dir())
 

@@ -1,5 +1,6 @@
 """The cache deletes and touches what it has made, and nothing else, whatever lies beside it."""
 
+import errno
 import os
 import shutil
 import stat
@@ -174,3 +175,58 @@ def test_more_than_the_index_says_is_cut_off_and_not_stored(synthetic_shards, co
         index.storage.ensure(shard)
     stored = list((Path(config.cache) / FOLDER).glob("*.partial"))
     assert [path.stat().st_size <= shard.bytes for path in stored] == [True]
+
+
+def test_a_cache_that_this_account_may_only_read_gives_what_is_there(server, synthetic_shards, config, monkeypatch):
+    """As another account is told: root may write nearly everywhere."""
+    config = config.model_copy(update={"cache_bytes": 1 << 30})
+    fetch_all(server.url, config)
+    monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
+    index = open_shards(server.url, config)
+    (Path(config.cache) / FOLDER / f"{index.shards[0].sha256}.tar").unlink()
+    for cache in (config.cache, f"{config.cache}-new"):
+        message = rf"data.cache={cache}: shards cannot be kept there: .* cannot be written to .*data.fetch=samples"
+        with pytest.raises(OSError, match=message):
+            open_shards(server.url, config.model_copy(update={"cache": cache}))
+
+
+def test_a_cache_that_is_gone_is_said(server, config):
+    index = open_shards(server.url, config)
+    shutil.rmtree(config.cache)
+    with pytest.raises(SourceError, match=rf"data.cache={config.cache}: shards cannot be kept there: .*No such file"):
+        index.storage.ensure(index.shards[0])
+
+
+def test_a_cache_below_a_home_that_nobody_knows_is_said(server, config):
+    config = config.model_copy(update={"cache": "~nobody-of-that-name/shards"})
+    message = r"data.cache=~nobody-of-that-name/shards: .* no home is known for ~nobody-of-that-name. Set data.cache"
+    with pytest.raises(ValueError, match=message):
+        open_shards(server.url, config)
+    assert open_shards(server.url, config.model_copy(update={"fetch": "samples"})).num_samples > 0
+
+
+def test_a_folder_that_cannot_get_its_name_leaves_nothing(server, config, monkeypatch):
+    def busy(self: Path, target: Path) -> Path:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target))
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OSError, match=rf"busy: '{config.cache}/{FOLDER}'"):
+        open_shards(server.url, config)
+    assert not list(Path(config.cache).iterdir())
+
+
+def test_a_lock_that_was_deleted_while_it_was_waited_for_is_taken_anew(server, config, monkeypatch):
+    index = open_shards(server.url, config)
+    shard = index.shards[0]
+    lock = Path(config.cache) / FOLDER / f"{shard.sha256}.lock"
+    waited = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not waited:
+            lock.unlink()
+        waited.append(os.fstat(descriptor).st_nlink)
+
+    monkeypatch.setattr("ddetr.data.cache.fcntl.flock", flock)
+    index.storage.ensure(shard)
+    assert waited[:3] == [0, 0, 1]  # locked and given back; then of a file that is there
+    assert lock.exists()

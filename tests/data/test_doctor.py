@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ddetr.data.doctor import check_coco, check_shards
+from ddetr.data.doctor import check_coco, check_set, check_shards
 from ddetr.data.findings import FIXES
+from ddetr.data.formats import read_annotations
 from ddetr.data.index import INDEX_NAME, ShardIndex
 from ddetr.data.sets import Reading
 from ddetr.data.shards import pack
@@ -135,3 +136,40 @@ def test_what_cannot_be_read_at_all_is_an_error(tmp_path):
         check_shards(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         check_coco(tmp_path / "annotations.json", tmp_path)
+
+
+def test_an_image_that_is_gone_since_the_set_was_read_is_found(coco_folder):
+    coco = read_annotations(coco_folder / "annotations.json", coco_folder / "images")
+    (coco_folder / "images/000004.jpg").unlink()
+    assert [(finding.kind, finding.where) for finding in check_set(coco, workers=1)] == [
+        ("undecodable image", "image 5 (000004.jpg)")
+    ]
+
+
+def test_what_is_no_tar_is_found(shards):
+    shard = ShardIndex.load(shards).shards[0]
+    shard.path.write_bytes(b"x" * shard.bytes)
+    found = [finding for finding in check_shards(shards, workers=1) if finding.where == shard.name]
+    assert [finding.what.partition(":")[0] for finding in found] == [
+        "its sha256 is not the one in the index",
+        "not a readable tar",
+    ]
+
+
+def test_a_key_in_two_shards_is_found(shards):
+    values = json.loads((shards / INDEX_NAME).read_text())
+    shutil.copy(shards / "shard-000000.tar", shards / "shard-000009.tar")
+    values["shards"].append({**values["shards"][0], "name": "shard-000009.tar"})
+    (shards / INDEX_NAME).write_text(json.dumps(values))
+    key = values["shards"][0]["samples"][0]["key"]
+    found = [finding for finding in check_shards(shards, workers=1) if finding.kind == "duplicate id"]
+    assert len(found) == len(values["shards"][0]["samples"])
+    assert (found[0].where, found[0].what) == (f"shard-000009.tar, sample {key}", "also in shard-000000.tar")
+
+
+def test_a_box_that_leaves_its_image_is_found_in_a_shard(coco_folder, edit, tmp_path):
+    path = edit(lambda coco: first(coco).update(bbox=[50, 50, 30, 5]))
+    pack(path, coco_folder / "images", tmp_path / "shards", workers=1)
+    assert [(finding.kind, finding.severity) for finding in check_shards(tmp_path / "shards", workers=1)] == [
+        ("overhanging box", "warning")
+    ]

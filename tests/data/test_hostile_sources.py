@@ -123,3 +123,48 @@ def test_a_length_that_is_none_is_no_size(serve, synthetic_shards, config, lengt
     index = open_shards(serve(answer).url, config)
     index.storage.ensure(index.shards[0])
     assert len(list((Path(config.cache) / FOLDER).glob("*.tar"))) == 1
+
+
+def test_a_server_that_ends_early_without_a_word_is_asked_for_the_rest(serve, synthetic_shards, config):
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        wanted = handler.headers.get("Range")
+        if handler.command == "GET" and handler.path.endswith(".tar") and not wanted:
+            handler.send_response(200)
+            handler.send_header("Connection", "close")
+            handler.end_headers()
+            handler.wfile.write((synthetic_shards / Path(handler.path).name).read_bytes()[:1000])
+        elif wanted == "bytes=1000-" and len(server.requests) < before + 3:
+            reply(handler, 416)  # once more nothing
+        else:
+            files(synthetic_shards)(handler)
+
+    server = serve(answer)
+    index = open_shards(server.url, config.model_copy(update={"fetch_attempts": 3}))
+    before = len(server.requests)
+    index.storage.ensure(index.shards[0])
+    asked = [headers.get("range") for _, _, headers in server.requests[before:]]
+    assert asked == [None, "bytes=1000-", "bytes=1000-"]
+    with pytest.raises(SourceError, match=rf"{index.shards[1].name}: ended after 1000 of \d+ bytes; gave up after 1 "):
+        open_shards(server.url, config.model_copy(update={"fetch_attempts": 1})).storage.ensure(index.shards[1])
+
+
+def test_a_server_that_sends_who_asks_for_sizes_in_a_circle_is_named(serve, synthetic_shards, config):
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.command == "HEAD":
+            handler.wfile.write(f"HTTP/1.1 302 Found\r\nLocation: {handler.path}\r\n\r\n".encode())
+            handler.close_connection = True
+        else:
+            files(synthetic_shards)(handler)
+
+    server = serve(answer)
+    with pytest.raises(
+        SourceError, match=rf"^{server.url}/shard-000000.tar: the server redirects in a circle, to http"
+    ):
+        open_shards(server.url, config)
+
+
+@pytest.mark.parametrize("rest", ["", "[::1/set", "host:port/set"])
+def test_an_address_without_a_host_or_port_is_refused_without_its_password(rest, config):
+    with pytest.raises(ValueError, match=r"^http://.*: not a valid http:// or https:// address") as error:
+        open_shards(f"http://me:secret@{rest}", config)
+    assert "secret" not in str(error.value)

@@ -180,13 +180,17 @@ def test_postscript_is_not_run():
         load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
-def test_only_ordinary_files_are_read(tmp_path: Path):
+def test_only_ordinary_files_are_read(tmp_path: Path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     for name in ("pipe.jpg", "device.jpg", "."):
         for read in (read_file, image_header):
             with pytest.raises(OSError, match="not an ordinary file"):
                 read(tmp_path / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_file", lambda path: True)  # it was one, and is replaced before it is opened
+        with pytest.raises(OSError, match=r"pipe.jpg: not an ordinary file"):
+            read_file(tmp_path / "pipe.jpg")
     (tmp_path / "large.jpg").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"large.jpg: the file has more than 99 bytes"):
         read_file(tmp_path / "large.jpg", 99)

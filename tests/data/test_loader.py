@@ -14,8 +14,9 @@ import pytest
 from ddetr.data.batch import Batch
 from ddetr.data.config import DataConfig
 from ddetr.data.index import ShardIndex
+from ddetr.data.loader import Loader
 from ddetr.data.stream import TrainStream
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils import signal_handling
 
 pytestmark = pytest.mark.integration
@@ -121,3 +122,15 @@ def test_a_process_that_is_killed_from_outside_is_named(synthetic_shards) -> Non
     with pytest.raises(OSError, match=r"a loader process was lost \(pid \d+ killed by SIGKILL.*data.workers to fewer"):
         list(steps)
     assert_ended(stream, workers)
+
+
+class Failing(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        yield 1
+        raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_fails_where_no_process_was_lost_is_raised_as_it_is(workers: int) -> None:
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(Loader(DataLoader(Failing(), batch_size=None, num_workers=workers)).batches())

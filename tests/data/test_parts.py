@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from ddetr.data.formats import read_sets
+from ddetr.data.formats import read_annotations, read_sets
 from ddetr.data.sets import Reading
 
 from tests.data.annotation_table.case import ROW, A, coco, entry, xml
@@ -138,6 +138,11 @@ ROOTS = [
         | images("images/train/1.png", "images/val/2.png", "images/holdout/3.png")
         | dict.fromkeys(("labels/train/1.txt", "labels/val/2.txt", "labels/holdout/3.txt"), ROW),
         {"train": {"1.png"}, "val": {"2.png"}, "holdout": {"3.png"}},
+    ),
+    (
+        "a yaml of another name, beside one that is broken and one of something else",
+        {"a.yaml": "{", "b.yaml": "names: [cat]", "c.yaml": "names: [cat, dog]\ntrain: data\n", **yolo("data", "1")},
+        {"train": {"1.png"}},
     ),
     (
         "an archive in a folder of its name",
@@ -286,3 +291,73 @@ def test_nothing_is_read_outside_of_a_root(tmp_path: Path) -> None:
     root = laid_out({"data.yaml": "train: ../elsewhere\nnames: [cat]\n"}, tmp_path / "root")
     with pytest.raises(ValueError, match=r"data.yaml: leads to no folder beside it: train: '../elsewhere'"):
         read_sets(root)
+
+
+def test_a_data_yaml_may_be_named_itself(tmp_path: Path) -> None:
+    root = laid_out({"data.yaml": "train: images\nnames: [cat, dog]\n", **yolo("images", "1")}, tmp_path)
+    (found,) = read_sets(root / "data.yaml").values()
+    assert [image.file_name for image in found.images] == ["1.png"]
+
+
+OBJ = "train = train.txt\nnames = obj.names\n"
+REFUSED: list[tuple[dict[str, str | bytes], str, str]] = [
+    ({"data.yaml": "names: [cat]"}, "data.yaml", "no `train` and no `val` in it; expected the data.yaml of a YOLO set"),
+    ({"data.yaml": "train: {a: b}"}, "", "data.yaml: train is .*: needs a path or a list of paths"),
+    ({"data.yaml": f"train: {'a' * 300}"}, "", "data.yaml: leads to no folder beside it: train: 'aaa"),
+    ({"data.yaml": "train: all.txt\nnames: [cat]", "all.txt": "# none\n"}, "", "all.txt: no images in it"),
+    ({"data.yaml": "train: all.txt\nnames: [cat]", "all.txt": "data/1.png\n"}, "", "data: no such folder; name the f"),
+    ({"data.yaml": "train: images\nnames: [cat]", **images("images/1.png")}, "", "images: no .txt file of labels for"),
+    ({"obj.data": OBJ + "# \xe4", **NAMES}, "", "obj.data: it is not text in UTF-8"),
+    (
+        {"a/train.json": document("1.png"), "a_train.json": document("1.png")},
+        "",
+        r"two splits of one name in it \(a_tr",
+    ),
+    (voc("1") | {"labelmap.txt": "cat:1\ncat:2\n"}, "", "labelmap.txt: the class 'cat' is in it twice"),
+]
+
+
+@pytest.mark.parametrize(("files", "path", "message"), REFUSED)
+def test_what_leads_to_no_set_is_named(files: dict, path: str, message: str, tmp_path: Path) -> None:
+    laid_out(
+        {name: text.encode("latin-1") if isinstance(text, str) else text for name, text in files.items()}, tmp_path
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"^{tmp_path}.*{message}"):
+        read_sets(tmp_path / path)
+
+
+def test_images_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
+    root = laid_out({"train.json": document("1.png")}, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"photos: no such folder; expected the images that the annotations"):
+        read_sets(root / "train.json", root / "photos")
+
+
+def test_a_link_out_of_a_root_is_not_followed(tmp_path: Path) -> None:
+    laid_out(images("elsewhere/1.png"), tmp_path)
+    root = laid_out({"labels/1.txt": ROW, **NAMES}, tmp_path / "root")
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"root/images leads out of .*root: name the annotations and IMAGES one by one"
+    ):
+        read_sets(root)
+
+
+def test_a_listed_image_that_is_not_there_is_said(tmp_path: Path) -> None:
+    (found,) = read_sets(laid_out(voc("1") | {f"{LISTS}/train.txt": "1\n2\n"}, tmp_path)).values()
+    assert [(finding.kind, finding.what) for finding in found.findings] == [
+        ("missing image", "2 is listed, but there is no such image")
+    ]
+
+
+def test_one_set_is_wanted_where_there_are_several(tmp_path: Path) -> None:
+    root = laid_out(NAMES | yolo("train", "1") | yolo("val", "2"), tmp_path)
+    with pytest.raises(ValueError, match=r"several splits in it, train, val: name one with --split"):
+        read_annotations(root, root)
+
+
+def test_classes_are_not_for_a_json(tmp_path: Path) -> None:
+    root = laid_out(NAMES | {"train.json": document("1.png")} | images("1.png"), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"train.json: a COCO json has its own categories; --classes is for VOC and YOLO"
+    ):
+        read_sets(root, reading=Reading(classes=root / "classes.txt"))

@@ -277,3 +277,21 @@ def test_shards_of_another_set_that_was_not_packed_to_its_end_are_kept(coco_fold
     with pytest.raises(FileExistsError, match=r"shards of another set that was not packed to its end; choose another"):
         pack_folder(coco_folder, output)
     assert contents(output) == before
+
+
+def test_what_cannot_be_packed_to_is_named(coco_folder, tmp_path):
+    with pytest.raises(ValueError, match="shard_bytes must be positive, got 0"):
+        pack(coco_folder / "annotations.json", coco_folder / "images", tmp_path / "new", workers=1, shard_bytes=0)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file: not a folder; choose another place for the shards"):
+        pack_folder(coco_folder, tmp_path / "file")
+
+
+def test_what_stands_beside_another_shard_is_not_believed(coco_folder, tmp_path):
+    index = pack_folder(coco_folder, tmp_path / "shards")
+    first, second = index.shards[:2]
+    (tmp_path / "shards" / INDEX_NAME).unlink()
+    sidecar = first.path.with_suffix(".json")
+    sidecar.write_text(json.dumps(second.to_json()))
+    with pytest.raises(ValueError, match=rf"{sidecar}: not what .* notes beside a shard \(it is of {second.name}\)"):
+        pack_folder(coco_folder, tmp_path / "shards")

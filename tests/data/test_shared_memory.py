@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from ddetr.data.batch import packed_bytes
 from ddetr.data.config import DataConfig
 from ddetr.data.index import ShardIndex
 from ddetr.data.loader import Loader
-from ddetr.data.shared_memory import REMEDY
+from ddetr.data.shared_memory import REMEDY, free_bytes, shared
 from ddetr.data.stream import TrainStream
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -117,3 +118,20 @@ def test_a_loader_process_killed_for_want_of_it_is_told_with_the_remedy() -> Non
     batches = Loader(DataLoader(Ending(), batch_size=None, num_workers=1)).batches()
     with pytest.raises(OSError, match=r"pid \d+ killed by SIGBUS\)\. /dev/shm was full\. Give the container more: "):
         assert set(batches) == {1}, "it ends in the middle of what it hands over, or after that"
+
+
+def test_without_such_a_folder_none_is_free(monkeypatch, tmp_path: Path) -> None:
+    assert free_bytes() != 0
+    monkeypatch.setattr("ddetr.data.shared_memory.FOLDER", tmp_path / "none")
+    assert free_bytes() == 0
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_it() -> None:
+    """As many files are open as may be: none for the memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(RuntimeError, match="Too many open files"):
+            shared(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

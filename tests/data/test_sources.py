@@ -18,7 +18,7 @@ from ddetr.data.cache import FOLDER, open_shards
 from ddetr.data.config import DataConfig
 from ddetr.data.files import file_sha256
 from ddetr.data.index import ShardIndex
-from ddetr.data.sources import SourceError
+from ddetr.data.sources import SourceError, source_of
 from ddetr.data.stream import TrainStream, evaluation_batches
 
 from tests.data.file_server import Fault, FileServer, cut, damaged, stall, status
@@ -269,6 +269,7 @@ def test_s3_gives_the_same_batches(s3_server, synthetic_shards, config, monkeypa
     assert_same_epoch("s3://sets/coco/train", synthetic_shards, config)
 
     (name,) = (path.name for path in synthetic_shards.glob("*.tar") if file_sha256(path) == whole.stem)
+    assert list(source_of("s3://sets/coco/train", 3).read(name, whole.stat().st_size)) == [], "nothing is left of it"
     client.delete_object(Bucket="sets", Key=f"coco/train/{name}")
     with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
         open_shards("s3://sets/coco/train", config)
@@ -291,6 +292,11 @@ def test_commands_that_fail_or_hang_are_named(synthetic_shards, config):
     ):
         open_shards("pipe:cat /nowhere/{}", config)
     impatient = config.model_copy(update={"fetch_timeout_seconds": 2})  # the index comes in that time on a busy machine
+    with pytest.raises(SourceError, match=r"index.json.*: the command did not end within 0.5 s; gave up after 1 "):
+        open_shards(
+            f"pipe:cat {folder}/{{}}; exec >&-; sleep 60",
+            config.model_copy(update={"fetch_timeout_seconds": 0.5, "fetch_attempts": 1}),
+        )
     silent = open_shards(f"pipe:case {{}} in *.tar) sleep 60;; *) cat {folder}/{{}};; esac", impatient)
     with pytest.raises(SourceError, match=r"shard-0000\d\d.tar.*the command was silent for 2 s; gave up after 3"):
         images_of_epoch(silent, impatient)

@@ -1,12 +1,13 @@
 """The procedural set: reproducible, valid, and what it promises to contain."""
 
 import json
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
 from ddetr.data.doctor import check_coco
-from ddetr.data.synthetic import draw_image, draw_set
+from ddetr.data.synthetic import SHAPES, Shape, draw_image, draw_set
 
 
 @pytest.mark.integration
@@ -99,3 +100,25 @@ def test_arguments_out_of_range_are_named(tmp_path, name, value):
     arguments = {"images": 1, "size": 32, "classes": 1, "seed": 0, name: value}
     with pytest.raises(ValueError, match=rf"^{name} must .*{value}"):
         draw_set(tmp_path, **arguments)
+
+
+AREAS = {  # by the formulas of each, of corners or sides as they are drawn
+    "disc": math.pi,
+    "triangle": 3 / 2 * math.sin(2 * math.pi / 3),
+    "cross": 2 * 1.84 * 0.6 - 0.6**2,
+    "ring": math.pi * (1 - 0.56**2),
+    "star": 5 * 0.45 * math.sin(math.pi / 5),
+    "square": 2.0,
+    "crescent": 1.5295,  # a unit disc without its lens with one of 0.8 at a distance of 0.5
+    "hexagon": 6 / 2 * math.sin(math.pi / 3),
+    "frame": 1.4**2 - 0.84**2,
+    "bar": 1.92 * 0.52,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
+def test_the_inside_of_an_outline_is_where_the_distance_is_negative(shape: Shape) -> None:
+    x, y = np.meshgrid(np.linspace(-1.5, 1.5, 601), np.linspace(-1.5, 1.5, 601))
+    inside = shape.distance(x, y) < 0
+    assert inside.sum() * 0.005**2 == pytest.approx(AREAS[shape.name], rel=0.02)
+    assert max(np.abs(x[inside]).max(), np.abs(y[inside]).max()) <= 1

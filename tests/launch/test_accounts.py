@@ -90,7 +90,7 @@ def test_folders_that_cannot_be_written_are_named_with_their_settings(
         result = dry_run(remote, folder=open_folder, HOME="/nonexistent")
         refused(result, "data.cache=/nonexistent/.cache/ddetr/shards", "/ cannot be written", "data.fetch=samples")
         result = dry_run(remote, folder=open_folder)
-        refused(result, "data.cache=~/.cache/ddetr/shards", "this account has no home", "Set data.cache to another")
+        refused(result, "data.cache=~/.cache/ddetr/shards", "no home is known for ~", "Set data.cache to another")
         result = dry_run(remote, "data.fetch=samples", folder=open_folder)
         assert result.returncode == 0, result.stderr
     finally:

@@ -42,6 +42,7 @@ BOXES = [
         coco([BOX, changed(id=2, bbox=[1, 1, 5, 5], area=25, attributes={"is_crowd": True})]),
         {"a.png": [CAT, ("cat*", 1, 1, 5, 5)]},
     ),
+    Case("free text among the attributes", coco([changed(attributes={"is_crowd": "rather"})]), ONE),
     Case("a box without width", coco([BOX, changed(id=2, bbox=[10, 20, 0, 40])]), ONE, {"degenerate box": 1}),
     Case(
         "a box without width, left out",

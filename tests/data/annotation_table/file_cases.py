@@ -36,6 +36,18 @@ FILES = [
         path="instances.json",
         images=".",
     ),
+    *(
+        Case(f"alone, {name}", {"instances.json": text, "a.png": A}, message=message, path="instances.json")
+        for name, text, message in [
+            ("empty", "", "instances.json: not valid JSON"),
+            ("detections", json.dumps([{**BOX, "score": 1}]), "this is a list of detections"),
+        ]
+    ),
+    Case(
+        "a name that no file can have",
+        coco(images=[{**IMAGE_A, "id": 2, "file_name": "a" * 300 + ".png"}, IMAGE_A]),
+        findings={"missing image": 1},
+    ),
     Case(
         "a list",
         {**coco(), "instances.json": "[]"},

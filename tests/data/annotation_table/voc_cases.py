@@ -12,6 +12,7 @@ from tests.data.annotation_table.case import (
 )
 
 GOOD = {"a.png": A, "a.xml": xml(entry())}
+SECOND = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"
 VOC = [
     Case(
         "a namespace",
@@ -124,6 +125,12 @@ VOC = [
         {"bad entry": 1},
     ),
     Case("an object without a box", {"a.png": A, "a.xml": xml(entry(), entry(box="polygon"))}, ONE, {"bad entry": 1}),
+    Case(
+        "two boxes of an object",
+        {"a.png": A, "a.xml": xml(entry(), entry(more=SECOND))},
+        {"a.png": [CAT, ("cat", 0, 0, 5, 5)]},
+        {"bad entry": 1},
+    ),
     Case("an object without a name", {"a.png": A, "a.xml": xml(entry(), entry(""))}, ONE, {"bad entry": 1}),
     Case(
         "a corner that is no number",

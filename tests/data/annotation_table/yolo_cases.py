@@ -312,6 +312,14 @@ YOLO = [
     Case(
         "pixels instead of shares", yolo(ROW + "0 25 40 30 40\n"), ONE, {"bad entry": 1}, path="labels", images="images"
     ),
+    Case(
+        "a text of no image in Latin-1",
+        yolo(files={"labels/notes.txt": "Käse".encode("latin-1")}),
+        ONE,
+        {"foreign file": 1},
+        path="labels",
+        images="images",
+    ),
     Case("three numbers", yolo(ROW + "0 0.5 0.5 0.5\n"), ONE, {"bad entry": 1}, path="labels", images="images"),
     Case("a class by name", yolo(ROW + "cat 0.5 0.5 0.5 0.5\n"), ONE, {"bad entry": 1}, path="labels", images="images"),
     Case(
