@@ -63,7 +63,7 @@ def label_map(old: Categories, new: Categories) -> LabelMap:
 
 
 def continued_heads(
-    stored: dict[str, Tensor], ours: dict[str, Tensor], config: ModelConfig, labels: LabelMap
+    stored: dict[str, Tensor], ours: dict[str, Tensor], config: ModelConfig, labels: LabelMap, where: object
 ) -> dict[str, Tensor]:
     """The tensors of the class heads, by our names, for the run's labels.
 
@@ -78,7 +78,10 @@ def continued_heads(
         if not name.startswith("class_embed.") or name not in stored or stored[name].shape[1:] != fresh.shape[1:]:
             continue
         if len(stored[name]) != labels.num_old + softmax:
-            raise ValueError(f"{name} has {len(stored[name])} rows for {labels.num_old} classes")
+            raise ValueError(
+                f"{where}: {name} has {len(stored[name])} rows, but the file names {labels.num_old} classes: it was "
+                "changed after it was written; start the class heads anew with train.new_class_head=true"
+            )
         by_place = of_proposals is not None and name.startswith(of_proposals)
         by = LabelMap(labels.names, same_place, labels.num_old) if by_place else labels
         heads[name] = fresh if fresh.is_meta else by.rows(stored[name], fresh, softmax)

@@ -98,7 +98,7 @@ def load_weights(
     elif categories is not None and stored_categories is not None:
         labels = label_map(stored_categories, categories)
         check_shared(labels, stored_categories, file, tell)
-        weights |= continued_heads(weights, ours, model.config, labels)
+        weights |= continued_heads(weights, ours, model.config, labels, file)
     foreign = check_fit(model, shapes_of(weights), file)
     if foreign:
         shown = ", ".join(map(visible, foreign[:8])) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")

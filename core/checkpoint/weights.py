@@ -7,6 +7,7 @@ our names, with configuration, categories, step and epochs in its metadata. Noth
 import contextlib
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint here; expected checkpoints/step_*/{WEIGHTS} or {WEIGHTS}")
     if not (found[-1] / WEIGHTS).is_file():
-        if not found[-1].exists():  # its run has deleted it meanwhile
+        if not os.path.lexists(found[-1]):  # its run has deleted it meanwhile
             return find_checkpoint(path)
         raise ValueError(damaged(found[-1], f"{WEIGHTS} is missing"))
     return found[-1]

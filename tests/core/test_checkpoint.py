@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,10 +11,18 @@ import pytest
 import torch
 from ddetr.core.checkpoint import published as checkpoint
 from ddetr.core.checkpoint.trained import load_detector, load_weights
-from ddetr.core.checkpoint.weights import WEIGHTS, find_checkpoint, read_newest, save_weights, step_directory
+from ddetr.core.checkpoint.weights import (
+    WEIGHTS,
+    checkpoints,
+    find_checkpoint,
+    read_newest,
+    save_weights,
+    step_directory,
+)
 from ddetr.core.config import Config, ModelConfig
 from ddetr.core.model.detector import Detector, build
 from ddetr.data.categories import Categories
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.integration
 
@@ -222,8 +231,6 @@ def test_files_of_other_programs(layout: Callable, said: str | None, tmp_path: P
 
 
 def test_published_tensors_as_safetensors(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model, again = (build(configuration().model) for _ in range(2))
     weights = {name: tensor.clone() for name, tensor in checkpoint.to_published(model).items()}
     save_file(wrapped(weights, "module."), tmp_path / "theirs.safetensors")
@@ -248,6 +255,9 @@ def test_advice_names_the_settings_that_differ(tmp_path: Path) -> None:
     torch.save({"model": {"conv.weight": torch.ones(2)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="it is the checkpoint of another program"):
         load_weights(build(small.model), tmp_path / "other.pth")
+    save_file({"bbox_embed.0.bias": torch.ones(2)}, tmp_path / "nameless.safetensors")
+    with pytest.raises(ValueError, match=r"It does not say which model it is of \(.*names no configuration\)\.$"):
+        load_weights(build(small.model), tmp_path / "nameless.safetensors")
 
 
 class Malicious:
@@ -276,9 +286,30 @@ def test_truncated_files_are_named(name: str, tmp_path: Path, written: tuple[Det
         load_detector(tmp_path / name)
 
 
-def test_safetensors_of_another_program(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data, start: data[:start] + b"no" + data[start + 2 :], r"not a readable archive \(Bad magic number"),
+        (lambda data, start: data[:-2] + b"\2\0no", r"its table of contents is not where the archive says"),
+    ],
+    ids=["no table of contents", "a comment behind it"],
+)
+def test_archives_that_torch_does_not_write(change: Callable, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.pth"
+    torch.save({"model": {"weight": torch.zeros(3)}}, file)
+    with zipfile.ZipFile(file) as archive:
+        start = archive.start_dir
+    file.write_bytes(change(file.read_bytes(), start))
+    with pytest.raises(ValueError, match=rf"^{file}: {reason}"):
+        load_detector(file)
 
+
+def test_a_file_that_is_not_there_is_not_said_to_be_broken(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        checkpoint.read_published(tmp_path / "none.pth")
+
+
+def test_safetensors_of_another_program(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="was not written by ddetr"):
         load_detector(tmp_path / "other.safetensors")
@@ -313,3 +344,23 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_newest(t
 
     with pytest.raises(ValueError, match="damaged"):  # it is there: no other is taken in its place
         read_newest(tmp_path, refuse)
+
+
+def test_a_newest_checkpoint_that_is_deleted_meanwhile_gives_way(written: tuple[Detector, Path], monkeypatch) -> None:
+    _, run_directory = written
+    newest = step_directory(run_directory, 12)
+
+    def listed(directory: Path) -> list[Path]:
+        found = checkpoints(directory)
+        shutil.rmtree(newest, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr("ddetr.core.checkpoint.weights.checkpoints", listed)
+    assert find_checkpoint(run_directory) == step_directory(run_directory, 5)
+
+
+def test_a_link_that_leads_nowhere_is_a_damaged_checkpoint(written: tuple[Detector, Path]) -> None:
+    _, run_directory = written
+    step_directory(run_directory, 20).symlink_to(run_directory / "moved")
+    with pytest.raises(ValueError, match=r"step_00000020 is damaged: model.safetensors is missing"):
+        find_checkpoint(run_directory)

@@ -11,12 +11,13 @@ import torch
 from ddetr.core.checkpoint import find_checkpoint, load_detector
 from ddetr.core.checkpoint.codec import TRAINING, Checkpoint
 from ddetr.core.checkpoint.manifest import MANIFEST, verify
+from ddetr.core.checkpoint.published import to_published
 from ddetr.core.checkpoint.weights import WEIGHTS, step_directory
 from ddetr.core.config import load
 from ddetr.core.model.detector import Detector, build
 from ddetr.core.progress import Position
 from ddetr.data.categories import Categories
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.core.runs import SMALL, Train, succeeded
 from tests.processes import finished
@@ -59,6 +60,7 @@ def test_what_is_written_is_read(averaged: bool, tmp_path: Path) -> None:
     found = Checkpoint.read(written.folder)
     assert replace(found, weights={}, slots={}) == replace(written, weights={}, slots={})
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in written.weights.items())
+    assert "nothing" not in found.weights
     evaluated = load_detector(tmp_path).model.state_dict()
     assert all(torch.equal(evaluated[name], tensor) for name, tensor in written.weights.items())
     of_model = {"weights": model.state_dict(), "average": evaluated}
@@ -98,6 +100,20 @@ def test_state_of_another_optimizer_is_named(tmp_path: Path) -> None:
     written.write()
     with pytest.raises(ValueError, match=r"has no 'exp_avg' of its trained parameters, only \['momentum'\]"):
         dict(Checkpoint.read(written.folder).beside("exp_avg"))
+
+
+def test_weights_of_another_program_are_damage(tmp_path: Path) -> None:
+    """Published ones say their configuration, but not their classes."""
+    written, model = checkpoint(step_directory(tmp_path, 7), averaged=False)
+    written.write()
+    save_file({name: tensor.clone() for name, tensor in to_published(model).items()}, written.folder / WEIGHTS)
+    values = json.loads((written.folder / MANIFEST).read_text())
+    values["files"][WEIGHTS]["bytes"] = (written.folder / WEIGHTS).stat().st_size
+    (written.folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=rf"step_00000007 is damaged: {WEIGHTS} was not written by ddetr. Move it away"
+    ):
+        Checkpoint.read(written.folder)
 
 
 def test_another_architecture_is_named_without_reading_a_tensor(tmp_path: Path) -> None:

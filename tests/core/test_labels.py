@@ -106,3 +106,14 @@ def test_a_run_goes_on_with_its_own_labels_alone(shards: Callable[[], Categories
     with pytest.raises(ValueError, match="the categories of the shards shards are not those of run") as refusal:
         check_same(OLD, shards(), "run", "shards")
     assert said in str(refusal.value)
+
+
+def test_heads_of_another_number_of_classes_than_the_file_names(tmp_path: Path) -> None:
+    config, old = detector(3, 1)
+    save_weights(tmp_path / WEIGHTS, old.state_dict(), config, NEW, step=1, epochs=0)
+    _, model = detector(4, 2)
+    message = (
+        rf"{tmp_path / WEIGHTS}: class_embed\.0\.weight has 3 rows, but the file names 4 classes: .*new_class_head"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, tmp_path / WEIGHTS, categories=NEW)
