@@ -35,8 +35,7 @@ class Backbone(nn.Module):
         info = cast(FeatureInfo, body.feature_info)
         reductions = info.reduction()
         if config.dilation:
-            if reductions[-1] != 16:
-                raise ValueError(f"model.dilation=true: {config.backbone!r} ends at stride {reductions[-1]}, not 16")
+            assert reductions[-1] == 16, "a model that takes output_stride ends there"
             self.strides, self._indices = (16,), (len(reductions) - 1,)
         else:
             missing = [stride for stride in STRIDES if stride not in reductions]
@@ -103,8 +102,9 @@ def _build(config: ModelConfig) -> nn.Module:
                     body = timm.create_model(config.backbone, **arguments, strict_img_size=False)
     except (RuntimeError, TypeError, AttributeError, AssertionError, KeyError, IndexError, ValueError) as error:
         dilated = " with model.dilation=true" if config.dilation else ""
+        reason = str(error) or "it has none"
         raise ValueError(
-            f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor{dilated} ({error}); "
+            f"model.backbone={config.backbone!r}: timm cannot build it as a feature extractor{dilated} ({reason}); "
             f"timm.list_models() names the models"
         ) from error
     return body

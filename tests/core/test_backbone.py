@@ -4,8 +4,10 @@ import pytest
 import torch
 from ddetr.core.config import ModelConfig
 from ddetr.core.model.backbone import Backbone
+from ddetr.core.model.feature_maps import feature_maps
 from ddetr.core.model.frozen_norm import FrozenNorm, freeze_batch_norms
 from timm.layers import BatchNormAct2d
+from timm.models import FeatureInfo
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -97,11 +99,45 @@ def test_no_batch_norm_is_left(norm: str) -> None:
     [
         ("vit_tiny_patch16_224", r"no feature map at stride \[8, 32\]"),
         ("resnet5000", "timm cannot build it"),
+        (
+            "inception_v4",
+            r"of images of 299 x 299 pixels its map of stride 8 is \(2, 384, 35, 35\) and not .*; take another",
+        ),
     ],
 )
 def test_a_backbone_that_cannot_work_is_refused(backbone: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"model.backbone='{backbone}'.*{reason}"):
         small(backbone=backbone, backbone_norm="frozen_batch")
+
+
+def test_a_backbone_without_dilation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'dla34': .* feature extractor with model.dilation=true \(it has none\)"):
+        small(backbone="dla34", dilation=True, levels=1, box_refine=False, two_stage=False)
+
+
+class Body(nn.Module):
+    """A model as timm makes them, of one map at stride 8."""
+
+    def __init__(self, norm: type[nn.Module], maps: int) -> None:
+        super().__init__()
+        self.convolution, self.norm, self._maps = nn.Conv2d(3, 4, 3, stride=8, padding=1), norm(4), maps
+        self.feature_info = FeatureInfo([{"num_chs": 4, "reduction": 8, "module": "norm"}], (0,))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.norm(self.convolution(images))] * self._maps
+
+
+@pytest.mark.parametrize(
+    ("norm", "maps", "message"),
+    [
+        (nn.Identity, 2, "it returns 2 feature maps and names 1"),
+        (nn.SyncBatchNorm, 1, "norm.num_batches_tracked follows the batches, in a norm that is no BatchNorm2d"),
+    ],
+)
+def test_models_that_are_not_what_they_say_are_refused(norm: type[nn.Module], maps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        feature_maps(Body(norm, maps), (0,), message)
+    assert feature_maps(Body(nn.Identity, 1), (0,), message).piece == 1
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["alone", "with an activation"])

@@ -46,19 +46,27 @@ def test_one_error_lists_every_mistake_with_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
         ("model.hidden_dim=100", "hidden_dim must be a multiple of heads and of 32 .*; nearest: 96 and 128"),
         ("model.heads=5", "got 256 with heads=5; nearest: 160 and 320"),
         ("model.levels=2", "levels must be 1"),
+        ("model.architecture=detr", "architecture=detr has levels=1 and neither"),
+        ("model.classification=softmax", "classification=softmax is DETR's; .* has classification=sigmoid"),
+        (
+            "model.levels=1 model.multi_scale_attention=false",
+            "multi_scale_attention=false is for several levels, got l",
+        ),
+        ("model.backbone_norm=group", "no pretrained weights; set pretrained_backbone=false"),
+        ("train.new_class_head=true", "new_class_head needs initial_weights"),
         ("model.two_stage=true", "two_stage needs box_refine=true"),
         ("train.accumulation=3", "train.batch_size must be a multiple of train.accumulation, .*; nearest: 30 and 33"),
         ("data.short_sides=[]", "short_sides must hold 1 to 1000 sizes"),
     ],
 )
-def test_values_that_do_not_fit_together(override: str, message: str) -> None:
+def test_values_that_do_not_fit_together(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        config.load("r50", [override])
+        config.load("r50", overrides.split())
 
 
 NO_FOLDERS = [

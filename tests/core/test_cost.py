@@ -13,6 +13,7 @@ from ddetr.core.model.cost import IMAGE_SIZE, Cost, costs
 from ddetr.core.model.detector import build
 from ddetr.data.config import DataConfig
 from ddetr.data.views import evaluation_view
+from ddetr.ops.library import UNAVAILABLE
 
 # Millions of parameters and GFLOPs, rounded as published: table 1, in the published code's README with its
 # single-scale rows. Parameters are those that train (the published code prints these); all heads have 91 classes.
@@ -136,3 +137,9 @@ def test_deformable_detr_against_a_hand_computation(two_stage: bool) -> None:
 def test_an_image_without_pixels_is_refused(image_size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="image_size"):
         costs(load("tiny").model, image_size)
+
+
+def test_without_the_op_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(UNAVAILABLE, "cpu", "it was not built")
+    with pytest.raises(OSError, match="the attention op cannot be counted: it was not built"):
+        costs(load("tiny").model, (64, 64))

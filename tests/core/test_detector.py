@@ -49,3 +49,19 @@ def test_every_parameter_is_trained(changes: dict) -> None:
     sum((output * torch.randn_like(output)).sum() for output in outputs).backward()  # pyright: ignore
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert idle == []
+
+
+def test_without_multi_scale_attention_a_token_sees_its_own_level_alone() -> None:
+    """Table 2 of the paper: the encoder's layer gives what it gives for each level by itself."""
+    model = small(multi_scale_attention=False, points=2).eval()
+    layer, shapes = model.transformer.encoder.layers[0], [(5, 6), (3, 3), (2, 2), (1, 1)]
+    torch.nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.2)
+    tokens, position = torch.randn(2, 2, sum(height * width for height, width in shapes), 64)
+    points = torch.rand(2, tokens.shape[1], 4, 2)
+    padding_mask = torch.rand(2, tokens.shape[1]) < 0.1
+    found = layer(tokens, position, points, shapes, padding_mask)
+    begin = 0
+    for level, (height, width) in enumerate(shapes):
+        own = slice(begin, begin := begin + height * width)
+        arguments = tokens[:, own], position[:, own], points[:, own, level : level + 1], [(height, width)]
+        torch.testing.assert_close(found[:, own], layer(*arguments, padding_mask[:, own]))

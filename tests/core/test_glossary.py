@@ -72,6 +72,7 @@ def test_a_setting_is_found_by_the_word_of_the_field(word: str, key: str) -> Non
         ("clip_norm", "Did you mean optim.clip_norm?"),
         ("clip_nrom", "Did you mean optim.clip_norm?"),
         ("optim.batch_size", "Did you mean train.batch_size or eval.batch_size?"),
+        ("hyperparameters.clip_nrom", "Did you mean optim.clip_norm?"),
         ("optm", "Did you mean optim?"),
         ("", "Sections: model, data, optim, train, eval, monitor"),
         ("x\x1b[31m", "no such setting"),

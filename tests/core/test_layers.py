@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ddetr.core.config import ConfigError, dump, load, parse, preset_names
-from ddetr.core.layers import layers, preset_summary
+from ddetr.core.layers import came_with_weights, layers, preset_summary
 from ddetr.core.ownership import ForeignSettingError
 
 pytestmark = pytest.mark.usefixtures("new_account")
@@ -195,7 +195,12 @@ def test_links_hide_nobody(tmp_path: Path) -> None:
             with pytest.raises(ForeignSettingError, match="pipe:touch"):
                 load(name)
     os.close(folder)
+    handed_over = os.memfd_create(f"..{run}/config.yaml")  # a name that looks like a place in a run
+    os.write(handed_over, ORDER.encode())
+    assert load(Path(f"/proc/self/fd/{handed_over}")).data.train, "the program that started this one wrote it"
+    os.close(handed_over)
     (tmp_path / "round").symlink_to("round")
+    assert not came_with_weights(tmp_path / "round")
     with pytest.raises(ConfigError, match="no such preset or file"):
         load(tmp_path / "round")
 

@@ -63,6 +63,7 @@ def test_broken_yaml_is_one_more_line_of_the_mistakes() -> None:
         "train.nmae=[x",
         "train.zero_stage=7",
         'data.train="\\d"',
+        "train.epochs.first=3",
     ]
     with pytest.raises(ConfigError) as raised:
         changed(Config(), overrides, "here")
@@ -74,6 +75,7 @@ def test_broken_yaml_is_one_more_line_of_the_mistakes() -> None:
     assert any("expected ',' or ']'" in line for line in lines)
     assert any("train.nmae: no such key. Did you mean train.name?" in line for line in lines)
     assert any("unknown escape character" in line for line in lines)
+    assert any("train.epochs.first: train.epochs is not a section" in line for line in lines)
 
 
 @pytest.mark.parametrize("text", ["123", "2026-11-29", "on", "0x10"])

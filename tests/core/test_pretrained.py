@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from ddetr.core.config import ModelConfig
 from ddetr.core.model.backbone import Backbone
-from ddetr.core.model.pretrained import source
+from ddetr.core.model.pretrained import check, source
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -85,6 +86,53 @@ def test_a_hub_that_says_nothing_is_not_waited_for(cache: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="cannot be reached \\(ReadTimeout"):
             Backbone(ModelConfig(backbone=NAME))
         silent.set()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Says of every file that it is there."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in (("X-Repo-Commit", "0" * 40), ("ETag", "1"), ("Content-Length", "9")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_to_be_the_reason(cache: Path) -> None:
+    cache.write_text("a file, where a folder should be")
+    with contextlib.closing(LoopbackServer(Hub)) as server:
+        server.start()
+        constants.ENDPOINT = f"http://127.0.0.1:{server.server_port}"
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+        with pytest.raises(
+            OSError, match=rf"cannot be kept in {cache} \(.*\)\. Set HF_HOME to a folder of yours\. With"
+        ):
+            Backbone(ModelConfig(backbone=NAME))
+        check(NAME)  # the hub answers
+
+
+def test_what_timm_cannot_build_is_no_question_of_weights(cache: Path) -> None:
+    with pytest.raises(ValueError, match=r"timm cannot build it as a feature extractor with model.dilation=true"):
+        Backbone(ModelConfig(backbone="dla34", levels=1, dilation=True))
+
+
+def test_weights_beside_the_hub_are_looked_for_in_the_cache_of_torch(cache: Path, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = source("legacy_seresnet18")
+    assert found is not None
+    assert (found.is_hub, found.is_cached, found.setting) == (False, False, "TORCH_HOME")
+    file = Path(found.cache) / found.address.rpartition("/")[2]
+    assert file.is_relative_to(tmp_path)
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert source("legacy_seresnet18") == replace(found, is_cached=True)
+    check("legacy_seresnet18")
+    file.unlink()
+    check("legacy_seresnet18")  # other servers are not asked
+    assert source("resnet5000") is None
 
 
 def without_hub(cache: Path) -> None:

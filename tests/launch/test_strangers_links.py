@@ -84,6 +84,11 @@ def test_what_leads_out_of_a_run_is_named(name: str, tmp_path: Path) -> None:
     (folder / name).symlink_to("kept")
     (tmp_path / "link").symlink_to(folder)  # of the whole run
     check_links(tmp_path / "link", tmp_path / "link" / name)
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(
+        ForeignSettingError, match=f"{folder}/pipe is neither a file nor a folder, and this command would"
+    ):
+        check_links(folder, folder / "pipe")
 
 
 @pytest.mark.slow

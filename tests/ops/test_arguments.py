@@ -6,7 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from ddetr.ops import deform_attn, fused_deform_attn
+from ddetr.ops.library import UNAVAILABLE
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SHAPES = [(6, 7), (3, 4), (2, 1)]  # 56 positions; the arguments have N = 2, Q = 11, H = 3, D = 16, P = 4
 
@@ -29,6 +31,19 @@ def test_spatial_shapes(
     value, locations, weights = plain_arguments()
     with pytest.raises(error, match=re.escape(message)):
         deform_attn(value, shapes, locations, weights)
+
+
+def test_devices_without_the_op_are_named(
+    plain_arguments: Callable[..., list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, locations, weights = plain_arguments()
+    monkeypatch.setitem(UNAVAILABLE, "cpu", "it was not built")
+    with pytest.raises(OSError, match=r"ddetr.ops cannot run on cpu: it was not built"):
+        deform_attn(value, SHAPES, locations, weights)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        value = torch.empty(value.shape, device="xpu")
+        with pytest.raises(ValueError, match=r"value must be on a cpu or cuda device, got xpu"):
+            deform_attn(value, SHAPES, locations, weights)
 
 
 PLAIN = {
