@@ -35,10 +35,6 @@ class Gathered:
     fragments: Sequence[Sequence[Fragment]]
     values: Sequence[Tensor]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(values.nbytes for values in self.values)
-
     def whole(self) -> dict[str, Tensor]:
         """Each trained parameter's values, float32."""
         whole = {name: torch.empty(shape) for name, shape in self.shapes.items()}

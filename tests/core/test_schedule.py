@@ -6,7 +6,7 @@ import pytest
 from ddetr.core.config import Config, ModelConfig, OptimConfig, TrainConfig, changed
 from ddetr.core.progress import Position
 from ddetr.core.training.changes import told_of_changes
-from ddetr.core.training.schedule import Schedule, nothing_left, other_plan
+from ddetr.core.training.schedule import Schedule, nothing_left, other_plan, planned
 
 
 def of(per_epoch: int, done: Position | None = None, **settings: object) -> Schedule:
@@ -85,6 +85,18 @@ def test_what_is_said_of_another_plan() -> None:
     assert "epoch 3 has another order of images now" in same
     whole = Position(12, 2, 0, 6, "a")
     assert other_plan(whole, of(6, whole, epochs=3), "b") is None  # a new epoch has its own order anyway
+
+
+def test_the_plan_in_a_line() -> None:
+    config = Config(train=TrainConfig(batch_size=4, epochs=5))
+    assert planned(of(6, epochs=5), 26, config, None) == (
+        "26 images: 6 steps of 4 images per epoch; 5 epochs, 30 steps in all; "
+        "each epoch leaves out 2 images, as many as fill no batch (data.remainder=drop)"
+    )
+    done = Position(12, 2, 0, 6)
+    assert planned(of(6, done, epochs=5, max_steps=20), 24, config, done).endswith(
+        "20 steps in all; train.max_steps=20 ends it; 12 steps are done"
+    )
 
 
 def test_nothing_left_names_the_setting_that_ends_it() -> None:

@@ -8,7 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from ddetr.core.config import TrainConfig
 from ddetr.core.training.network import hosted_store, own_address
+from ddetr.core.training.world import join
+from ddetr.ops.library import UNAVAILABLE
 
 from tests.core.runs import SMALL, command, free_port
 from tests.processes import Command
@@ -196,3 +200,40 @@ def test_addresses_of_this_machine_and_others() -> None:
     assert own_address("192.0.2.1") is None
     with pytest.raises(OSError, match=r"no-such-host\.invalid, where the ranks meet, cannot be resolved here"):
         own_address("no-such-host.invalid")
+
+
+REFUSED = [
+    ({"WORLD_SIZE": "2"}, ValueError, "WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT not set: where do the ranks meet"),
+    (
+        {"WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"},
+        OSError,
+        rf"MASTER_ADDR=192.0.2.1 is no address of this machine, {socket.gethostname()}, where rank 0 is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "error", "message"), REFUSED)
+def test_ranks_that_cannot_meet_are_told_why(
+    variables: dict[str, str], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+    }
+    for name, value in (given | variables).items():
+        monkeypatch.setenv(name, value)
+    for name in {"MASTER_ADDR", "MASTER_PORT"} - variables.keys():
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(error, match=message):
+        join(TrainConfig(device="cpu", threads=torch.get_num_threads()))
+
+
+def test_a_device_without_the_op_is_refused_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setitem(UNAVAILABLE, "cpu", "it was not built")
+    with pytest.raises(OSError, match="the attention op cannot run on cpu: it was not built"):
+        join(TrainConfig(device="cpu"))
