@@ -68,7 +68,8 @@ def packages() -> Iterator[Finding]:
         if requirement.specifier.contains(version, prereleases=True):
             yield Finding(requirement.name, "ok", version)
         else:
-            yield Finding(requirement.name, "broken", f"{version} is too old", f"pip install '{requirement}'")
+            needs = f"{version}, where {requirement.specifier} is needed"
+            yield Finding(requirement.name, "broken", needs, f"pip install '{requirement}'")
 
 
 def operators() -> Iterator[Finding]:

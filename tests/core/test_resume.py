@@ -206,7 +206,7 @@ def test_another_batch_size_goes_on_with_the_next_epoch(train: Train, tmp_path: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB: room for two checkpoints, not for three."""
+    """A file system of 24 MiB: room for three checkpoints, not for four."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -221,7 +221,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.integration
 def test_a_full_disk_is_said_and_loses_nothing(synthetic_shards: Path, small_disk: Path) -> None:
     arguments = ["tiny", *SMALL, f"data.train={synthetic_shards}", f"train.output={small_disk}", "train.name=full"]
-    arguments += ["train.max_steps=5", "train.zero_stage=0", "train.checkpoint_every_steps=1"]
+    arguments += ["train.max_steps=5", "train.zero_stage=0", "train.checkpoint_every_steps=1", "train.batch_size=6"]
+    arguments += [f"data.validation={synthetic_shards}", "train.evaluate_every_epochs=1"]  # of four steps each
     run = trained(small_disk / "full", *arguments)
     kept = checkpoints(run.directory)
     assert 0 < len(kept) < 5
@@ -233,6 +234,7 @@ def test_a_full_disk_is_said_and_loses_nothing(synthetic_shards: Path, small_dis
     assert [event["step"] for event in failed] == list(range(len(kept) + 1, 6))
     assert "no room for a checkpoint of" in failed[0]["reason"]
     assert "set train.keep_checkpoints" in run.output
+    assert "step 4 is not evaluated either" in run.output
     assert succeeded(resume(run.directory, 1, "train.keep_checkpoints=1")).steps[-1]["step"] == 5
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,30 @@ def test_inspect_shows_the_evaluation(run_directory: Path, tmp_path: Path, capsy
     shown = " ".join(capsys.readouterr().out.split())
     expected = "AP 0.123, AP50 0.456, AP75 0.100 on 24 images; AP 0.789, AP50 0.456, AP75 0.100 on 60 images"
     assert expected in shown
+
+
+def test_inspect_of_published_weights_and_of_an_evaluation_without_a_score(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(run_directory, tmp_path / "weights.pth", "published")
+    inspect(tmp_path / "weights.pth")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "stored as a published checkpoint, read as float32" in shown
+    assert "labels are category ids" in shown
+    step = tmp_path / "checkpoints/step_00000020"
+    step.mkdir(parents=True)
+    (step / WEIGHTS).symlink_to(run_directory / "checkpoints/step_00000020" / WEIGHTS)
+    weights, measure = result.weights_digest(step / WEIGHTS), result.Measure("0" * 64, "2" * 64)
+    result.write(step, result.Result({"AP": float("nan")}, "AP", 24, 9, 1.5, 1e9, 20, 2, weights, measure))
+    inspect(tmp_path)
+    assert "no score on 24 images: the model gave infinities or NaN" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_the_extra_of_onnx_it_is_named(run_directory: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"ONNX export needs the extra: pip install 'ddetr\[export\]'"):
+        export(run_directory, tmp_path / "weights.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect_shows_the_evaluation_of_the_first_release(

@@ -1,12 +1,17 @@
 """The command line as a user meets it: help, messages and exit statuses of the real `ddetr` process."""
 
 import importlib.metadata
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ddetr.core.config import load
+from ddetr.launch import cli
 from ddetr.launch.arguments import normalised_arguments
+from ddetr.launch.train import check_beforehand
+from typer.testing import CliRunner
 
 from tests.processes import finished
 
@@ -93,6 +98,22 @@ def test_a_misspelt_preset_is_answered_with_the_near_one() -> None:
 def test_train_without_a_preset_says_what_to_name() -> None:
     assert_one_message(ddetr("train"), "name a preset", "--resume RUN_DIR")
     assert_one_message(ddetr("train", "train.epochs=1"), "name a preset")
+
+
+def test_training_without_a_set_says_where_one_comes_from() -> None:
+    with pytest.raises(
+        ValueError, match=r"data.train is not set: give the folder of training shards that `ddetr data pa"
+    ):
+        check_beforehand(load("tiny"))
+
+
+@pytest.mark.integration
+def test_an_output_where_nothing_can_be_made_is_refused(synthetic_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    words = ["train", "tiny", f"data.train={synthetic_shards}", "train.batch_size=4", f"train.output={tmp_path}/file"]
+    result = finished(*words, "model.pretrained_backbone=false", "--dry-run")
+    reason = f"train.output={tmp_path}/file: the run cannot be kept there: {tmp_path}/file is not a folder"
+    assert_one_message(result, reason, "set train.output to another folder")
 
 
 @pytest.mark.integration
@@ -185,3 +206,50 @@ def test_check_of_broken_data_exits_1(tmp_path: Path) -> None:
 )
 def test_the_address_of_ray_is_optional(given: list[str], wanted: list[str]) -> None:
     assert normalised_arguments(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "run", "eval.top_k=3"], "name at least one image"),
+        (["data", "pack", "set", "images", "out", "more"], "3 folders after set: needs at most two, IMAGES and OUT"),
+    ],
+)
+def test_too_few_or_too_many_arguments_are_said(words: list[str], message: str) -> None:
+    assert str(CliRunner().invoke(cli.app, words).exception) == message
+
+
+@pytest.mark.parametrize(("healthy", "status"), [(True, 0), (False, 1)])
+def test_the_doctor_ends_with_1_where_something_is_broken(healthy: bool, status: int, monkeypatch) -> None:
+    monkeypatch.setattr("ddetr.launch.doctor.doctor", lambda: healthy)
+    assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (
+            ModuleNotFoundError("No module named 'timm'", name="timm"),
+            2,
+            "ddetr: timm is not installed; `ddetr doctor` lis",
+        ),
+        (ImportError("needs the extra: pip install"), 2, "ddetr: needs the extra: pip install"),
+        (ImportError("cannot import name", name="ddetr.core"), None, ""),
+    ],
+)
+def test_how_the_command_ends(error: BaseException, status: int | None, said: str, monkeypatch, capsys) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["ddetr", "eval"])
+    monkeypatch.setattr(logging.lastResort, "formatter", None)  # as it was, after the test
+    with pytest.raises(BaseException) as ended:  # noqa: PT011
+        cli.main()
+    if status is None:
+        assert ended.value is error, "a defect of ours keeps its traceback"
+    else:
+        assert isinstance(ended.value, SystemExit)
+        assert ended.value.code == status
+    assert capsys.readouterr().err.startswith(said)

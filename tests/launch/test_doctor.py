@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import ddetr.ops
 import pytest
@@ -86,8 +88,8 @@ def test_a_lock_left_by_a_killed_build_is_shown_with_its_remedy(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert list(doctor.deepspeed_cache()) == []
-    built, stuck = tmp_path / "built_op", tmp_path / "stuck_op"
-    for folder in (built, stuck):
+    built, stuck, half = tmp_path / "built_op", tmp_path / "stuck_op", tmp_path / "half_op"
+    for folder in (built, stuck, half):
         folder.mkdir()
         (folder / "build.ninja").touch()
     (built / "built_op.so").touch()
@@ -95,6 +97,7 @@ def test_a_lock_left_by_a_killed_build_is_shown_with_its_remedy(
     found = {finding.subject: finding for finding in doctor.deepspeed_cache()}
     assert found["built_op"].state == "ok"
     assert found["stuck_op"].state == "note"
+    assert (found["half_op"].state, found["half_op"].fix) == ("note", "")
     assert found["stuck_op"].fix.endswith(f"rm {stuck / 'lock'}")
 
 
@@ -113,3 +116,79 @@ def test_a_lock_left_by_a_killed_build_is_shown_with_its_remedy(
 )
 def test_which_gpus_a_binary_runs_on(architectures: list[str], capability: tuple[int, int], runs: bool) -> None:
     assert doctor.runs_on(architectures, capability) == runs
+
+
+def test_requirements_that_are_missing_or_of_another_version_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["torch>=2", "numpy>=9999", "no-such-thing-of-ours>=2", "also-none; extra == 's3'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needed)
+    python, torch_, numpy, missing = doctor.packages()
+    assert (python.state, torch_.state) == ("ok", "ok")
+    assert (numpy.state, numpy.fix) == ("broken", "pip install 'numpy>=9999'")
+    assert numpy.result.endswith(", where >=9999 is needed")
+    assert (missing.state, missing.result) == ("broken", "not installed")
+    assert missing.fix == "pip install 'no-such-thing-of-ours>=2'"
+
+
+@pytest.mark.parametrize(
+    ("unavailable", "gpu", "states"),
+    [
+        ({"cpu": "no compiler", "cuda": "no compiler"}, False, [("op on CPU", "broken")]),
+        ({"cuda": "no nvcc"}, True, [("op on CPU", "ok"), ("op on CUDA", "broken")]),
+        ({"cuda": "no nvcc"}, False, [("op on CPU", "ok"), ("op on CUDA", "note")]),
+    ],
+)
+def test_a_binary_that_is_missing_is_broken_where_it_is_needed(
+    unavailable: dict[str, str], gpu: bool, states: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.library, "UNAVAILABLE", unavailable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    found = list(doctor.operators())
+    assert [(finding.subject, finding.state) for finding in found] == states
+    assert all(finding.fix == unavailable["cuda"] for finding in found if finding.state == "broken")
+
+
+def test_each_gpu_is_compared_with_the_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "version").write_text(NVRM)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus = [
+        SimpleNamespace(name=name, total_memory=80 << 30, major=major, minor=0) for name, major in (("A", 8), ("H", 9))
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(doctor.library, "UNAVAILABLE", {})
+    monkeypatch.setattr(doctor.library, "cuda_architectures", lambda: ["8.0"])
+    (driver,) = doctor.driver()
+    assert (driver.state, driver.result.partition(",")[0]) == ("ok", "535.104.05")
+    first, second = doctor.devices()
+    assert (first.state, first.result) == ("ok", "A, 80 GiB, capability 8.0")
+    assert (second.state, second.result) == ("broken", "H, 80 GiB, capability 9.0; the op is built for 8.0")
+    assert second.fix.startswith("TORCH_CUDA_ARCH_LIST=9.0 pip install ")
+
+
+@pytest.mark.parametrize("examine", [doctor.parity, doctor.speed])
+def test_an_op_that_fails_is_a_finding_and_not_the_end(examine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> float:
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(doctor, "largest_difference", fail)
+    monkeypatch.setattr(doctor, "least_seconds", fail)
+    found = list(examine())
+    assert {(finding.state, finding.result) for finding in found} == {("broken", "no kernel image is available")}
+
+
+def test_findings_come_before_their_fixes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("operators", "driver", "devices", "parity", "speed", "deepspeed_cache"):
+        monkeypatch.setattr(doctor, name, lambda: ())
+    findings = [
+        doctor.Finding("torch", "ok", "2.10"),
+        doctor.Finding("timm", "broken", "not installed", "pip install timm"),
+    ]
+    monkeypatch.setattr(doctor, "packages", lambda: findings)
+    assert not doctor.doctor()
+    *table, fix, broken = capsys.readouterr().out.splitlines()
+    assert any("timm" in line and "not installed" in line for line in table)
+    assert (fix, broken) == ("timm: pip install timm", "1 broken")
+    findings.pop()
+    assert doctor.doctor()
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing essential is broken"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ddetr.core
 import pytest
-from ddetr.launch.environment import SharedMemory, check_shared_memory
+from ddetr.launch.environment import SharedMemory, check_compiler_cache, check_shared_memory
 
 from tests.confinement import mount_memory, need_mounts
 from tests.core.runs import SMALL, free_port
@@ -150,3 +150,15 @@ def test_ranks_of_one_machine_share_what_is_there() -> None:
         check_shared_memory([rank("a", 40), rank("b", 40), rank("b", 25)])
     with pytest.raises(OSError, match=r"has 0\.0 MiB free, .* for the rank there need 1\.0 MiB"):
         check_shared_memory([rank("a", 1, 0)])
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_cache_where_nothing_can_be_compiled_is_named(variable: str, tmp_path: Path, monkeypatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    check_compiler_cache()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
+    message = rf"train.compile=true: {tmp_path}/file is not a folder, where its cache should be; set {variable} to"
+    with pytest.raises(OSError, match=message):
+        check_compiler_cache()

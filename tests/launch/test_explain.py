@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from ddetr.core.checkpoint.trained import TrainedDetector, load_detector
+from ddetr.core.config import load
 from ddetr.core.model.attention import MultiScaleDeformableAttention
+from ddetr.core.model.detector import build
 from ddetr.data.transforms import load_image
 from ddetr.launch.explain import Explanation, explain, explained
 from ddetr.ops import reference
@@ -125,3 +127,14 @@ def test_the_picture_is_written(run_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(image.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"bad\.jpg: "):
         explain(run_directory, tmp_path / "bad.jpg", tmp_path / "bad.png")
+
+
+@pytest.mark.parametrize("settings", [("detr_r50",), ("r50", "model.multi_scale_attention=false")])
+def test_attention_without_sampling_points_is_refused(settings: tuple[str, ...], pixels: np.ndarray) -> None:
+    config = load(
+        settings[0], ["model.backbone=test_resnet.r160_in1k", "model.pretrained_backbone=false", *settings[1:]]
+    )
+    with torch.device("meta"):
+        model = build(config.model)
+    with pytest.raises(ValueError, match=r"weights: only multi-scale deformable attention has sampling points to draw"):
+        explained(TrainedDetector(model, config, None, None, None, Path("weights")), pixels)

@@ -57,3 +57,11 @@ def test_mistakes_are_one_message() -> None:
         assert result.stderr.startswith("ddetr: ")
         assert "Traceback" not in result.stderr
         assert expected in result.stderr
+
+
+def test_a_backbone_without_a_rate_is_shown_as_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("tiny", ["optim.backbone_multiplier=0", "model.pretrained_backbone=false"])
+    model(config)
+    backbone = costs(config.model)["backbone"]
+    trained, frozen, *_ = rows(capsys.readouterr().out)["backbone"]
+    assert (trained, frozen) == ("0", f"{backbone.num_trained + backbone.num_frozen:,}")

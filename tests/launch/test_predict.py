@@ -98,6 +98,8 @@ def test_what_states_too_much_or_is_no_file_is_named_and_hangs_nothing(
     run_directory: Path, images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"in: no image files in this folder \(.*\.jpg"):
+        predict(run_directory, [tmp_path / "in"], tmp_path / "out", [])
     (tmp_path / "in/bomb.jpg").write_bytes(jpeg(65500, 65500))
     os.mkfifo(tmp_path / "in/pipe.jpg")
     (tmp_path / "in/whole.jpg").write_bytes(sorted(images.iterdir())[0].read_bytes())

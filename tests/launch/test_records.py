@@ -1,6 +1,7 @@
 """metrics.jsonl and the report on it: every step of a run is counted once, wherever its processes end."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,35 @@ def test_a_record_with_sums_that_are_none_is_named(tmp_path: Path, config: Confi
     for broken in ('"steps": null', '"steps": "1"', '"steps": -1', '"steps": Infinity', '"step": 1'):
         file.write_text(line.replace('"since_last_line": {"steps": 1', f'"since_last_line": {{{broken}'))
         assert read(tmp_path).unreadable == ["metrics.jsonl line 1"]
+
+
+def test_reports_that_all_should_know_are_events(tmp_path: Path, config: Config) -> None:
+    process = Process(tmp_path, config)
+    process.record.observe(replace(step_report(1), slow_ranks=("rank 1 on b needs 2.00 s of a step",)))
+    report = evaluation_report(1, 0)
+    process.record.observe(replace(report, result=replace(report.result, num_not_finite=3)))
+    process.ends()
+    events = {event["event"]: event for event in read(tmp_path).events}
+    assert events["slow_rank"]["reason"] == "rank 1 on b needs 2.00 s of a step"
+    assert events["evaluation_not_finite"]["queries"] == 3
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, config: Config, capsys) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    process = Process(tmp_path, config)
+    process.takes([1])
+    process.ends()
+    said = capsys.readouterr().err
+    assert 'metrics.jsonl: not written: No space left on device: {"kind": "step"' in said
+    assert "metrics.jsonl: its last lines are lost: No space left on device" in said
+
+
+def test_a_result_that_cannot_be_read_is_named(tmp_path: Path, config: Config) -> None:
+    process = Process(tmp_path, config)
+    process.takes([1])
+    process.ends()
+    (folder := tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    (folder / "evaluation.json").write_text("{")
+    (line,) = read(tmp_path).unreadable
+    assert line.startswith(f"results of step_00000001 ({folder}/evaluation.json")

@@ -8,14 +8,21 @@ import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 from ddetr.core.training.network import hosted_store
-from ddetr.launch import rendezvous
+from ddetr.launch import rendezvous, torchrun
 from ddetr.launch.torchrun import settled
 from torch.distributed import TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousParameters, RendezvousStateError, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousParameters,
+    RendezvousStateError,
+    rendezvous_handler_registry,
+)
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState, create_handler
 from torch.distributed.run import parse_args
 
@@ -126,6 +133,40 @@ def test_nodes_meet_by_torchs_own_handler() -> None:
     assert found[0][3].master_addr == f"10.0.0.{first}"
 
 
+def test_numbered_nodes_meet_at_node_0() -> None:
+    port = free_port()
+    parameters = RendezvousParameters(rendezvous.NAME, f"127.0.0.1:{port}", "run", 2, 2, timeout=20)
+    nodes = [rendezvous.NumberedNodes("127.0.0.1", port, number, parameters) for number in range(2)]
+    found = {}
+
+    def meet(number: int) -> None:
+        found[number] = nodes[number].next_rendezvous()
+
+    threads = [threading.Thread(target=meet, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    found[0].store.set("word", "of node 0")
+    assert found[1].store.get("word") == b"of node 0"
+    assert [(info.rank, info.world_size) for _, info in sorted(found.items())] == [(0, 2), (1, 2)]
+    for node in nodes:
+        node.set_closed()
+        assert not node.is_closed(), "a run that has ended closes nothing: its store ends with node 0"
+
+
+def test_a_store_that_is_gone_and_another_torch_are_named(store: TCPStore, monkeypatch) -> None:
+    class Gone:
+        def compare_set(self, *arguments: str) -> bytes:
+            raise RuntimeError("Connection reset by peer")
+
+    with pytest.raises(RendezvousConnectionError, match="the store at node0:1, where the nodes meet: Connection reset"):
+        rendezvous.JsonState(cast(Any, Gone()), "run", "node0:1")
+    monkeypatch.setattr(rendezvous, "_RendezvousState", lambda: SimpleNamespace(another=1))
+    with pytest.raises(RendezvousStateError, match="this version of torch keeps another rendezvous state"):
+        rendezvous.JsonState(store, "run", "node0:1")
+
+
 def test_options_become_ours() -> None:
     def of(*options: str) -> dict:
         return vars(settled(parse_args([*options, "script"])))
@@ -180,3 +221,15 @@ def test_nodes_with_numbers_do_not_start_again() -> None:
     done = subprocess.run([*command, "--max-restarts=1", "--", "train"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert "--max-restarts is for nodes that come and go" in done.stderr
+
+
+def test_a_lost_meeting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(options: list[str]) -> None:
+        raise RendezvousConnectionError("the store at node0:1, where the nodes meet: Connection reset")
+
+    monkeypatch.setattr(torchrun, "launch", lost)
+    monkeypatch.setattr(torchrun.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["torchrun", "--standalone", "--", "train", "tiny"])
+    with pytest.raises(SystemExit) as ended:
+        torchrun.main()
+    assert ended.value.code == "torchrun: the store at node0:1, where the nodes meet: Connection reset"

@@ -225,6 +225,30 @@ def test_more_queries_than_the_first_stage_has_proposals_are_not_advised() -> No
     assert any(setting.startswith("model.queries") for setting, _ in suggestions(index, objects, too_few))
 
 
+def test_what_is_more_than_may_be_set_is_not_advised() -> None:
+    index, objects = imagined([(480, 640)], [(0, 90.0, 90.0, False)] * 70_000, 3)
+    advised = [setting for setting, _ in suggestions(index, objects, load("r50", ["train.batch_size=1"]))]
+    assert not any(setting.startswith("model.queries=") for setting in advised), "105000, of at most 100000"
+
+
+def test_fewer_images_than_ranks_are_repeated() -> None:
+    index, objects = imagined([(480, 640)] * 2, [(0, 90.0, 90.0, False)], 3)
+    config = load("tiny", ["train.batch_size=4"])
+    reason = "the set has 2 images, fewer than there are ranks"
+    assert ("data.remainder=pad", reason) in suggestions(index, objects, config, ranks=4)
+    assert dict(suggestions(index, objects, config, ranks=2))["train.batch_size=2"] == "or fewer: the set has 2 images"
+
+
+def test_of_a_single_level_the_first_stage_proposes_few() -> None:
+    """64 x 96 pixels are 2 x 3 places at stride 32, 4 x 6 where it is dilated."""
+    index, objects = imagined([(64, 96)], [(0, 9.0, 9.0, False)] * 50, 3)
+    single = ["data.validation_short_side=64", "model.levels=1", "train.batch_size=1", "eval.top_k=1"]
+    single += ["model.num_classes=3", "model.queries=100", "model.two_stage=true", "model.box_refine=true"]
+    for dilation, places in ((False, 6), (True, 24)):
+        config = load("r50", [*single, f"model.dilation={str(dilation).lower()}"])
+        assert dict(suggestions(index, objects, config)).keys() >= {f"eval.top_k={min(50, 3 * places)}"}
+
+
 def test_more_detections_than_queries_have_classes_are_not_advised() -> None:
     index, objects = imagined([(480, 640)], [(0, 90.0, 90.0, False)] * 90, 80)
     settings = ["train.batch_size=1", "eval.top_k=70"]

@@ -96,6 +96,17 @@ def test_searched_keys_and_values_are_tried_on_the_configuration(sweep: dict, tm
     assert len(found) == 6
 
 
+def test_a_file_without_keys_and_a_sweep_without_scores_are_refused(sweep: dict, tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- base: tiny\n")
+    with pytest.raises(ConfigError, match=rf"^{path}: expected keys \(base, .*\), got list$"):
+        read_sweep(path)
+    sweep["overrides"].append("train.evaluate_every_epochs=0")
+    assert mistakes(sweep, tmp_path) == [
+        "overrides: train.evaluate_every_epochs must be at least 1; a trial is judged by its evaluations"
+    ]
+
+
 @pytest.mark.parametrize(
     ("distribution", "message"),
     [

@@ -1,9 +1,11 @@
 """Loading: torch alone suffices, a missing or foreign binary is explained, and what the CUDA binary contains."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ddetr.ops import library
@@ -100,3 +102,46 @@ def cuobjdump() -> str:
     if not bundled.exists():
         pytest.skip("cuobjdump is neither on the PATH nor in triton")
     return str(bundled)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "there", "loads", "reasons"),
+    [
+        ("13.0", "cpu cuda", "cpu cuda", {}),
+        (None, "cpu cuda", "cpu", {"cuda": "is built without CUDA: install a CUDA build of torch"}),
+        ("13.0", "cpu", "cpu", {"cuda": "_cuda.so is missing, so the operators were not built. With nvcc on the PATH"}),
+        ("13.0", "cpu cuda", "cpu", {"cuda": "_cuda.so does not load in torch 2.10: undefined symbol"}),
+        (
+            "13.0",
+            "cpu cuda",
+            "",
+            dict.fromkeys(("cpu", "cuda"), "_cpu.so does not load in torch 2.10: undefined symbol"),
+        ),
+        (
+            "13.0",
+            "",
+            "",
+            dict.fromkeys(("cpu", "cuda"), "_cpu.so is missing, .* With a C[+][+]20 compiler on the PATH"),
+        ),
+    ],
+)
+def test_why_an_operator_is_unavailable(
+    cuda: str | None, there: str, loads: str, reasons: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str) -> None:
+        if Path(path).stem.lstrip("_") not in loads.split():
+            raise OSError("undefined symbol")
+
+    ops = SimpleNamespace(ddetr=SimpleNamespace(), load_library=load)
+    monkeypatch.setattr(
+        library, "torch", SimpleNamespace(ops=ops, version=SimpleNamespace(cuda=cuda), __version__="2.10")
+    )
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(library, f"{name.upper()}_BINARY", tmp_path / f"_{name}.so")
+        if name in there.split():
+            (tmp_path / f"_{name}.so").touch()
+    found = library._load()
+    assert found.keys() == reasons.keys()
+    for device, reason in reasons.items():
+        expected = reason.replace("2.10: undefined symbol", r"2\.10 \(.*\): undefined symbol")
+        assert re.search(expected, found[device]), found[device]

@@ -1,0 +1,34 @@
+"""The evaluation of a run in progress, without ranks and a model; with them: test_trainer.py."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ddetr.core.evaluation.evaluator import ShardResult
+from ddetr.core.evaluation.result import Result
+from ddetr.core.training import validation
+
+
+def test_a_result_that_cannot_be_written_is_told_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = Result({"AP": 0.25}, "AP", 24, 0, 1.5, 1e9, 1, 1, None, None)
+
+    def full(folder: Path, written: Result) -> None:
+        raise OSError(28, "No space left on device", str(folder / "evaluation.json"))
+
+    monkeypatch.setattr(validation, "load_detector", lambda *of, **more: None)
+    monkeypatch.setattr(validation, "evaluate_shard", lambda *of: ShardResult(0, [], 24, 0))
+    monkeypatch.setattr(validation, "weights_digest", lambda file: "0" * 64)
+    monkeypatch.setattr(validation, "evaluation", lambda *of: SimpleNamespace(result=found))
+    monkeypatch.setattr(validation.result, "write", full)
+    world: Any = SimpleNamespace(rank=0, size=1, device="cpu")
+    world.gather = world.to_first = lambda mine, kind: mine
+    world.agree = lambda choose, kind: choose()
+    watch: Any = SimpleNamespace(at=lambda *of: None, stop=lambda: False)
+    index: Any = SimpleNamespace(shards=[None])
+    with caplog.at_level(logging.ERROR, "ddetr"):
+        assert validation.evaluate(tmp_path, None, index, world, watch, 7) is found  # type: ignore[arg-type]
+    assert f"{tmp_path}: its evaluation is not recorded: [Errno 28] No space left on device" in caplog.text
