@@ -278,7 +278,7 @@ def _clutter(size: int, random: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting_colour(background: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    while True:  # of any background at least two thirds of all colours are that far away
+    while True:  # whatever the background, most colours are that far away
         colour = random.uniform(0, 255, 3)
         if np.linalg.norm(colour - background) > 110:
             return colour

@@ -68,7 +68,7 @@ def continued_heads(
     """The tensors of the class heads, by our names, for the run's labels.
 
     The last head of a two-stage model keeps its rows in place: its row 0 stands for any object (section 4.2).
-    Raises ValueError when a head has another number of rows than the stored categories need.
+    Raises ValueError, naming `where`, when a head has another number of rows than the stored categories need.
     """
     heads = {}
     of_proposals = f"class_embed.{config.decoder_layers}." if config.two_stage else None
