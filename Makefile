@@ -63,6 +63,7 @@ bench: setup $(COCO)/annotations.json
 	$(BIN)/python benchmarks/padding.py $(COCO)/annotations.json
 	$(BIN)/python benchmarks/stream.py $(COCO)/annotations.json $(COCO)/images
 	$(BIN)/python benchmarks/stream_endurance.py
+	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/failures.py
 	$(BIN)/python benchmarks/scaling.py
 

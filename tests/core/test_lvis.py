@@ -154,7 +154,9 @@ def test_errors_are_analysed_on_the_same_matches() -> None:
         truth = GroundTruth.joined([part for part, _ in images])
         detections = np.concatenate([rows for _, rows in images])
         tally = tallied([part for part, _ in images], detections)
-        precision = tally.evaluation().eval["precision"]  # (T, R, K, areas)
+        arrays = tally.evaluation().eval
+        assert arrays is not None
+        precision = arrays["precision"]  # (T, R, K, areas, 1)
         expected = np.where(precision < 0, np.nan, precision)[:, :, :, 0].reshape(10, 101, -1).mean(axis=1)
         found = matches(truth, detections, CATEGORIES, "lvis")
         for threshold, (true, ignored) in enumerate(zip(found.true, found.ignored, strict=True)):
