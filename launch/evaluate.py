@@ -304,9 +304,8 @@ def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found
     for message in found.bad_samples[:SHOWN]:
         console.print(f"left out: {message}", soft_wrap=True)
     left_out = f", {scores.num_bad} of {index.num_samples} are damaged and left out" if scores.num_bad else ""
-    seconds = f"{scores.seconds:.1f} s ({scores.shares})"
     console.print(
-        f"{detector.path} on {scores.images} images of {index.location}{left_out}, in {seconds}", soft_wrap=True
+        f"{detector.path} on {scores.images} images of {index.location}{left_out}, in {scores.duration}", soft_wrap=True
     )
     table = Table()
     table.add_column("metric")

@@ -184,9 +184,7 @@ class Progress:
             return
         scores = in_brief(result.metrics, result.headline, result.protocol)
         scores += f" ({result.departure})" if result.departure else ""
-        self.line(
-            f"evaluated step {step} on {result.images} images in {result.seconds:.1f} s ({result.shares}): {scores}"
-        )
+        self.line(f"evaluated step {step} on {result.images} images in {result.duration}: {scores}")
 
 
 def _clock(seconds: float) -> str:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ddetr.core.evaluation.evaluator import ShardResult
 from ddetr.core.evaluation.result import Result
 from ddetr.core.training import validation
 
@@ -20,15 +19,17 @@ def test_a_result_that_cannot_be_written_is_told_and_counts(
         raise OSError(28, "No space left on device", str(folder / "evaluation.json"))
 
     monkeypatch.setattr(validation, "load_detector", lambda *of, **more: None)
-    monkeypatch.setattr(validation, "evaluate_shard", lambda *of: ShardResult(0, [], 24, 0))
+    monkeypatch.setattr(validation, "evaluate_shards", lambda *of: iter(()))
     monkeypatch.setattr(validation, "weights_digest", lambda file: "0" * 64)
-    monkeypatch.setattr(validation, "evaluation", lambda *of: SimpleNamespace(result=found))
+    count = SimpleNamespace(merge=lambda others: None, result=lambda weights, began: found, bad_samples=["one"])
+    monkeypatch.setattr(validation, "Count", lambda *of: count)
     monkeypatch.setattr(validation.result, "write", full)
     world: Any = SimpleNamespace(rank=0, size=1, device="cpu")
-    world.gather = world.to_first = lambda mine, kind: mine
+    world.gather, world.bytes_to_first = lambda mine, kind: mine, lambda mine: [mine]
     world.agree = lambda choose, kind: choose()
     watch: Any = SimpleNamespace(at=lambda *of: None, stop=lambda: False)
     index: Any = SimpleNamespace(shards=[None])
     with caplog.at_level(logging.ERROR, "ddetr"):
-        assert validation.evaluate(tmp_path, None, index, world, watch, 7) is found  # type: ignore[arg-type]
+        told = validation.evaluate(tmp_path, None, index, world, watch, 7)  # type: ignore[arg-type]
+    assert told == (found, ["one"])
     assert f"{tmp_path}: its evaluation is not recorded: [Errno 28] No space left on device" in caplog.text
