@@ -217,7 +217,9 @@ def evaluate(
         bool, typer.Option("--all", help="Evaluate every checkpoint of the run, not only the newest.")
     ] = False,
 ) -> None:
-    """Compute scores: COCO's twelve numbers (AP, AR). Batch size and number of workers do not change them.
+    """Compute the scores of the set's protocol: COCO's twelve numbers (AP, AR), LVIS' or Open Images'.
+
+    Batch size and number of workers do not change them. A damaged image is left out and named.
 
     Also where the detector fails: kinds of errors, classes, confusions and the worst images, as json, csv and pictures.
     With several checkpoints, each difference of AP has the interval within which it is noise of the choice of images.

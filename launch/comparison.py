@@ -99,8 +99,9 @@ def _show(console: Console, number: int, paths: Sequence[Path], comparison: Comp
     )
     clear = sum(not row.is_noise for _, row in rows)
     chance = (1 - CONFIDENCE) * len(rows)
+    by_chance = f"about {chance:.0f}" if chance >= 1 else "fewer than 1"
     console.print(
-        f"{clear} of {len(rows)} classes have an interval without 0; about {chance:.0f} would by chance alone.",
+        f"{clear} of {len(rows)} classes have an interval without 0; {by_chance} would by chance alone.",
         soft_wrap=True,
     )
 
