@@ -85,42 +85,24 @@ def evaluate(
     check_protocols()
     console = Terminal()
     damaged: dict[Path, str] = {}
-    one = [] if all_checkpoints else [read_newest(path, lambda file: _loaded(file, overrides))]
+    one = [] if all_checkpoints else [read_newest(path, lambda file: loaded(file, overrides))]
     metrics: dict[str, float] = {}
     without: list[str] = []
-    with contextlib.ExitStack() as stack:
-        evaluators: dict[str, EvaluateShards] = {}  # by where the shards are
+    with Evaluators(ray_address, console) as evaluators:
         for detector, weights in one or _every_detector(path, overrides, console, damaged):
-            index = _shards(data, detector, overrides)
-            check_categories(detector, index)
-            if index.lack and index.real_location not in evaluators:
-                console.print(without_score_of(index), soft_wrap=True)
-            places = _places(detector.path, output, each=all_checkpoints)
-            if reason := obstacle(places[0]):
-                raise OSError(f"what is found cannot be written: {reason}; give --output DIR")
+            index = shards(data, detector.config, detector.path, overrides)
+            places = places_of(detector.path, output, each=all_checkpoints)
             try:
-                for place in places:  # before the work that they would be in the way of
-                    result.read(place)
-            except ValueError as error:
+                found = evaluate_detector(detector, weights, index, places, evaluators, console, use)
+            except UnreadableResultError as error:
                 if not all_checkpoints:
                     raise
                 damaged[detector.path.parent] = str(error)
                 console.print(str(error), soft_wrap=True)
                 continue
-            if index.real_location not in evaluators:
-                here = contextlib.nullcontext(_evaluate_here)
-                there = None if ray_address is None else _on_ray(ray_address, detector.config, index, console)
-                evaluators[index.real_location] = stack.enter_context(there or here)
-            with _progress(console, detector, index) as advance:
-                found = _found(evaluators[index.real_location], detector, index, weights, advance)
-            metrics = found.result.metrics
-            _print(console, detector, index, found)
-            truth, detections = found.truth, found.detections
-            _write(console, places, found.result, index, truth, detections)
-            _explain(console, places[0], detector, index, found.result, truth, detections)
-            use(index, truth, detections)
-            if found.result.num_not_finite:
-                without.append(f"{detector.path}: {without_score(found.result.num_not_finite)}")
+            metrics = found.metrics
+            if found.num_not_finite:
+                without.append(f"{detector.path}: {without_score(found.num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
         listed = [*damaged.values(), *without]
         raise ValueError(f"{len(damaged)} checkpoint(s) could not be evaluated:\n" + "\n".join(listed))
@@ -131,7 +113,46 @@ def evaluate(
     return metrics
 
 
-def _loaded(path: Path, overrides: Sequence[str]) -> tuple[TrainedDetector, str]:
+class UnreadableResultError(ValueError):
+    """What lies where a result would be written is no result."""
+
+
+def evaluate_detector(
+    detector: TrainedDetector,
+    weights: str,
+    index: ShardIndex,
+    places: list[Path],
+    evaluators: "Evaluators",
+    console: Console,
+    use: Callable[[ShardIndex, GroundTruth, np.ndarray], None] = lambda index, truth, detections: None,
+) -> Result:
+    """Evaluate one detector, and say and write what is found.
+
+    weights: their digest. places: folders, the first one for all that is found, the others for the result alone.
+    Raises UnreadableResultError, and OSError and ValueError as `evaluate`.
+    """
+    check_categories(detector, index)
+    if index.lack and evaluators.is_new(index):
+        console.print(without_score_of(index), soft_wrap=True)
+    if reason := obstacle(places[0]):
+        raise OSError(f"what is found cannot be written: {reason}; give --output DIR")
+    for place in places:  # before the work that they would be in the way of
+        try:
+            result.read(place)
+        except ValueError as error:
+            raise UnreadableResultError(str(error)) from error
+    evaluator = evaluators.of(index, detector.config)
+    with _progress(console, detector, index) as advance:
+        found = _found(evaluator, detector, index, weights, advance)
+    _print(console, detector, index, found)
+    truth, detections = found.truth, found.detections
+    _write(console, places, found.result, index, truth, detections)
+    _explain(console, places[0], detector, index, found.result, truth, detections)
+    use(index, truth, detections)
+    return found.result
+
+
+def loaded(path: Path, overrides: Sequence[str]) -> tuple[TrainedDetector, str]:
     """A detector and the digest of its weights, taken now: a run may delete the file at any moment."""
     detector = load_detector(path, overrides=overrides)
     return detector, weights_digest(detector.path)
@@ -150,7 +171,7 @@ def _every_detector(
     while waiting := [checkpoint for checkpoint in checkpoints(run_directory) if checkpoint not in done]:
         for checkpoint in waiting:
             try:
-                loaded = _loaded(checkpoint, overrides)
+                found = loaded(checkpoint, overrides)
             except (OSError, ValueError) as error:
                 if not checkpoint.exists():
                     console.print(f"{checkpoint} was deleted meanwhile: left out", soft_wrap=True)
@@ -160,7 +181,7 @@ def _every_detector(
                 damaged[checkpoint] = str(error)
                 console.print(f"{checkpoint} cannot be evaluated, the others go on: {error}", soft_wrap=True)
             else:
-                yield loaded
+                yield found
             done.add(checkpoint)
 
 
@@ -173,8 +194,8 @@ def _is_sound(checkpoint: Path) -> bool:
     return True
 
 
-def _shards(data: str | Path | None, detector: TrainedDetector, overrides: list[str]) -> ShardIndex:
-    config, file = detector.config, detector.path
+def shards(data: str | Path | None, config: Config, file: Path, overrides: Sequence[str]) -> ShardIndex:
+    """Open the shards to evaluate on: `data`, or the configuration's. file: of weights, which it came with."""
     if data is None:
         check_own(config, ["data.validation"], overrides, file)
     location = config.data.validation if data is None else Location(data)
@@ -214,6 +235,38 @@ def _evaluate_here(
         torch.set_num_threads(threads)
 
 
+class Evaluators:
+    """Evaluates shards in this process, or by workers on a Ray cluster that are kept from checkpoint to checkpoint."""
+
+    def __init__(self, ray_address: str | None, console: Console) -> None:
+        self._address, self._console = ray_address, console
+        self._known: dict[str, EvaluateShards] = {}  # by where the shards are
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Evaluators":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def is_new(self, index: ShardIndex) -> bool:
+        """Whether nothing was evaluated on these shards yet."""
+        return index.real_location not in self._known
+
+    def of(self, index: ShardIndex, config: Config) -> EvaluateShards:
+        """What evaluates these shards; on Ray its workers start."""
+        if self.is_new(index):
+            here = contextlib.nullcontext(_evaluate_here)
+            there = None if self._address is None else _on_ray(self._address, config, index, self._console)
+            self._known[index.real_location] = self._open.enter_context(there or here)
+        return self._known[index.real_location]
+
+    def release(self) -> None:
+        """Give the workers back to the cluster, and leave it."""
+        self._known = {}
+        self._open.close()
+
+
 @contextlib.contextmanager
 def _on_ray(address: str, config: Config, index: ShardIndex, console: Console) -> Iterator[EvaluateShards]:
     from .cluster import cluster
@@ -240,7 +293,7 @@ def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) ->
         yield lambda images: progress.advance(task, images)
 
 
-def _places(file: Path, output: Path | None, each: bool) -> list[Path]:
+def places_of(file: Path, output: Path | None = None, each: bool = False) -> list[Path]:
     """The folders to write to: first the one for all that is found, then the checkpoint's own, for the result alone.
 
     Raises ForeignSettingError for links.

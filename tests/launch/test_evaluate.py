@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -214,14 +216,17 @@ class TestTwoNodes:
         with cluster(address):
             workers = ShardWorkers(index.location, len(index.shards), "cpu", CPU_THREADS, reports.append)
 
-            def kill_one(images: int) -> None:
-                if not killed and workers.running:
-                    worker, shard = next(iter(workers.running.values()))
-                    os.kill(worker.process, signal.SIGKILL)
-                    killed.append(index.shards[shard].name)
+            def kill_one() -> None:
+                while not (running := list(workers.running.values())):
+                    time.sleep(0.001)
+                worker, shard = running[0]
+                os.kill(worker.process, signal.SIGKILL)
+                killed.append(index.shards[shard].name)
 
+            killer = threading.Thread(target=kill_one, daemon=True)  # a shard takes less than the progress is told
+            killer.start()
             try:
-                results = list(workers.evaluate(detector, index, kill_one))
+                results = list(workers.evaluate(detector, index, lambda images: None))
             finally:
                 workers.close()
         assert killed
