@@ -216,6 +216,15 @@ def evaluate(
     all_checkpoints: Annotated[
         bool, typer.Option("--all", help="Evaluate every checkpoint of the run, not only the newest.")
     ] = False,
+    follow: Annotated[
+        bool, typer.Option(help="Evaluate each new checkpoint of runs in progress, until these have finished.")
+    ] = False,
+    idle: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="MINUTES", help="With --follow: end after so long without a new checkpoint.  [default: 60]"
+        ),
+    ] = None,
 ) -> None:
     """Compute the scores of the set's protocol: COCO's twelve numbers (AP, AR), LVIS' or Open Images'.
 
@@ -233,11 +242,24 @@ def evaluate(
     `ddetr eval runs/r50-0001 --data s3://bucket/val`
 
     `ddetr eval runs/r50-0001 runs/r50-0002 --data shards/val --output compared`
+
+    `ddetr eval runs/r50-0001 --follow --ray 10.0.0.1:6379`
     """
     paths = [Path(argument) for argument in checkpoints if not is_override(argument)]
     overrides = [argument for argument in checkpoints if is_override(argument)]
     if not paths:
         raise ValueError("name a checkpoint or a run directory")
+    if idle is not None and not follow:
+        raise ValueError("--idle: only with --follow")
+    if follow:
+        if output is not None or all_checkpoints:
+            raise ValueError(
+                "--follow writes into the runs' eval/ folders and takes every checkpoint: leave out --output and --all"
+            )
+        from .follow import follow as follow_runs
+
+        follow_runs(paths, overrides, data, ray, **({} if idle is None else {"idle_minutes": idle}))
+        return
     if len(paths) == 1:
         from .evaluate import evaluate as evaluate_checkpoint
 

@@ -176,7 +176,7 @@ def _every_detector(
                 if not checkpoint.exists():
                     console.print(f"{checkpoint} was deleted meanwhile: left out", soft_wrap=True)
                     continue
-                if isinstance(error, ForeignSettingError) or (isinstance(error, ConfigError) and _is_sound(checkpoint)):
+                if isinstance(error, ForeignSettingError) or (isinstance(error, ConfigError) and is_sound(checkpoint)):
                     raise
                 damaged[checkpoint] = str(error)
                 console.print(f"{checkpoint} cannot be evaluated, the others go on: {error}", soft_wrap=True)
@@ -185,7 +185,7 @@ def _every_detector(
             done.add(checkpoint)
 
 
-def _is_sound(checkpoint: Path) -> bool:
+def is_sound(checkpoint: Path) -> bool:
     """Whether the checkpoint can be read without overrides, so that mistakes are theirs."""
     try:
         contents(checkpoint)

@@ -1,5 +1,6 @@
 """The history of a run: metrics.jsonl and events.jsonl, written and read, and the scores of its checkpoints."""
 
+import contextlib
 import json
 import math
 import time
@@ -23,6 +24,7 @@ COUNTS = ("step", "epoch", "images")  # what a step and an evaluation both have,
 AMOUNTS = ("learning_rate", "gradient_norm", "loss_scale", "memory_bytes")
 SPANS = ("step_seconds", "data_wait_seconds")
 MOST_PARTS, MOST_LOSSES = 32, 4096  # of a loss, and its parts in all layers
+_LAST_BYTES = 1 << 16  # of events.jsonl, in which the newest event stands
 LATEST = 4e9  # seconds since 1970: what is later is no time of a run
 
 Entry = dict[str, Any]
@@ -31,6 +33,22 @@ Entry = dict[str, Any]
 def evaluation_line(report: EvaluationReport) -> str:
     """A line of metrics.jsonl. What is not finite is null in it."""
     return documents.as_json({"kind": "evaluation", **_evaluation(report.step, report.epoch, report.result)})
+
+
+def last_event(run_directory: Path) -> Entry:
+    """The newest event of a run; empty where there is none that can be read."""
+    file = run_directory / EVENTS
+    if not file.is_file():
+        return {}
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - _LAST_BYTES))
+        lines = opened.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and _has_time(entry):
+                return entry
+    return {}
 
 
 def steps_line(steps: Sequence[StepReport]) -> str:

@@ -1,0 +1,191 @@
+"""`ddetr eval --follow`: every checkpoint of runs in progress is evaluated, by any number of followers.
+
+A follower takes the newest checkpoint without a result of its weights, shards and settings that no other follower works
+on. What is done is in the results themselves, so a follower that was killed goes on when it starts again.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..core.checkpoint import checkpoints, contents
+from ..core.checkpoint.weights import WEIGHTS
+from ..core.config import ConfigError
+from ..core.evaluation import result
+from ..core.evaluation.result import Measure, without_score
+from ..core.evaluation.scores import check_protocols
+from ..core.ownership import ForeignSettingError, check_links
+from ..core.training.schedule import End
+from ..data.index import ShardIndex
+from ..data.location import Location
+from . import history
+from .console import Terminal
+from .evaluate import Evaluators, evaluate_detector, is_sound, loaded, places_of, shards
+
+POLL_SECONDS = 5.0
+TRIES = 3  # of a checkpoint, where shards or cluster cannot be reached
+
+
+def follow(
+    runs: Sequence[Path],
+    overrides: list[str],
+    data: str | Path | None = None,
+    ray_address: str | None = None,
+    idle_minutes: float = 60.0,
+) -> None:
+    """Evaluate the checkpoints of runs until all have finished and are evaluated, or for `idle_minutes` none was new.
+
+    A run may begin later. Results go into its eval/ folder and beside the checkpoint, as with `evaluate`; data and
+    ray_address as there. While there is nothing to do, the workers are given back to Ray. A checkpoint that cannot be
+    evaluated is told, and the others go on; so is one whose shards or cluster cannot be reached, after TRIES.
+
+    Raises FileNotFoundError for a run in a missing folder, errors in the overrides, and in the end ValueError that
+    names what could not be evaluated.
+    """
+    check_protocols()
+    if missing := [run for run in runs if not run.absolute().parent.is_dir()]:
+        raise FileNotFoundError(f"{missing[0]}: the folder that it is to be in is missing; name the run directories")
+    console = Terminal()
+    names = ", ".join(map(str, runs))
+    console.print(f"following {names}; ends after {idle_minutes:g} min without a new checkpoint", soft_wrap=True)
+    for run in runs:
+        if not run.is_dir():
+            console.print(f"{run} is not there yet", soft_wrap=True)
+    with Evaluators(ray_address, console) as evaluators:
+        follower = _Follower(overrides, data, evaluators, console)
+        last_new, is_waiting = time.monotonic(), False
+        while True:
+            ended = all(map(_is_finished, runs))  # before the look at the checkpoints, of which none comes later
+            if follower.evaluates_one(runs):
+                last_new, is_waiting = time.monotonic(), False
+                continue
+            if ended and not follower.is_another_at_work:
+                break
+            if time.monotonic() - last_new > 60 * idle_minutes:
+                console.print(f"no new checkpoint for {idle_minutes:g} min", soft_wrap=True)
+                break
+            if not is_waiting:
+                console.print("waiting for new checkpoints", soft_wrap=True)
+                evaluators.release()
+                is_waiting = True
+            time.sleep(POLL_SECONDS)
+    if follower.given_up:
+        listed = "\n".join(follower.given_up.values())
+        raise ValueError(f"{len(follower.given_up)} checkpoint(s) could not be evaluated:\n{listed}")
+
+
+class _Follower:
+    """given_up: why a checkpoint is not tried any more. is_another_at_work: on one that has no result yet."""
+
+    def __init__(self, overrides: list[str], data: str | Path | None, evaluators: Evaluators, console: Console) -> None:
+        self._overrides, self._data, self._evaluators, self._console = overrides, data, evaluators, console
+        self._indices: dict[Location | None, ShardIndex] = {}
+        self._done: set[tuple[Path, int]] = set()  # and when its weights were written
+        self._tries: Counter[Path] = Counter()
+        self.given_up: dict[Path, str] = {}
+        self.is_another_at_work = False
+
+    def evaluates_one(self, runs: Sequence[Path]) -> bool:
+        """Evaluate the newest checkpoint without a result; False where there is none that nobody works on."""
+        self.is_another_at_work = False
+        for checkpoint, written in _newest_first(runs):
+            if (checkpoint, written) in self._done or checkpoint in self.given_up:
+                continue
+            try:
+                if self._has_result(checkpoint):
+                    self._done.add((checkpoint, written))
+                    continue
+                with _claimed(checkpoint) as is_free:
+                    if not is_free:
+                        self.is_another_at_work = True
+                        continue
+                    if not self._has_result(checkpoint):  # another follower had the claim
+                        self._evaluate(checkpoint)
+                self._done.add((checkpoint, written))
+            except (OSError, RuntimeError) as error:
+                self._failed(checkpoint, error, again=True)
+            except ValueError as error:
+                if isinstance(error, ForeignSettingError) or (isinstance(error, ConfigError) and is_sound(checkpoint)):
+                    raise
+                self._failed(checkpoint, error, again=False)
+            return True
+        return False
+
+    def _index(self, checkpoint: Path) -> tuple[Measure, ShardIndex]:
+        """What the checkpoint is to be measured on, without loading it."""
+        described = contents(checkpoint, self._overrides)
+        key = described.config.data.validation if self._data is None else Location(self._data)
+        if key not in self._indices:
+            self._indices[key] = shards(self._data, described.config, described.file, self._overrides)
+        return Measure.of(described.config, self._indices[key]), self._indices[key]
+
+    def _has_result(self, checkpoint: Path) -> bool:
+        measure, _ = self._index(checkpoint)
+        return any(found.measure in (measure, None) for found in result.read(checkpoint))
+
+    def _evaluate(self, checkpoint: Path) -> None:
+        detector, weights = loaded(checkpoint, self._overrides)
+        _, index = self._index(checkpoint)
+        places = places_of(detector.path)
+        found = evaluate_detector(detector, weights, index, places, self._evaluators, self._console)
+        if found.num_not_finite:
+            self._console.print(f"{detector.path}: {without_score(found.num_not_finite)}", soft_wrap=True)
+
+    def _failed(self, checkpoint: Path, error: Exception, *, again: bool) -> None:
+        if not checkpoint.exists():
+            self._console.print(f"{checkpoint} was deleted meanwhile: left out", soft_wrap=True)
+            return
+        self._tries[checkpoint] += 1
+        if again and self._tries[checkpoint] < TRIES:
+            self._console.print(f"{checkpoint} is tried again: {error}", soft_wrap=True)
+            self._indices = {}
+            self._evaluators.release()
+            time.sleep(POLL_SECONDS)
+            return
+        self.given_up[checkpoint] = f"{checkpoint}: {error}"
+        self._console.print(f"{checkpoint} cannot be evaluated, the others go on: {error}", soft_wrap=True)
+
+
+def _newest_first(runs: Sequence[Path]) -> list[tuple[Path, int]]:
+    """The complete checkpoints of all runs, and when their weights were written."""
+    found = []
+    for checkpoint in (checkpoint for run in runs for checkpoint in checkpoints(run)):
+        with contextlib.suppress(OSError):  # its run deletes it
+            found.append((checkpoint, (checkpoint / WEIGHTS).stat().st_mtime_ns))
+    return sorted(found, key=lambda item: -item[1])
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether the run took its last step: no checkpoint comes after that."""
+    event = history.last_event(run)
+    return event.get("event") == "stop" and event.get("reason") == End.FINISHED.value
+
+
+@contextlib.contextmanager
+def _claimed(checkpoint: Path) -> Iterator[bool]:
+    """Whether no other follower works on the checkpoint; it is this one's within the context.
+
+    The lock ends with its process. Where the file system knows no locks, two may do the same work: the result is one.
+    """
+    run = checkpoint.parent.parent
+    folder = run / "eval"
+    check_links(run, folder)
+    folder.mkdir(exist_ok=True)
+    file = folder / f".{checkpoint.name}.claim"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        file.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
