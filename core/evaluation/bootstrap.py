@@ -5,13 +5,12 @@ draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13: 
 depends on the seed alone.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from ...data.parallel import threaded_map
+from ...data.parallel import available_cores, threaded_map
 from .matching import Matches
 from .precision import Ranking, summed
 
@@ -19,6 +18,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 SEED = 0
 SCORES = ("AP", "AP50", "AP75")
+_MOST_THREADS = 16  # each holds three numbers a detection: 200 MB of eight million
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def compare(
         first, second = scores(np.bincount(chosen, minlength=number))
         return second - first
 
-    draws = []
-    for draw in threaded_map(drawn, range(resamples), threads=os.cpu_count() or 1, ahead=2 * (os.cpu_count() or 1)):
+    draws, threads = [], min(available_cores(), _MOST_THREADS)
+    for draw in threaded_map(drawn, range(resamples), threads=threads, ahead=2 * threads):
         draws.append(draw)
         advance()
     tail = (1 - CONFIDENCE) / 2

@@ -1,7 +1,10 @@
 """Differences between detectors, against pycocotools on sets of images that were really drawn again and again."""
 
+import threading
+
 import numpy as np
 import pytest
+from ddetr.core.evaluation import bootstrap
 from ddetr.core.evaluation.bootstrap import compare
 from ddetr.core.evaluation.matching import matches
 from ddetr.data.truth import GroundTruth
@@ -78,3 +81,12 @@ def test_different_images_are_refused() -> None:
     other = matches(objects((1, 7, 0, 0, 9, 9), images=2), detections[:0], CATEGORIES)
     with pytest.raises(ValueError, match="different images: 25 and 2"):
         compare(matches(truth, detections, CATEGORIES), other)
+
+
+def test_a_machine_of_many_cores_does_not_hold_a_draw_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, detections = drawn(4, images=10)
+    found = matches(truth, detections, CATEGORIES)
+    monkeypatch.setattr(bootstrap, "available_cores", lambda: 200)
+    before, seen = threading.active_count(), []
+    compare(found, found, resamples=40, advance=lambda: seen.append(threading.active_count()))
+    assert 2 <= max(seen) - before <= 16
