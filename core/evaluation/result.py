@@ -239,14 +239,16 @@ def _result(item: Any) -> Result:
         protocol=protocol_in(item),
         top_k=None if item.get("top_k") is None else whole(item, "top_k", least=1),
         num_bad=whole(item, "num_bad") if "num_bad" in item else 0,
-        parts=_seconds_of_parts(item.get("parts", {})),
+        parts=seconds_in(item, "parts") if "parts" in item else {},
         **times,
     )
 
 
-def _seconds_of_parts(values: Any) -> dict[str, float]:
-    if not (isinstance(values, dict) and set(values) <= set(PARTS) and all(map(is_number, values.values()))):
-        raise ValueError(f"'parts' is {described(values)}")
+def seconds_in(values: dict[str, Any], name: str) -> dict[str, float]:
+    """values[name], the seconds of PARTS. Raises ValueError for anything else."""
+    values = member(values, name, dict)
+    if not (set(values) <= set(PARTS) and all(map(is_number, values.values()))):
+        raise ValueError(f"{name!r} is {described(values)}")
     return {name: float(value) for name, value in values.items()}
 
 

@@ -54,6 +54,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert math.isnan(other.metrics["AP"])
     assert (other.measure, other.num_not_finite) == (OTHERS, 3)
     assert "NaN" not in (checkpoint / EVALUATION).read_text()
+    written = json.loads((checkpoint / EVALUATION).read_text())["results"][0]
+    assert (written["shards"], written["settings"], "measure" in written) == (OURS.shards, OURS.settings, False)
     again = found(checkpoint, 0.5)
     result.write(checkpoint, again)
     assert [item.measure for item in result.read(checkpoint)] == [OTHERS, OURS]
