@@ -1,13 +1,15 @@
 """Detections in columns: as they travel between processes, and as they are scored."""
 
-import io
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from ...data.categories import Categories
-from ...data.documents import as_json
+from ...data.documents import as_json, parse_json
+from ...data.values import described, is_whole
 
 # One row a detection. category_id: the set's own; bbox: x, y, width, height in pixels of the picture.
 DETECTION_DTYPE = np.dtype(
@@ -19,6 +21,7 @@ _EXACT_DTYPE = np.dtype(
 )
 
 _ROWS_AT_ONCE = 100_000
+_LONGEST_LENGTHS = 10_000  # bytes
 
 
 def to_coco(detections: np.ndarray) -> list[dict[str, Any]]:
@@ -49,20 +52,23 @@ def counted(detections: np.ndarray, categories: Categories) -> np.ndarray:
     return detections[finite & np.isin(detections["category_id"], categories.ids)]
 
 
-def packed(**columns: np.ndarray) -> bytes:
-    """Arrays by name, for `unpacked` in another process."""
-    file = io.BytesIO()
-    np.savez(file, **columns)  # type: ignore[arg-type]
-    return file.getvalue()
+def packed(*parts: bytes) -> bytes:
+    """Several as one, for `unpacked` in another process."""
+    return json.dumps([len(part) for part in parts]).encode() + b"\n" + b"".join(parts)
 
 
-def unpacked(data: bytes, **dtypes: np.dtype) -> list[np.ndarray]:
-    """The arrays of these names and types, in this order. Raises ValueError for any other bytes."""
-    try:
-        columns = np.load(io.BytesIO(data), allow_pickle=False)
-        found = [columns[name] for name in dtypes]
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise ValueError(f"not a tally: {error}") from error
-    if [array.dtype for array in found] != [*dtypes.values()]:
-        raise ValueError(f"not a tally: columns {', '.join(str(array.dtype) for array in found)}")
-    return found
+def unpacked(data: bytes) -> list[bytes]:
+    """The parts of `packed`. Raises ValueError for any other bytes."""
+    first, mark, rest = data.partition(b"\n")
+    lengths = parse_json(first) if mark and len(first) <= _LONGEST_LENGTHS else None
+    if not (isinstance(lengths, list) and all(map(is_whole, lengths)) and sum(lengths) == len(rest)):
+        raise ValueError(f"not a tally: {described(first[:40])}")
+    return [rest[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
+
+
+def unpacked_rows(data: bytes, *dtypes: np.dtype) -> list[np.ndarray]:
+    """The arrays of these types whose bytes were `packed`. Raises ValueError for any other bytes."""
+    parts = unpacked(data)
+    if len(parts) != len(dtypes) or any(len(part) % dtype.itemsize for part, dtype in zip(parts, dtypes, strict=True)):
+        raise ValueError(f"not a tally of this kind: parts of {', '.join(str(len(part)) for part in parts)} bytes")
+    return [np.frombuffer(part, dtype=dtype) for part, dtype in zip(parts, dtypes, strict=True)]

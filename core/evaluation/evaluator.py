@@ -15,15 +15,17 @@ import torch
 
 from ...data.batch import Batch, normalised
 from ...data.categories import Categories
+from ...data.documents import parse_json
 from ...data.index import SampleError, ShardIndex
 from ...data.parallel import until
 from ...data.stream import evaluation_batches
 from ...data.truth import GroundTruth
+from ...data.values import described, member, whole
 from ..checkpoint.labels import check_evaluable
 from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
-from .columns import DETECTION_DTYPE
-from .result import PARTS, Measure, Result
+from .columns import DETECTION_DTYPE, packed, unpacked
+from .result import PARTS, Measure, Result, seconds_in
 from .scores import Tallies, headline, most_detections
 
 
@@ -135,16 +137,16 @@ class Count:
 
     def to_bytes(self) -> bytes:
         """All of it, for `merge` in another process."""
-        return json.dumps(asdict(self._found)).encode() + b"\n" + self._tallies.to_bytes()
+        return packed(json.dumps(asdict(self._found)).encode(), self._tallies.to_bytes())
 
     def merge(self, others: Sequence[bytes]) -> None:
         """Count what others have counted, too. Raises as `add`, and ValueError for what is no count."""
-        began, tallies = time.perf_counter(), []
-        for other in others:
-            found, _, tally = other.partition(b"\n")
-            self._found = self._found.and_(_Found(**json.loads(found)))
-            tallies.append(tally)
-        self._tallies.merge(tallies)
+        began, parts = time.perf_counter(), [unpacked(other) for other in others]
+        if any(len(part) != 2 for part in parts):
+            raise ValueError("not a tally: it has not two parts")
+        for found, _ in parts:
+            self._found = self._found.and_(_Found.of(found))
+        self._tallies.merge([tallies for _, tallies in parts])
         self._found.seconds["scoring"] = self._found.seconds.get("scoring", 0) + time.perf_counter() - began
         self._check()
 
@@ -185,6 +187,15 @@ class _Found:
     num_not_finite: int = 0
     bad_samples: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the work, of all processes together
+
+    @staticmethod
+    def of(data: bytes) -> "_Found":
+        """What another process found. Raises ValueError for anything else."""
+        values = parse_json(data)
+        bad = member(values, "bad_samples", list)
+        if not all(isinstance(sample, str) for sample in bad):
+            raise ValueError(f"'bad_samples' is {described(bad)}")
+        return _Found(whole(values, "images"), whole(values, "num_not_finite"), bad, seconds_in(values, "seconds"))
 
     def and_(self, other: "_Found") -> "_Found":
         seconds = {name: self.seconds.get(name, 0) + other.seconds.get(name, 0) for name in PARTS}

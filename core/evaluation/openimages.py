@@ -17,7 +17,7 @@ import numpy as np
 
 from ...data.categories import Categories
 from ...data.truth import GroundTruth
-from .columns import packed, unpacked
+from .columns import packed, unpacked_rows
 from .tally import Tally
 
 MEANINGS = {"AP": "precision, IoU 0.50, mean over the classes"}
@@ -63,11 +63,11 @@ class OpenImagesTally(Tally):
         self._outcomes.append(outcomes[counts])
 
     def to_bytes(self) -> bytes:
-        return packed(objects=self._objects, outcomes=np.concatenate(self._outcomes))
+        return packed(self._objects.tobytes(), np.concatenate(self._outcomes).tobytes())
 
     def merge(self, others: Sequence[bytes]) -> None:
         for other in others:
-            objects, outcomes = unpacked(other, objects=self._objects.dtype, outcomes=OUTCOME_DTYPE)
+            objects, outcomes = unpacked_rows(other, self._objects.dtype, OUTCOME_DTYPE)
             if len(objects) != len(self._objects):
                 raise ValueError(f"a tally of {len(objects)} classes, not of {len(self._objects)}")
             self._objects += objects

@@ -97,7 +97,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        return {**values, **(values.pop("measure") or {"shards": None, "settings": None})}
+        return values | (values.pop("measure") or {"shards": None, "settings": None})
 
 
 def write(folder: Path, result: Result) -> None:

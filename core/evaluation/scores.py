@@ -1,6 +1,5 @@
 """The protocols that score detections: each gives a set of named numbers from ground truth and detections."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from ...data.text import visible
 from ...data.truth import GroundTruth
 from ..config import EvalConfig
 from . import coco, lvis, openimages
-from .columns import counted
+from .columns import counted, packed, unpacked
 from .tally import LONGEST_SCORE, Score, Tally, Whole
 
 
@@ -92,12 +91,11 @@ class Tallies:
 
     def to_bytes(self) -> bytes:
         """All of them, for `merge` in another process."""
-        parts = [tally.to_bytes() for _, tally in self._tallies]
-        return json.dumps([len(part) for part in parts]).encode() + b"\n" + b"".join(parts)
+        return packed(*(tally.to_bytes() for _, tally in self._tallies))
 
     def merge(self, others: Sequence[bytes]) -> None:
         """Count the images of others, too. Raises ValueError for bytes of other protocols."""
-        parts = [_parts(other) for other in others]
+        parts = [unpacked(other) for other in others]
         if any(len(found) != len(self._tallies) for found in parts):
             raise ValueError("tallies of other protocols than these")
         for number, (_, tally) in enumerate(self._tallies):
@@ -120,15 +118,6 @@ class Tallies:
                 )
             found |= scores
         return {name: found[name] for name in self._meanings}
-
-
-def _parts(data: bytes) -> list[bytes]:
-    lengths, _, rest = data.partition(b"\n")
-    parts, start = [], 0
-    for length in json.loads(lengths):
-        parts.append(rest[start : start + length])
-        start += length
-    return parts
 
 
 def check_scorer(index: ShardIndex, config: EvalConfig) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ...data.categories import Categories
+from ...data.documents import parse_json
 from ...data.truth import ANNOTATION_DTYPE, GroundTruth
-from .columns import DETECTION_DTYPE, packed, to_coco, unpacked
+from .columns import DETECTION_DTYPE, packed, to_coco, unpacked_rows
 
 MOST_SCORES, LONGEST_SCORE = 100, 60  # of a result, and characters of a name: what a table can show
 Score = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, float]]
@@ -54,23 +55,28 @@ class Whole(Tally):
 
     def to_bytes(self) -> bytes:
         truth, detections = self._joined()
-        images = np.frombuffer(json.dumps(truth.images).encode(), dtype=np.uint8)
-        return packed(images=images, annotations=truth.annotations, detections=detections)
+        return packed(json.dumps(truth.images).encode(), truth.annotations.tobytes(), detections.tobytes())
 
     def merge(self, others: Sequence[bytes]) -> None:
         for other in others:
-            images, annotations, detections = unpacked(
-                other, images=np.dtype(np.uint8), annotations=ANNOTATION_DTYPE, detections=DETECTION_DTYPE
+            images, annotations, detections = unpacked_rows(
+                other, np.dtype(np.uint8), ANNOTATION_DTYPE, DETECTION_DTYPE
             )
-            self.add(GroundTruth(json.loads(images.tobytes()), annotations), detections)
+            entries = parse_json(images.tobytes())
+            if not (isinstance(entries, list) and all(isinstance(entry, dict) and "id" in entry for entry in entries)):
+                raise ValueError("not a tally of this kind: no images")
+            self.add(GroundTruth(entries, annotations), detections)
 
     def scores(self) -> dict[str, float]:
         truth, detections = self._joined()
         return self._score(truth.to_coco(self._categories), to_coco(detections))
 
     def _joined(self) -> tuple[GroundTruth, np.ndarray]:
-        """In an order that does not depend on who evaluated what."""
-        parts = sorted(self._parts, key=lambda part: part[0].images[0]["id"])
+        """By the ids of the images, so that the order does not depend on who evaluated what."""
+        truth = GroundTruth.joined([truth for truth, _ in self._parts])
+        images, objects = sorted(truth.images, key=lambda image: image["id"]), truth.annotations
         # Of one type: concatenating records of several corrupts memory (numpy 2.4.6).
-        found = [detections for _, detections in parts] or [np.empty(0, dtype=DETECTION_DTYPE)]
-        return GroundTruth.joined([truth for truth, _ in parts]), np.concatenate(found)
+        found = [detections for _, detections in self._parts] or [np.empty(0, dtype=DETECTION_DTYPE)]
+        detections = np.concatenate(found)
+        objects, detections = (rows[np.argsort(rows["image_id"], kind="stable")] for rows in (objects, detections))
+        return GroundTruth(images, objects), detections

@@ -1,6 +1,7 @@
 """COCO's numbers against cases worked out by hand, and detections against a plain loop over single images."""
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from ddetr.core.checkpoint.trained import TrainedDetector
 from ddetr.core.config import load
-from ddetr.core.evaluation.columns import to_coco
-from ddetr.core.evaluation.evaluator import check_categories, evaluate_shards
+from ddetr.core.evaluation.columns import packed, to_coco, unpacked
+from ddetr.core.evaluation.evaluator import Count, check_categories, evaluate_shards
 from ddetr.core.model.detector import DeformableDetr
 from ddetr.core.model.outputs import Predictions
 from ddetr.core.model.postprocess import detections
@@ -142,3 +143,32 @@ def test_a_published_checkpoints_label_is_the_category_id(index: ShardIndex, det
         check_categories(published, index)
     (found,) = evaluate_shards(published, index, [0], "cpu")
     assert set(found.detections["category_id"].tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": "3"},
+        {"images": -1},
+        {"num_not_finite": None},
+        {"bad_samples": "all"},
+        {"bad_samples": [7]},
+        {"seconds": {"sleeping": 1.0}},
+        {"seconds": {"model": "long"}},
+        {"seconds": None},
+    ],
+    ids=str,
+)
+def test_what_is_no_count_of_another_process_is_refused(
+    index: ShardIndex, detector: TrainedDetector, change: dict[str, object]
+) -> None:
+    found, tallies = unpacked(Count(detector, index).to_bytes())
+    Count(detector, index).merge([packed(found, tallies)])
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Count(detector, index).merge([packed(json.dumps(json.loads(found) | change).encode(), tallies)])
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1, 1]\nab", b"[4]\nnull", b"[9, 0]\n{}", b"[true]\nx", b"[-1, 2]\nx"])
+def test_bytes_of_another_program_are_no_count(index: ShardIndex, detector: TrainedDetector, data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"not a tally|stands where|Expecting"):
+        Count(detector, index).merge([data])

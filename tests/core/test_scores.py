@@ -10,6 +10,7 @@ from ddetr.core.config import EvalConfig
 from ddetr.core.evaluation import scores
 from ddetr.core.evaluation.columns import DETECTION_DTYPE
 from ddetr.core.evaluation.scores import OF_SETS, Protocol, Tallies, check_protocols, in_brief
+from ddetr.core.evaluation.tally import Tally
 from ddetr.data.categories import Categories
 from ddetr.data.index import ShardIndex
 from ddetr.data.layout import SAMPLE_DTYPE, Shard
@@ -125,3 +126,47 @@ def test_an_evaluation_that_met_infinities_or_nan_has_no_score(index: ShardIndex
     assert list(found) == list(COCO.meanings)
     assert all(math.isnan(value) for value in found.values())
     assert sound.scores()["AP"] == pytest.approx(1.0)
+
+
+def test_the_order_of_what_a_function_gets_does_not_depend_on_the_division_among_processes(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four shards of one process, or of two that evaluate every second one."""
+    seen: list[Any] = []
+
+    def score(truth: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+        ids = [image["id"] for image in truth["images"]]
+        seen.append((ids, [row["image_id"] for row in truth["annotations"]], [row["image_id"] for row in rows]))
+        return {"own": 0.5}
+
+    whole = Protocol.of({"own": "a number"}, "own", (), score)
+    for processes in (1, 2):
+        tallies = [whole.tally(index, EvalConfig()) for _ in range(processes)]
+        for shard, image_ids in enumerate([(5, 1), (2, 6), (3,), (4,)]):
+            truth = GroundTruth.joined([an_object(image_id) for image_id in image_ids])
+            tallies[shard % processes].add(truth, np.concatenate([a_detection(image_id) for image_id in image_ids]))
+        tallies[0].merge([tally.to_bytes() for tally in tallies[1:]])
+        tallies[0].scores()
+    assert seen == [([1, 2, 3, 4, 5, 6],) * 3] * 2
+
+
+@pytest.mark.parametrize("kind", ["coco", "pycocotools", "openimages"])
+def test_damaged_tallies_are_refused_by_one_error(index: ShardIndex, kind: str) -> None:
+    """Whatever bytes another process sends: a tally, perhaps of other numbers, or ValueError."""
+
+    def tally() -> Tally:
+        scorer = "pycocotools" if kind == "pycocotools" else "hotcoco"
+        return OF_SETS["openimages" if kind == "openimages" else "coco"].tally(index, EvalConfig(scorer=scorer))
+
+    sound, random, refused = tally(), np.random.default_rng(1), 0
+    sound.add(an_object(3), a_detection(3))
+    data = sound.to_bytes()
+    for attempt in range(600):
+        damaged = bytearray(data[: random.integers(len(data)) if attempt % 4 == 0 else None])
+        for place in random.integers(0, min(len(damaged) + 1, 300), attempt % 4):
+            damaged[place : place + 1] = bytes([random.choice([0, 10, 49, 91, 125, 255])])
+        try:
+            tally().merge([bytes(damaged)])
+        except ValueError:
+            refused += 1
+    assert refused > 100
