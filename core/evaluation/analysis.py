@@ -15,7 +15,7 @@ from ...data.text import visible
 from ...data.values import MOST_ID
 
 FILE_NAME = "analysis.json"
-MOST_BYTES = 4 << 20  # of the file
+MOST_BYTES = 8 << 20  # of the file; a character of a name may take 12
 MOST_CLASSES = 5000  # of the table: those with the most objects
 MOST_CONFUSIONS = 200  # pairs of classes
 MOST_WORST = 12  # images

@@ -13,6 +13,7 @@ from ddetr.core.evaluation.failures import Failures, failures
 from ddetr.core.evaluation.matching import matches
 from ddetr.data.categories import Categories
 from ddetr.data.truth import GroundTruth
+from ddetr.data.values import MOST_ID
 
 from tests.core.detection_sets import CATEGORIES, by_pycocotools, detected, drawn, objects
 
@@ -246,3 +247,16 @@ def test_what_is_no_analysis_is_refused(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(ValueError, match="cannot be read"):
             analyses.read(tmp_path)
+
+
+def test_the_largest_analysis_can_be_read(tmp_path: Path) -> None:
+    """A json spells a character outside Unicode's first plane with twelve."""
+    name, share = "\N{CAT FACE}" * analyses.LONGEST_NAME, 0.123456
+    row = {"id": -MOST_ID, "name": name, "objects": MOST_ID, "ap": share, "ap50": share, "recall": share}
+    row |= {"threshold": share, "f1": share, "curve": [0.123] * analyses.CURVE_RECALLS}
+    pair = {"truth": name, "found": name, "count": MOST_ID, "share": share}
+    values = of(*drawn(1)).analysis.model_dump()
+    values |= {"classes": [row] * analyses.MOST_CLASSES, "confusions": [pair] * analyses.MOST_CONFUSIONS}
+    largest = Analysis.model_validate(values)
+    analyses.write(tmp_path, largest)
+    assert analyses.read(tmp_path) == largest
