@@ -20,7 +20,7 @@ from ..core.checkpoint.manifest import verify
 from ..core.config import Config, dump, gives_classes, with_classes
 from ..core.evaluation.evaluator import without_score_of
 from ..core.evaluation.result import Measure, is_evaluated
-from ..core.evaluation.scores import check_protocols, check_scorer, headline, meanings
+from ..core.evaluation.scores import check_protocols, check_set, headline, meanings
 from ..core.model import pretrained
 from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
@@ -178,7 +178,7 @@ def _open_data(config: Config) -> tuple[Config, ShardIndex, ShardIndex | None]:
             f"leave it out, or set model.num_classes={count}"
         )
     if validation_index:
-        check_scorer(validation_index, config.eval)
+        check_set(validation_index, config.eval)
         known = dict(zip(train_index.categories.ids, train_index.categories.names, strict=True))
         remedy = "Pack validation shards from data with all or some of the categories of training"
         where, place = "the training shards", train_index.location

@@ -78,7 +78,7 @@ class Tallies:
     """The tallies of the set's protocol and of PROTOCOLS over the images of a set."""
 
     def __init__(self, index: ShardIndex, config: EvalConfig) -> None:
-        check_scorer(index, config)
+        check_set(index, config)
         self._categories, self._meanings = index.categories, meanings(index.protocol)
         protocols = [OF_SETS[index.protocol], *PROTOCOLS]
         self._tallies = [(protocol, protocol.tally(index, config)) for protocol in protocols]
@@ -120,8 +120,14 @@ class Tallies:
         return {name: found[name] for name in self._meanings}
 
 
-def check_scorer(index: ShardIndex, config: EvalConfig) -> None:
-    """Raise ValueError unless eval.scorer knows the protocol of the set."""
+def check_set(index: ShardIndex, config: EvalConfig) -> None:
+    """Raise ValueError unless eval.scorer knows the protocol of the set, and each image stands in it once."""
+    ids, counts = np.unique(index.samples["image_id"], return_counts=True)
+    if len(repeated := ids[counts > 1]):
+        raise ValueError(
+            f"{index.location}: {len(repeated)} images stand in it more than once, and no score is defined for that; "
+            f"the first one: {repeated[0]}. Pack the set again, each image once and under an id of its own"
+        )
     if config.scorer == "pycocotools" and index.protocol != "coco":
         raise ValueError(
             f"eval.scorer=pycocotools scores by COCO's protocol alone, and {index.location} is a set of "

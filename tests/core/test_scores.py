@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -170,3 +170,11 @@ def test_damaged_tallies_are_refused_by_one_error(index: ShardIndex, kind: str) 
         except ValueError:
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("scorer", ["hotcoco", "pycocotools"])
+def test_a_set_that_has_an_image_twice_is_refused(index: ShardIndex, scorer: Literal["hotcoco", "pycocotools"]) -> None:
+    """Scorers differ on it: one takes the objects of both for one image's, the other those of the last."""
+    again = ShardIndex(index.location, index.categories, {}, [*index.shards, *index.shards[:1]])
+    with pytest.raises(ValueError, match=r"2 images stand in it more than once.*the first one: 3\. Pack the set again"):
+        Tallies(again, EvalConfig(scorer=scorer))
