@@ -226,7 +226,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Compute the scores of the set's protocol: COCO's twelve numbers (AP, AR), LVIS' or Open Images'.
+    """Compute the scores of the set's protocol: COCO's twelve numbers, LVIS' thirteen, or Open Images' AP.
 
     Batch size and number of workers do not change them. A damaged image is left out and named.
 
