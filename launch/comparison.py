@@ -45,6 +45,8 @@ def compare(
         nonlocal data, categories
         data, categories = index.real_location, index.categories
         found.append(matches(truth, counted(detections, index.categories), index.categories, index.protocol))
+        if not found[-1].num_objects.any():  # before the work on the others
+            raise ValueError(f"{index.location}: there is no object in it, so there is nothing to compare")
 
     for path in paths:  # before the work on those before it
         read_newest(path, contents)
@@ -52,8 +54,6 @@ def compare(
         console.print(f"{number}: {path}", soft_wrap=True)
         evaluate(path, overrides, data, ray_address, None if output is None else output / str(number), use=keep)
     assert categories is not None
-    if not found[0].num_objects.any():
-        raise ValueError("there is no object in the set, so there is nothing to compare")
     names = dict(zip(categories.ids, categories.names, strict=True))
     comparisons = [_compared(console, found[0], other) for other in found[1:]]
     for number, comparison in enumerate(comparisons, start=2):

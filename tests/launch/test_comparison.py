@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from ddetr.core.evaluation import result
+from ddetr.data.shards import pack
 
 from tests.processes import finished
 
@@ -49,3 +50,13 @@ def test_mistakes_are_told_before_the_work(run_directory: Path, tmp_path: Path) 
         assert done.returncode == 2
         assert message in done.stderr
         assert "images of" not in done.stdout
+
+
+def test_a_set_without_objects_is_told_after_the_first_detector(run_directory: Path, tmp_path: Path) -> None:
+    coco = json.loads((run_directory.parent / "chosen.json").read_text())
+    (tmp_path / "none.json").write_text(json.dumps({**coco, "annotations": []}))
+    pack(tmp_path / "none.json", run_directory.parent / "coco/images", tmp_path / "none", workers=1)
+    done = finished("eval", run_directory, run_directory, "--data", tmp_path / "none", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'none'}: there is no object in it" in done.stderr
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["1"]
