@@ -74,7 +74,11 @@ class DataConfig(Section):
         "drop", "images left over at an epoch's end: drop leaves them out; pad fills the last step up with empty images"
     )
     most_bad_samples: float = setting(
-        0.001, "how many images may be damaged before a run stops", unit="share of the training images", ge=0, le=1
+        0.001,
+        "how many images may be damaged before a run or an evaluation stops",
+        unit="share of the images of the set",
+        ge=0,
+        le=1,
     )
     most_pixels: int = setting(
         MOST_PIXELS,

@@ -23,6 +23,7 @@ from .evaluate import evaluate
 
 FILE_NAME = "comparison.json"
 SHOWN = 10  # classes
+FEWEST = 10  # images of which draws say something
 
 
 def compare(
@@ -87,11 +88,12 @@ def _show(console: Console, number: int, paths: Sequence[Path], comparison: Comp
         table.add_row(brief(names[id_]), *_cells(row))
     console.print(table)
     ap = comparison.scores["AP"]
-    verdict = (
-        "0 lies inside: this set does not tell them apart"
-        if ap.is_noise
-        else f"0 lies outside: {number if ap.difference > 0 else 1} is better on images like these"
-    )
+    if comparison.images < FEWEST:
+        verdict = f"With {comparison.images} images that says nothing: draws of so few hardly differ"
+    elif ap.is_noise:
+        verdict = "0 lies inside: this set does not tell them apart"
+    else:
+        verdict = f"0 lies outside: {number if ap.difference > 0 else 1} is better on images like these"
     console.print(
         f"AP differs by {ap.difference:+.4f}, in {percent} of {RESAMPLES} draws of the images by {ap.low:+.4f} to "
         f"{ap.high:+.4f}. {verdict}.",

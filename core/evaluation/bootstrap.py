@@ -95,7 +95,11 @@ def compare(
     Raises ValueError for different images.
     """
     if not np.array_equal(first.image_ids, second.image_ids):
-        raise ValueError(f"they were evaluated on different images: {len(first.image_ids)} and {len(second.image_ids)}")
+        apart = np.setxor1d(first.image_ids, second.image_ids)
+        raise ValueError(
+            f"they were evaluated on different images: {len(apart)} of them, such as {apart[0]}, by one alone. Repair "
+            "those that were left out as damaged (`ddetr data check` lists them), then compare again"
+        )
     number, scorers = len(first.image_ids), (Scorer(first), Scorer(second))
     listed = np.flatnonzero(first.num_objects)
 

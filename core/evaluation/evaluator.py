@@ -83,7 +83,7 @@ def evaluate_shards(
 
 def check_damage(num_bad: int, last: str, index: ShardIndex, most: float) -> None:
     """Raise SampleError if more than the share `most` of a set's images are damaged. last: one of them."""
-    if num_bad > most * index.num_samples:
+    if num_bad > round(most * index.num_samples, 6):  # 0.29 of 100 are 29
         raise SampleError(
             f"{num_bad} of {index.num_samples} images cannot be evaluated, more than "
             f"data.most_bad_samples={most:g}; the last one: {last}"

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from ...data.index import SampleError, ShardIndex
+from ...data.index import ShardIndex
 from ..checkpoint import load_detector
 from ..checkpoint.weights import WEIGHTS
 from ..config import Config
@@ -12,6 +12,7 @@ from ..evaluation import result
 from ..evaluation.evaluator import Count, evaluate_shards
 from ..evaluation.result import Result, weights_digest
 from .heartbeat import Watch
+from .messages import Failure
 from .world import World
 
 log = logging.getLogger("ddetr")
@@ -24,7 +25,8 @@ def evaluate(
 
     Collective. Each rank evaluates every world.size-th shard, with its own copy of the weights, and matches what it
     finds with the ground truth; rank 0 adds up. Returns the damaged images that are left out, too: shard, key, and what
-    is wrong. Raises SampleError for more of them than data.most_bad_samples allows.
+    is wrong. Raises on every rank ValueError for more of them than data.most_bad_samples allows, and OSError when one
+    cannot read its shards.
     """
     began = time.perf_counter()
     watch.at("evaluating", step)
@@ -38,10 +40,11 @@ def evaluate(
         mine = range(world.rank, len(index.shards), world.size)
         for found in evaluate_shards(detector, index, mine, world.device, one_batch, watch.stop):
             count.add(found)
-    except SampleError as too_many:  # of this rank's own; the others should end as well
-        error = str(too_many)
-    if errors := [error for error in world.gather([error], str | None) if error]:
-        raise SampleError(errors[0])
+    except (ValueError, OSError) as own:  # of this rank alone: the others should end as well, and say why
+        error = own
+    failures = world.gather([Failure.of(error) if error else None], Failure | None)
+    if failed := [failure for failure in failures if failure]:
+        raise error or failed[0].error()
     if any(world.gather([watch.stop()], bool)):
         if world.rank == 0:
             log.warning("the evaluation of step %d is left for the run that continues this one", step)

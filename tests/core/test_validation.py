@@ -8,6 +8,28 @@ from typing import Any
 import pytest
 from ddetr.core.evaluation.result import Result
 from ddetr.core.training import validation
+from ddetr.data.sources import SourceError
+
+
+def test_an_error_of_one_rank_is_raised_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this rank is well: the others would wait for it."""
+
+    def unreachable(*of: Any) -> Any:
+        raise SourceError("the server of the shards is gone")
+
+    monkeypatch.setattr(validation, "load_detector", lambda *of, **more: None)
+    monkeypatch.setattr(validation, "Count", lambda *of: None)
+    monkeypatch.setattr(validation, "evaluate_shards", unreachable)
+    told: list[Any] = []
+    world: Any = SimpleNamespace(rank=0, size=2, device="cpu", gather=lambda mine, kind: told.extend(mine) or mine)
+    watch: Any = SimpleNamespace(at=lambda *of: None, stop=lambda: False)
+    index: Any = SimpleNamespace(shards=[None])
+    with pytest.raises(SourceError, match="the server of the shards is gone"):
+        validation.evaluate(tmp_path, None, index, world, watch, 7)  # type: ignore[arg-type]
+    monkeypatch.setattr(validation, "evaluate_shards", lambda *of: iter(()))
+    world.gather = lambda mine, kind: [*mine, *told]
+    with pytest.raises(OSError, match="the server of the shards is gone"):
+        validation.evaluate(tmp_path, None, index, world, watch, 7)  # type: ignore[arg-type]
 
 
 def test_a_result_that_cannot_be_written_is_told_and_counts(
