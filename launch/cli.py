@@ -217,7 +217,8 @@ def evaluate(
         bool, typer.Option("--all", help="Evaluate every checkpoint of the run, not only the newest.")
     ] = False,
     follow: Annotated[
-        bool, typer.Option(help="Evaluate each new checkpoint of runs in progress, until these have finished.")
+        bool,
+        typer.Option("--follow", help="Evaluate each new checkpoint of runs in progress, until these have finished."),
     ] = False,
     idle: Annotated[
         float | None,
