@@ -76,8 +76,11 @@ class CocoTally(Tally):
         # Their numbers in the order of the ids, in which pycocotools counts; the ids may exceed what a float64 holds.
         self._image_ids = np.sort(image_ids)
         self._category_ids = np.sort(np.array(categories.ids, dtype=np.int64))
-        items = {item["id"]: item for item in categories.to_json()}
-        listed = [{**items[id_], "id": n} for n, id_ in enumerate(self._category_ids.tolist())]
+        # Without their names, which may be no text that hotcoco takes.
+        listed: list[dict[str, Any]] = [
+            {"id": n, "name": str(n), **({"frequency": found} if (found := categories.frequencies.get(id_)) else {})}
+            for n, id_ in enumerate(self._category_ids.tolist())
+        ]
         self._counting = hotcoco.StreamingEval(listed, "bbox", lvis_style=self.federated)
         self._evaluation: hotcoco.COCOeval | None = None
 

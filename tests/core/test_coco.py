@@ -213,7 +213,7 @@ def test_detections_of_categories_that_the_set_does_not_list_do_not_count(listed
 
 
 ARRAYS = ("precision", "recall", "scores")
-CATEGORIES = Categories((-3, 7, 2**62), ("minus", "seven", "large"))
+CATEGORIES = Categories((-3, 7, 2**62), ("minus", "lone \ud83d", "large\0"))  # names as untrusted files have them
 
 
 def a_set(seed: int) -> list[tuple[GroundTruth, np.ndarray]]:
