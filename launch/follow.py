@@ -46,7 +46,7 @@ def follow(
     evaluated is told, and the others go on; so is one whose shards or cluster cannot be reached, after TRIES.
 
     Raises FileNotFoundError for a run in a missing folder, errors in the overrides, and in the end ValueError that
-    names what could not be evaluated.
+    names what could not be evaluated, and FloatingPointError that names what gave numbers that are not finite.
     """
     check_protocols()
     if missing := [run for run in runs if not run.absolute().parent.is_dir()]:
@@ -76,12 +76,17 @@ def follow(
                 is_waiting = True
             time.sleep(POLL_SECONDS)
     if follower.given_up:
-        listed = "\n".join(follower.given_up.values())
+        listed = "\n".join([*follower.given_up.values(), *follower.without_score])
         raise ValueError(f"{len(follower.given_up)} checkpoint(s) could not be evaluated:\n{listed}")
+    if follower.without_score:
+        raise FloatingPointError("\n".join(follower.without_score))
 
 
 class _Follower:
-    """given_up: why a checkpoint is not tried any more. is_another_at_work: on one that has no result yet."""
+    """given_up: why a checkpoint is not tried any more. without_score: those that gave numbers that are not finite.
+
+    is_another_at_work: on a checkpoint that has no result yet.
+    """
 
     def __init__(self, overrides: list[str], data: str | Path | None, evaluators: Evaluators, console: Console) -> None:
         self._overrides, self._data, self._evaluators, self._console = overrides, data, evaluators, console
@@ -89,6 +94,7 @@ class _Follower:
         self._done: set[tuple[Path, int]] = set()  # and when its weights were written
         self._tries: Counter[Path] = Counter()
         self.given_up: dict[Path, str] = {}
+        self.without_score: list[str] = []
         self.is_another_at_work = False
 
     def evaluates_one(self, runs: Sequence[Path]) -> bool:
@@ -135,7 +141,8 @@ class _Follower:
         places = places_of(detector.path)
         found = evaluate_detector(detector, weights, index, places, self._evaluators, self._console)
         if found.num_not_finite:
-            self._console.print(f"{detector.path}: {without_score(found.num_not_finite)}", soft_wrap=True)
+            self.without_score.append(f"{detector.path}: {without_score(found.num_not_finite)}")
+            self._console.print(self.without_score[-1], soft_wrap=True)
 
     def _failed(self, checkpoint: Path, error: Exception, *, again: bool) -> None:
         if not checkpoint.exists():
@@ -153,11 +160,11 @@ class _Follower:
 
 
 def _newest_first(runs: Sequence[Path]) -> list[tuple[Path, int]]:
-    """The complete checkpoints of all runs, and when their weights were written."""
+    """The checkpoints of all runs, and when their weights were written: 0 for one without, which is to be told."""
     found = []
     for checkpoint in (checkpoint for run in runs for checkpoint in checkpoints(run)):
-        with contextlib.suppress(OSError):  # its run deletes it
-            found.append((checkpoint, (checkpoint / WEIGHTS).stat().st_mtime_ns))
+        weights = checkpoint / WEIGHTS
+        found.append((checkpoint, weights.stat().st_mtime_ns if weights.is_file() else 0))
     return sorted(found, key=lambda item: -item[1])
 
 

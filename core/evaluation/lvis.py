@@ -10,16 +10,12 @@ import numpy as np
 
 from ...data.protocols import IMAGE_LISTS
 from ...data.truth import GroundTruth
+from .coco import MEANINGS as COCO_MEANINGS
 from .coco import CocoTally
 
 # In the order of lvis-api's results.
 MEANINGS = {
-    "AP": "precision, IoU 0.50 to 0.95",
-    "AP50": "precision, IoU 0.50",
-    "AP75": "precision, IoU 0.75",
-    "AP_small": "precision, area under 32² px",
-    "AP_medium": "precision, 32² to 96² px",
-    "AP_large": "precision, over 96² px",
+    **{name: COCO_MEANINGS[name] for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")},
     "AP_rare": "precision, categories on 1 to 10 training images",
     "AP_common": "precision, categories on 11 to 100 training images",
     "AP_frequent": "precision, categories on more than 100 training images",

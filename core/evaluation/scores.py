@@ -21,50 +21,50 @@ from .tally import LONGEST_SCORE, Score, Tally, Whole
 class Protocol:
     """A way to score detections.
 
-    meanings: what each of its numbers is, by name, in the order in which they are shown. headline: the one that stands
-    for all. brief: those for which a line has room. tally: an empty count over the images of a set, which gives the
-    numbers by name.
+    meanings: what each of its numbers is, by name, in the order in which they are shown. brief: those for which a line
+    has room. tally: an empty count over the images of a set, which gives the numbers by name.
     """
 
     meanings: Mapping[str, str]
-    headline: str
     brief: tuple[str, ...]
     tally: Callable[[ShardIndex, EvalConfig], Tally]
 
     @staticmethod
-    def of(meanings: Mapping[str, str], headline: str, brief: tuple[str, ...], score: Score) -> "Protocol":
+    def of(meanings: Mapping[str, str], brief: tuple[str, ...], score: Score) -> "Protocol":
         """One by a function that computes the numbers by name, 0 to 1 and -1 where nothing in the set has them.
 
         score: takes a COCO dictionary and detections in COCO's result format, those that count, and changes neither.
         """
-        return Protocol(meanings, headline, brief, lambda index, _: Whole(score, index.categories))
+        return Protocol(meanings, brief, lambda index, _: Whole(score, index.categories))
 
 
 @dataclass(frozen=True)
 class SetProtocol(Protocol):
-    """One that the index of a set may name. detections_per_image: how many it counts, the best ones."""
+    """One that the index of a set may name.
+
+    detections_per_image: how many it counts, the best ones. headline: the number that retention, searches, progress and
+    alerts go by.
+    """
 
     detections_per_image: int
+    headline: str = "AP"
 
 
-# The headline of a set's protocol is what retention, searches, progress and alerts go by.
 OF_SETS: dict[ProtocolName, SetProtocol] = {
     "coco": SetProtocol(
         coco.MEANINGS,
-        "AP",
         ("AP", "AP50", "AP75", "AP_small"),
         lambda index, config: coco.coco_tally(index.samples["image_id"], index.categories, config.scorer),
         100,
     ),
     "lvis": SetProtocol(
         lvis.MEANINGS,
-        "AP",
         ("AP", "AP_rare", "AP_common", "AP_frequent"),
         lambda index, _: lvis.LvisTally(index.samples["image_id"], index.categories),
         300,
     ),
     "openimages": SetProtocol(
-        openimages.MEANINGS, "AP", ("AP",), lambda index, _: openimages.OpenImagesTally(index.categories), 100
+        openimages.MEANINGS, ("AP",), lambda index, _: openimages.OpenImagesTally(index.categories), 100
     ),
 }
 
@@ -143,7 +143,7 @@ def check_protocols() -> None:
     if long := [name for name in names if len(name) > LONGEST_SCORE or name != visible(name)]:
         raise ValueError(f"scores: {visible(long[0])} is no name that can be shown, of {LONGEST_SCORE} characters")
     for protocol in PROTOCOLS:
-        if unknown := {protocol.headline, *protocol.brief} - set(protocol.meanings):
+        if unknown := set(protocol.brief) - set(protocol.meanings):
             raise ValueError(f"scores: a protocol of {list(protocol.meanings)} has no {min(unknown)!r} to show")
 
 

@@ -26,7 +26,7 @@ def with_protocols(monkeypatch: pytest.MonkeyPatch, *protocols: Protocol) -> Non
 def of(found: dict[str, float], **others: Any) -> Protocol:
     """One that always gives these numbers."""
     meanings = dict.fromkeys(found, "a number")
-    given = {"meanings": meanings, "headline": next(iter(found)), "brief": (), "score": lambda truth, rows: found}
+    given = {"meanings": meanings, "brief": (), "score": lambda truth, rows: found}
     return Protocol.of(**{**given, **others})
 
 
@@ -54,8 +54,7 @@ def a_detection(image_id: int, category_id: int = 2) -> np.ndarray:
         (of({"AP": 0.5}), "the name 'AP' is taken"),
         (of({"AP_rare": 0.5}), "the name 'AP_rare' is taken"),
         (of({"step": 0.5}), "the name 'step' is taken"),
-        (of({"hits": 0.5}, headline="hit"), r"a protocol of \['hits'\] has no 'hit' to show"),
-        (of({"hits": 0.5}, brief=("misses",)), "has no 'misses' to show"),
+        (of({"hits": 0.5}, brief=("misses",)), r"a protocol of \['hits'\] has no 'misses' to show"),
         (of({"h" * 61: 0.5}), "is no name that can be shown"),
         (of({"a\nb": 0.5}), r"a\\nb is no name that can be shown"),
     ],
@@ -82,7 +81,7 @@ def test_the_scores_of_all_protocols_come_in_the_order_of_their_meanings(
 
 
 def test_scores_that_were_not_promised_are_named(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_protocols(monkeypatch, of({"a": 0.5}, meanings={"a": "first", "b": "second"}, headline="a"))
+    with_protocols(monkeypatch, of({"a": 0.5}, meanings={"a": "first", "b": "second"}))
     with pytest.raises(ValueError, match=r"promises the scores \['a', 'b'\] and computed \['a'\]"):
         Tallies(index, EvalConfig()).scores()
 
@@ -139,7 +138,7 @@ def test_the_order_of_what_a_function_gets_does_not_depend_on_the_division_among
         seen.append((ids, [row["image_id"] for row in truth["annotations"]], [row["image_id"] for row in rows]))
         return {"own": 0.5}
 
-    whole = Protocol.of({"own": "a number"}, "own", (), score)
+    whole = Protocol.of({"own": "a number"}, (), score)
     for processes in (1, 2):
         tallies = [whole.tally(index, EvalConfig()) for _ in range(processes)]
         for shard, image_ids in enumerate([(5, 1), (2, 6), (3,), (4,)]):

@@ -38,7 +38,7 @@ def add():
 
     criterion.BOX_LOSSES["sides"] = criterion.BoxLoss(sides, lambda config: 0.5)
     meanings = {"hits": "share of the images with a detection", "constant": "an eighth"}
-    scores.PROTOCOLS.append(scores.Protocol.of(meanings, "hits", ("hits",), images_with_detections))
+    scores.PROTOCOLS.append(scores.Protocol.of(meanings, ("hits",), images_with_detections))
 """
 # Where a program of ours begins: not in every Python that starts.
 CUSTOMIZED = (
