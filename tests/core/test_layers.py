@@ -221,19 +221,19 @@ def test_a_strangers_name_does_not_say_which_run_goes_on(tmp_path: Path) -> None
     assert load(theirs, ["train.auto_resume=true", "train.name=mine"]).train.auto_resume
 
 
-def test_a_command_with_signs_that_are_not_drawn_is_not_offered_for_repetition(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pipe:cat \\u202e x; cat {}", "signs that are not drawn, are not shown here"),
+        ("https://host/x?...", "give them yourself"),  # as weights have it: another place than the run had
+    ],
+)
+def test_what_would_name_something_else_is_not_offered_for_repetition(
+    source: str, message: str, tmp_path: Path
+) -> None:
     write(tmp_path / "run/metrics.jsonl", "")
-    theirs = write(tmp_path / "run/config.yaml", 'data: {train: "pipe:cat \\u202e x; cat {}"}\n')
-    with pytest.raises(ForeignSettingError, match="signs that are not drawn, are not shown here") as refusal:
-        load(theirs)
-    assert "add to the command" not in str(refusal.value)
-
-
-def test_an_address_without_its_query_is_not_offered_for_repetition(tmp_path: Path) -> None:
-    """As weights have it: it names another place than the run had."""
-    write(tmp_path / "run/metrics.jsonl", "")
-    theirs = write(tmp_path / "run/config.yaml", "data: {train: 'https://host/x?...'}\n")
-    with pytest.raises(ForeignSettingError, match="give them yourself") as refusal:
+    theirs = write(tmp_path / "run/config.yaml", f'data: {{train: "{source}"}}\n')
+    with pytest.raises(ForeignSettingError, match=message) as refusal:
         load(theirs)
     assert "add to the command" not in str(refusal.value)
 
