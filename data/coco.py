@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.progress import Progress
 
@@ -110,7 +109,7 @@ def _stated_name(entry: Any, folder: Path) -> Any:
     name, url = member_of(entry, "file_name"), member_of(entry, "coco_url")
     if name is not None or not isinstance(url, str):
         return name
-    in_split = "/".join(urlsplit(url).path.split("/")[-2:])
+    in_split = "/".join(url.partition("?")[0].split("/")[-2:])
     last = in_split.rpartition("/")[2]
     return last if os.path.lexists(folder / last) and not os.path.lexists(folder / in_split) else in_split
 

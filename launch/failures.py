@@ -93,7 +93,7 @@ def show(console: Console, folder: Path, analysis: Analysis, seconds: float) -> 
     for kind in sorted(analysis.errors, key=lambda kind: -kind.gain):
         table.add_row(kind.name, str(kind.count), str(kind.confident), f"{kind.gain:.4f}")
     console.print(table)
-    few = min(SHOWN, (len(analysis.classes) + 1) // 2)
+    few = max(1, min(SHOWN, len(analysis.classes) // 2))
     for name, rows in (("lowest AP", analysis.classes[:few]), ("highest AP", analysis.classes[: -few - 1 : -1])):
         listed = ", ".join(f"{brief(row.name)} {row.ap:.3f}" for row in rows)
         console.print(f"{name}: {listed}", soft_wrap=True)

@@ -106,6 +106,27 @@ def test_lvis_is_read_packed_and_comes_back(
     assert stored[25]["neg_category_ids"] == stored[25]["not_exhaustive_category_ids"] == []
 
 
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("http://[no.address/val2017/7.jpg", "missing image"),
+        ("http://host/val2017/a\0b.jpg", "missing image"),
+        ("http://host/../secret.jpg", "outside image"),
+        ("http://host/", "bad entry"),
+    ],
+)
+def test_an_address_that_names_no_image_in_the_folder_is_a_finding(
+    lvis: Callable[..., tuple[Path, Path]], tmp_path: Path, url: str, kind: str
+) -> None:
+    an_image(tmp_path / "secret.jpg")
+    values = lvis_values()
+    values["images"][2]["coco_url"] = url
+    found = check_coco(*lvis(values), reading=ALONE)
+    assert [(finding.kind, finding.where.split()[:2]) for finding in found if finding.severity == "error"] == [
+        (kind, ["image", "30"])
+    ]
+
+
 def test_the_images_of_lvis_are_found_near_the_json(lvis: Callable[..., tuple[Path, Path]]) -> None:
     file, images = lvis()
     (found,) = read_sets(file).values()
