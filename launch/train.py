@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,15 @@ def run(
     status 75 when the run stopped because other ranks were asked to: a launcher should start this one again.
     """
     check_protocols()
-    _log_to_console()
-    given = config
-    config, train_index, validation_index = _open_data(given)
-    told_of_classes = _told_of_classes(given, train_index)
-    deepspeed_json = deepspeed_config(config)
-    model = _without_weights(config)
-    if config.train.compile:
-        check_compiler_cache()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_log_to_console())
+        given = config
+        config, train_index, validation_index = _open_data(given)
+        told_of_classes = _told_of_classes(given, train_index)
+        deepspeed_json = deepspeed_config(config)
+        model = _without_weights(config)
+        if config.train.compile:
+            check_compiler_cache()
         world = join(config.train)
         stack.callback(dist.destroy_process_group)
         stream = training_stream(config, train_index, world)
@@ -329,10 +329,21 @@ def _beginning(
     return _Beginning(path, True, told, stored.position, over)
 
 
-def _log_to_console() -> None:
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(LogFormatter("%(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
+@contextlib.contextmanager
+def _log_to_console() -> Iterator[None]:
+    """A context in which the log goes to standard output, unless the program has handlers of its own."""
+    if log.handlers:
+        yield
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(LogFormatter("%(message)s"))
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]

@@ -81,8 +81,6 @@ def lvis_api() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cv2", ModuleType("cv2"))
         patch.setattr(np, "float", float, raising=False)
-        # Importing it would give the root logger a handler that writes to this test's standard error ever after.
-        patch.setattr(logging, "basicConfig", lambda **_: None)
         lvis = pytest.importorskip("lvis", reason="lvis is absent: pip install -c constraints.txt --no-deps lvis")
         logging.getLogger("lvis").setLevel(logging.ERROR)
         yield lvis

@@ -1,5 +1,6 @@
 """metrics.jsonl and the report on it: every step of a run is counted once, wherever its processes end."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ddetr.core.training.reports import EvaluationReport, FaultReport, SavingRep
 from ddetr.launch.history import read
 from ddetr.launch.record import Record
 from ddetr.launch.report import report
+from ddetr.launch.train import run
 
 PER_EPOCH = 16
 
@@ -174,3 +176,12 @@ def test_a_result_that_cannot_be_read_is_named(tmp_path: Path, config: Config) -
     (folder / "evaluation.json").write_text("{")
     (line,) = read(tmp_path).unreadable
     assert line.startswith(f"results of step_00000001 ({folder}/evaluation.json")
+
+
+def test_the_log_goes_to_standard_output_as_long_as_the_run_alone() -> None:
+    """A program that trains again, or whose output is elsewhere by then, gets each line once."""
+    log = logging.getLogger("ddetr")
+    before = list(log.handlers), log.level, log.propagate
+    with pytest.raises(ValueError, match=r"data\.train is not set"):
+        run(load("tiny"))
+    assert (log.handlers, log.level, log.propagate) == before
