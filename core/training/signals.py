@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +13,57 @@ from ...data.stream import STOP_SIGNALS
 
 @contextmanager
 def stop_signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    """A context in which the signals of a scheduler, a launcher or Ctrl-C (STOP_SIGNALS) call `ask_to_stop`."""
+    """A context in which the signals of a scheduler, a launcher or Ctrl-C (STOP_SIGNALS) call `ask_to_stop`.
+
+    A thread calls it: the main one may be in a collective operation, which ends only when the others know of the stop.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals reach the main one only; as under Ray Tune
         yield
         return
-    came: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        ask_to_stop()
-        if len(came) == 1:  # not by the log: this may have interrupted it in the middle of a line
-            os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
-
     # One that is ignored already, such as a hangup under nohup, stays so.
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in numbers}
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def listen() -> None:
+        came = 0
+        while number := heard.recv(1):  # empty when the context ends
+            if number[0] not in numbers:
+                continue
+            ask_to_stop()
+            came += 1
+            if came == 1:  # not by the log: somebody may hold its lock
+                os.write(2, f"{signal.Signals(number[0]).name}: saving after this step, then stopping\n".encode())
+
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    before = {number: signal.signal(number, _ignore) for number in numbers}
+    wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    _inherited.add(told.fileno())
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakeup)
+        _inherited.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+        told.close()
+        listener.join()
+        heard.close()
+
+
+_inherited: set[int] = set()  # the socket to which signals are written, which a forked process has, too
+
+
+def _deafen() -> None:
+    """In a forked process: signals to it are not for the one that it comes from."""
+    if _inherited:
+        signal.set_wakeup_fd(-1)
+        _inherited.clear()
+
+
+os.register_at_fork(after_in_child=_deafen)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The thread has heard of it."""
