@@ -314,6 +314,13 @@ class EvalConfig(Section):
     scorer: Literal["hotcoco", "pycocotools"] = setting(
         "hotcoco", "the library that computes the scores; its numbers are those of pycocotools, which is slower"
     )
+    gpus: float = setting(
+        1.0,
+        "GPU of each worker on Ray that evaluates; with a fraction several workers share one",
+        unit="share of a GPU",
+        gt=0,
+        le=1,
+    )
     score_threshold: float = setting(
         0.4, "confidence threshold: `ddetr predict` draws detections with at least this score", unit="score", ge=0, le=1
     )

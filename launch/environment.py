@@ -22,12 +22,11 @@ from ..data.folders import obstacle
 from ..data.index import ShardIndex
 from ..data.shared_memory import FOLDER, REMEDY, free_bytes, mebibytes, place
 from ..data.stream import TrainStream
+from .versions import programs
 
 MUST_AGREE = ("ddetr", "torch", "CUDA", "NCCL", "deepspeed", "shards")  # and the settings
 MAY_DIFFER = ("device", "Python", "timm", "kernel")
 VISIBLE_SECONDS = 15.0  # a network file system may show a new file that much later
-_CODE = Path(__file__).parent.parent
-_FOLDERS = ("core", "data", "launch", "monitoring", "ops")
 # What each node may have for itself: paths, addresses, and how much it does at once.
 _OWN_SETTINGS = {
     "data": {"train", "validation", "cache", "cache_bytes", "workers"},
@@ -105,10 +104,7 @@ def check_compiler_cache() -> None:
 
 def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -> Facts:
     """Machine and versions of this rank, each short enough for a message."""
-    code, shards = hashlib.sha256(), hashlib.sha256()
-    for folder in _FOLDERS:
-        for file in sorted((_CODE / folder).glob("**/*.py")):
-            code.update(file.read_bytes())
+    shards = hashlib.sha256()
     for index in indexes:
         for shard in index.shards:
             shards.update(shard.sha256.encode())
@@ -116,7 +112,7 @@ def facts(config: Config, device: torch.device, indexes: Sequence[ShardIndex]) -
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores",
-        "ddetr": f"{importlib.metadata.version('ddetr')} ({code.hexdigest()[:8]})",
+        "ddetr": programs()["ddetr"],
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda) if cuda else "none in use",
         "NCCL": ".".join(map(str, nccl.version())) if cuda else "none in use",

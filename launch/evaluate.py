@@ -141,7 +141,7 @@ def evaluate_detector(
             result.read(place)
         except ValueError as error:
             raise UnreadableResultError(str(error)) from error
-    evaluator = evaluators.of(index, detector.config)
+    evaluator = evaluators.of(detector.config)
     with _progress(console, detector, index) as advance:
         found = _found(evaluator, detector, index, weights, advance)
     _print(console, detector, index, found)
@@ -240,7 +240,8 @@ class Evaluators:
 
     def __init__(self, ray_address: str | None, console: Console) -> None:
         self._address, self._console = ray_address, console
-        self._known: dict[str, EvaluateShards] = {}  # by where the shards are
+        self._seen: set[str] = set()  # places of shards
+        self._workers: tuple[object, EvaluateShards] | None = None  # for which settings, and what they do
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Evaluators":
@@ -250,30 +251,36 @@ class Evaluators:
         self.release()
 
     def is_new(self, index: ShardIndex) -> bool:
-        """Whether nothing was evaluated on these shards yet."""
-        return index.real_location not in self._known
+        """Whether nobody asked about these shards yet."""
+        is_new = index.real_location not in self._seen
+        self._seen.add(index.real_location)
+        return is_new
 
-    def of(self, index: ShardIndex, config: Config) -> EvaluateShards:
-        """What evaluates these shards; on Ray its workers start."""
-        if self.is_new(index):
-            here = contextlib.nullcontext(_evaluate_here)
-            there = None if self._address is None else _on_ray(self._address, config, index, self._console)
-            self._known[index.real_location] = self._open.enter_context(there or here)
-        return self._known[index.real_location]
+    def of(self, config: Config) -> EvaluateShards:
+        """What evaluates shards with this configuration; on Ray its workers start."""
+        if self._address is None:
+            return _evaluate_here
+        settings = config.train.device, config.eval.gpus
+        if self._workers is not None and self._workers[0] != settings:
+            self.release()
+        if self._workers is None:
+            workers = self._open.enter_context(_on_ray(self._address, *settings, self._console))
+            self._workers = settings, workers
+        return self._workers[1]
 
     def release(self) -> None:
         """Give the workers back to the cluster, and leave it."""
-        self._known = {}
+        self._workers = None
         self._open.close()
 
 
 @contextlib.contextmanager
-def _on_ray(address: str, config: Config, index: ShardIndex, console: Console) -> Iterator[EvaluateShards]:
+def _on_ray(address: str, device: str, gpus: float, console: Console) -> Iterator[EvaluateShards]:
     from .cluster import cluster
     from .workers import ShardWorkers
 
     with cluster(address):
-        workers = ShardWorkers(index.real_location, len(index.shards), config.train.device, CPU_THREADS, console.print)
+        workers = ShardWorkers(device, gpus, CPU_THREADS, console.print)
         try:
             yield workers.evaluate
         finally:

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,47 +18,66 @@ from ..data.cache import open_shards
 from ..data.index import ShardIndex
 from ..data.location import Location
 from .placement import from_anywhere
+from .versions import check_nodes
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
 WAITING_SECONDS = 30.0
+MOST_NODES = 1000  # of one kind, that a cluster which scales itself is taken to have
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A detector and the shards to evaluate it on. detector: its place in Ray's object store, unread, in a list."""
+
+    number: int  # of this driver
+    detector: list[Any]
+    location: Location
 
 
 class ShardWorker:
-    """The Ray actor that evaluates one shard at a time on some node."""
+    """The Ray actor that evaluates one shard at a time on some node. Detector and index are loaded once for all."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.images = 0  # of the shard at hand
-        self._opened: tuple[object, ShardIndex] | None = None  # of which evaluation, and its shards
+        self._at_hand: int | None = None  # number of the evaluation that is open
 
-    def place(self) -> tuple[str, int]:
-        return socket.gethostname(), os.getpid()
+    def place(self) -> tuple[str, str, int]:
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid()
 
     def images_done(self) -> int:
         return self.images
 
-    def evaluate(self, detector: TrainedDetector, location: Location, shard: int) -> ShardResult:
-        self.images = 0
-        torch.set_num_threads(self.threads)
-        index = self._index(detector, location)
-        device = device_for(detector.config.train, local_rank=0)
-        detector.model.to(device)
-        (result,) = evaluate_shards(detector, index, [shard], device, self._count)
-        return result
+    def evaluate(self, evaluation: Evaluation, shard: int) -> ShardResult:
+        if self._at_hand != evaluation.number:
+            import ray
 
-    def _index(self, detector: TrainedDetector, location: Location) -> ShardIndex:
-        """Opened once for all shards of a checkpoint: opening asks a source about each of them."""
-        evaluation = (location, detector.config.data, detector.path)
-        if self._opened is None or self._opened[0] != evaluation:
-            try:
-                self._opened = evaluation, open_shards(location, detector.config.data)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"node {socket.gethostname()} cannot read the shards; every node of the cluster must see them "
-                    f"under the same path. {error}"
-                ) from error
-        return self._opened[1]
+            self._at_hand = None
+            self.open(ray.get(evaluation.detector[0]), evaluation.location)
+            self._at_hand = evaluation.number
+        return self.detect(shard)
+
+    def open(self, detector: TrainedDetector, location: Location) -> None:
+        """Opening the shards asks a source about each of them."""
+        torch.set_num_threads(self.threads)
+        try:
+            self._index = open_shards(location, detector.config.data)
+        except (OSError, ValueError) as error:
+            raise (OSError if isinstance(error, OSError) else ValueError)(
+                f"node {socket.gethostname()} cannot read the shards; every node of the cluster must see them "
+                f"under the same path. {error}"
+            ) from error
+        self._device = device_for(detector.config.train, local_rank=0)
+        detector.model.to(self._device)
+        self._detector = detector
+
+    def detect(self, shard: int) -> ShardResult:
+        self.images = 0
+        (result,) = evaluate_shards(self._detector, self._index, [shard], self._device, self._count)
+        return result
 
     def _count(self, images: int) -> None:
         self.images += images
@@ -69,49 +88,44 @@ class _Worker:
     """The driver's view of one actor."""
 
     actor: Any
-    node: str = "a node"
+    host: str = "a node"
     process: int = 0
     poll: Any = None  # the answer to images_done() that is under way
     images: int = 0
 
 
 class ShardWorkers:
-    """A pool of ShardWorker actors over all nodes; `close` gives their resources back.
+    """A pool of ShardWorker actors over all nodes, for one evaluation after another; `close` ends them.
 
-    location: of the shards. most: no more workers than this. device: as in train.device. threads: of a worker on a CPU.
-    report: prints one line.
+    device: as in train.device. gpus: of a worker, as in eval.gpus. threads: of a worker on a CPU. report: prints one
+    line. Where the cluster scales itself, workers are started for which it will add nodes.
     """
 
-    def __init__(
-        self, location: str | Path, most: int, device: str, threads: int, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, device: str, gpus: float, threads: int, report: Callable[[str], None]) -> None:
         import ray
 
-        self._location = Location(location).from_anywhere(Path.cwd())
-        self._threads = threads
-        self._report = report
-        self._failed_starts = 0
+        self._threads, self._report = threads, report
+        self._num_evaluations = self._failed_starts = 0
+        self._checked: set[str] = set()  # nodes, by Ray's id, that have the same programs
         self.idle: list[_Worker] = []
         self.running: dict[Any, tuple[_Worker, int]] = {}  # future of evaluate() -> worker, shard
         self.starting: dict[Any, _Worker] = {}  # future of place() -> worker
-        resources, possible = _resources(device, threads)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        self._check(nodes)
+        offers = [node["Resources"] for node in nodes]
+        self._resources, self._most = _resources(device, gpus, threads, _later_offers() or offers)
         self._actor = ray.remote(ShardWorker).options(
             scheduling_strategy="SPREAD",
             max_concurrency=2,  # images_done() answers while evaluate() works
-            **resources,
+            **self._resources,
         )
-        count = min(possible, most)
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        report(f"Ray: {count} worker(s) for {most} shard(s) on {nodes} node(s), each with {_described(resources)}")
-        for _ in range(count):
-            self._start()
 
     def evaluate(
         self, detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
     ) -> Iterator[ShardResult]:
         """Evaluate every shard once; results come in any order.
 
-        The weights go to Ray's object store once, where the workers read them.
+        The weights go to Ray's object store once, where each worker reads them once.
 
         Raises RuntimeError when a shard has lost its worker more than RETRIES times. What a worker raises as a
         user's mistake (ValueError, OSError) is raised here as it is.
@@ -120,14 +134,18 @@ class ShardWorkers:
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
         weights = ray.put(replace(detector, config=from_anywhere(detector.config)))
+        location = Location(index.real_location).from_anywhere(Path.cwd())
+        self._num_evaluations += 1
+        evaluation = Evaluation(self._num_evaluations, [weights], location)
         queue = deque(number for number, shard in enumerate(index.shards) if len(shard.samples))
         lost = dict.fromkeys(queue, 0)
+        self._start_for(len(queue))
         finished, counted, waiting_since = 0, 0, time.monotonic()
         while queue or self.running:
             while queue and self.idle:
                 worker, shard = self.idle.pop(), queue.popleft()
                 worker.images = 0
-                self.running[worker.actor.evaluate.remote(weights, self._location, shard)] = (worker, shard)
+                self.running[worker.actor.evaluate.remote(evaluation, shard)] = (worker, shard)
             for future in ray.wait([*self.running, *self.starting], timeout=POLL_SECONDS)[0]:
                 if future in self.starting:
                     self._join(future)
@@ -138,7 +156,7 @@ class ShardWorkers:
                     self.idle.append(worker)
                 except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
                     lost[shard] += 1
-                    where = f"shard {index.shards[shard].name}: its worker on {worker.node} died"
+                    where = f"shard {index.shards[shard].name}: its worker on {worker.host} died"
                     if lost[shard] > RETRIES:
                         raise RuntimeError(f"{where}, for the {lost[shard]}th time: {error}") from error
                     self._report(f"Ray: {where}; another one takes the shard (retry {lost[shard]} of {RETRIES})")
@@ -163,23 +181,42 @@ class ShardWorkers:
             ray.kill(worker.actor)
         self.idle, self.starting, self.running = [], {}, {}
 
+    def _start_for(self, shards: int) -> None:
+        """As many workers as there are shards for, at most as many as the cluster holds."""
+        import ray
+
+        count, there = min(self._most, shards), len(self.idle) + len(self.starting)
+        if count > there:
+            nodes = sum(node["Alive"] for node in ray.nodes())
+            self._report(
+                f"Ray: {count} worker(s) for {shards} shard(s) on {nodes} node(s), each with "
+                f"{_described(self._resources)}"
+            )
+        for _ in range(count - there):
+            self._start()
+
+    def _check(self, nodes: Sequence[Mapping[str, Any]]) -> None:
+        if new := [node for node in nodes if node["NodeID"] not in self._checked]:
+            check_nodes(new)
+            self._checked.update(node["NodeID"] for node in new)
+
     def _start(self) -> None:
         worker = _Worker(self._actor.remote(self._threads))
         self.starting[worker.actor.place.remote()] = worker
 
     def _join(self, future: Any) -> None:
+        import ray
         from ray.exceptions import RayActorError
 
         worker = self.starting.pop(future)
         try:
-            worker.node, worker.process = _result(future)
+            node, worker.host, worker.process = _result(future)
+            self._check([known for known in ray.nodes() if known["NodeID"] == node])
             self.idle.append(worker)
         except RayActorError as error:
             self._failed_starts += 1
             if self._failed_starts > RETRIES:
-                raise RuntimeError(
-                    f"Ray workers do not start; is the same ddetr installed on every node? {error}"
-                ) from error
+                raise RuntimeError(f"Ray workers do not start: {error}") from error
             self._report(f"Ray: a worker died while it started; another one starts ({error})")
             self._start()
 
@@ -199,16 +236,30 @@ class ShardWorkers:
         return sum(worker.images for worker, _ in self.running.values())
 
 
-def _resources(device: str, threads: int) -> tuple[dict[str, int], int]:
-    """What one worker asks of Ray, and how many such workers the cluster holds."""
+def _later_offers() -> list[dict[str, float]]:
+    """What each node will offer that a cluster which scales itself may have; none of another cluster."""
     import ray
+    from ray.util import client
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    if device == "cuda" and not gpus:
+    if client.ray.is_connected():  # through a proxy: this process knows no state of the cluster
+        return ray.get(ray.remote(num_cpus=0)(_later_offers).remote())
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else ()
+    return [dict(group.resources) for group in groups for _ in range(min(max(group.max_count, 0), MOST_NODES))]
+
+
+def _resources(
+    device: str, gpus: float, threads: int, nodes: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, float], int]:
+    """What one worker asks of Ray, and how many such workers nodes with these resources hold."""
+    with_gpus = [node for node in nodes if node.get("GPU", 0)]
+    if device == "cuda" and not with_gpus:
         raise ValueError("train.device=cuda, but no node of the Ray cluster has a GPU; set train.device=cpu or auto")
-    if device != "cpu" and gpus:
-        return {"num_gpus": 1}, gpus
+    if device != "cpu" and with_gpus:
+        a_gpu = int(1 / gpus + 1e-9)  # holds as many workers: Ray gives none a part of two
+        return {"num_gpus": gpus}, sum(int(node["GPU"]) * a_gpu for node in with_gpus)
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus:
         raise ValueError("no node of the Ray cluster offers a CPU (ray start --num-cpus)")
@@ -216,9 +267,9 @@ def _resources(device: str, threads: int) -> tuple[dict[str, int], int]:
     return {"num_cpus": each}, sum(count // each for count in cpus)
 
 
-def _described(resources: dict[str, int]) -> str:
+def _described(resources: Mapping[str, float]) -> str:
     return ", ".join(
-        f"{count} {name.removeprefix('num_').removesuffix('s').upper()}" for name, count in resources.items()
+        f"{count:g} {name.removeprefix('num_').removesuffix('s').upper()}" for name, count in resources.items()
     )
 
 

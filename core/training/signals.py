@@ -47,8 +47,9 @@ def stop_signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
         _inherited.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
-        told.close()
+        told.shutdown(socket.SHUT_WR)  # closed alone it would stay open in the processes that were forked meanwhile
         listener.join()
+        told.close()
         heard.close()
 
 

@@ -22,6 +22,7 @@ from ddetr.core.evaluation import result
 from ddetr.core.evaluation.coco import MEANINGS
 from ddetr.core.evaluation.columns import to_coco
 from ddetr.data.index import ShardIndex
+from ddetr.data.location import Location
 from ddetr.launch import history
 from ddetr.launch.cluster import cluster
 from ddetr.launch.evaluate import CPU_THREADS, evaluate
@@ -214,7 +215,7 @@ class TestTwoNodes:
         reports: list[str] = []
         killed: list[str] = []
         with cluster(address):
-            workers = ShardWorkers(index.location, len(index.shards), "cpu", CPU_THREADS, reports.append)
+            workers = ShardWorkers("cpu", 1.0, CPU_THREADS, reports.append)
 
             def kill_one() -> None:
                 while not (running := list(workers.running.values())):
@@ -238,11 +239,12 @@ class TestTwoNodes:
     def test_a_node_without_the_shards_is_named(self, address: str, run_directory: Path, tmp_path: Path) -> None:
         detector = load_detector(run_directory)
         index = ShardIndex.load(str(detector.config.data.validation))
+        index.real_location = Location(tmp_path / "elsewhere")
         with cluster(address):
-            workers = ShardWorkers(tmp_path / "elsewhere", len(index.shards), "cpu", CPU_THREADS, print)
+            workers = ShardWorkers("cpu", 1.0, CPU_THREADS, print)
             try:
                 with pytest.raises(
-                    ValueError, match=r"node \S+ cannot read the shards; every node .*elsewhere: no such folder"
+                    OSError, match=r"node \S+ cannot read the shards; every node .*elsewhere: no such folder"
                 ):
                     list(workers.evaluate(detector, index, lambda images: None))
             finally:

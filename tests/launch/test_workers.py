@@ -1,12 +1,10 @@
 """A Ray worker, without Ray around it: how much it asks of the server from which it reads."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ddetr.core.checkpoint import load_detector
-from ddetr.core.config import changed
 from ddetr.core.evaluation.evaluator import evaluate_shards
 from ddetr.data.index import ShardIndex
 from ddetr.data.location import Location
@@ -35,8 +33,9 @@ def test_requests_grow_with_the_shards_and_not_with_their_square(
         count = len(index.shards)
         server, worker = FileServer(folder), ShardWorker(CPU_THREADS)
         try:
+            worker.open(detector, Location(server.url))
             for shard in range(count):
-                result = worker.evaluate(detector, Location(server.url), shard)
+                result = worker.detect(shard)
                 (expected,) = evaluate_shards(detector, index, [shard], "cpu")
                 assert np.array_equal(result.detections, expected.detections)
                 assert result.truth.images == expected.truth.images
@@ -48,20 +47,3 @@ def test_requests_grow_with_the_shards_and_not_with_their_square(
         gets = count if fetch == "shards" else 1 + 16  # the one finds out whether parts are given at all
         assert len(asked) == 1 + count + gets
     assert count >= 8
-
-
-def test_a_worker_opens_the_shards_of_another_checkpoint_or_setting_anew(run_directory: Path, tmp_path: Path) -> None:
-    """They may have been packed again in the meantime, as the driver sees, which opens them again, too."""
-    shards = Path(str(load_detector(run_directory).config.data.validation))
-    server, worker = FileServer(shards), ShardWorker(CPU_THREADS)
-    steps = [run_directory / f"checkpoints/step_{step:08d}" for step in (10, 20)]
-    first, second = (load_detector(step, overrides=[f"data.cache={tmp_path}"]) for step in steps)
-    try:
-        for detector, opened in ((first, 1), (first, 1), (second, 2), (second, 2)):
-            worker.evaluate(detector, Location(server.url), 0)
-            assert [name for _, name, _ in server.requests].count("index.json") == opened
-        ranged = replace(second, config=changed(second.config, ["data.fetch=samples"], "the test"))
-        worker.evaluate(ranged, Location(server.url), 0)
-        assert [name for _, name, _ in server.requests].count("index.json") == 3
-    finally:
-        server.close()
