@@ -44,6 +44,7 @@ ORDERS = {
     "train.name": "says which run of yours train.auto_resume continues",
     "train.auto_resume": "continues a run of yours, and deletes checkpoints of it",
     "train.deepspeed_extra": "tells DeepSpeed what to load and write",
+    "eval.ray": "connects to a Ray cluster and runs programs there",
     "monitor.host": "opens a port to others",
     "monitor.port": "opens a port",
 }

@@ -5,6 +5,7 @@ Reading and checking it as a whole: core/config.py.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from ..data.text import visible
 MOST_CHANNELS = 4096  # of a token
 NORM_GROUPS = 32
 MOST_NESTED = 32  # maps and lists in each other
+RAY_ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}", re.ASCII)
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 
 
@@ -314,6 +316,25 @@ class EvalConfig(Section):
     scorer: Literal["hotcoco", "pycocotools"] = setting(
         "hotcoco", "the library that computes the scores; its numbers are those of pycocotools, which is slower"
     )
+    ray: str | None = setting(
+        None,
+        "Ray cluster that evaluates the checkpoints of a run while training goes on: HOST:PORT, ray://HOST:PORT, auto "
+        "or local; by default training pauses and the ranks evaluate",
+    )
+    most_waiting: int = setting(
+        4,
+        "with ray: the most checkpoints that are kept until they are evaluated; the oldest of more are left out",
+        unit="checkpoints",
+        gt=0,
+        le=1000,
+    )
+    required: Literal["none", "last", "all"] = setting(
+        "last",
+        "with ray: which evaluations the end of a run waits for, and fails without; missing ones are always named",
+    )
+    wait_minutes: float = setting(
+        60.0, "with ray: how long the end of a run waits for required evaluations", unit="minutes", ge=0, le=10_000
+    )
     gpus: float = setting(
         1.0,
         "GPU of each worker on Ray that evaluates; with a fraction several workers share one",
@@ -324,6 +345,13 @@ class EvalConfig(Section):
     score_threshold: float = setting(
         0.4, "confidence threshold: `ddetr predict` draws detections with at least this score", unit="score", ge=0, le=1
     )
+
+    @field_validator("ray")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        if address is not None and not RAY_ADDRESS.fullmatch(address):
+            raise ValueError(f"expected HOST:PORT, ray://HOST:PORT, auto or local, got {visible(address)!r}")
+        return address
 
 
 class MonitorConfig(Section):

@@ -109,6 +109,15 @@ def train(
             "local Ray starts. Shards and output must have the same path on every node.",
         ),
     ] = None,
+    eval_ray: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-ray",
+            metavar="ADDRESS",
+            rich_help_panel=ON_RAY,
+            help="Have this Ray cluster evaluate the checkpoints while training goes on; the same as `eval.ray=ADDRESS`.",
+        ),
+    ] = None,
     ranks: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +165,8 @@ def train(
     `ddetr train r50 data.train=shards/train train.name=r50 train.auto_resume=true`
 
     `ddetr train r50 data.train=/shared/train train.name=r50 train.auto_resume=true --ray 10.0.0.1:6379 --ranks 16`
+
+    `ddetr train r50 data.train=/shared/train data.validation=/shared/val --eval-ray 10.0.0.1:6379`
     """
     from ..core.config import load
     from ..core.overrides import written
@@ -164,6 +175,7 @@ def train(
     if ray is None and (given := [f"--{name}" for name, value in on_ray.items() if value is not None]):
         raise ValueError(f"{', '.join(given)}: only with --ray; ranks on this machine: launch/local.sh --ranks N")
     names, overrides = names_and_overrides(arguments)
+    overrides += [] if eval_ray is None else [written("eval.ray", eval_ray)]
     if resume is not None and names:
         raise ValueError(f"--resume reads {resume}/config.yaml; leave out {' '.join(names)} (overrides may stay)")
     if resume is not None and not (resume / "config.yaml").is_file():

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from ..core.sections import RAY_ADDRESS
+
 REACHABLE_SECONDS = 5.0
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster of our own; its largest objects are a detector's weights
 START = "Start one with `ray start --head` and join nodes with `ray start --address=HOST:PORT`"
@@ -42,6 +44,8 @@ def cluster(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if not RAY_ADDRESS.fullmatch(address):
+        raise ValueError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT, auto or local")
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _running_here()
     with _own() if address == "local" else _existing(address):
@@ -85,6 +89,8 @@ def _connected(address: str, **options: Any) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}") from error
+    except RuntimeError as error:  # other versions of Ray or Python there, as it says
+        raise ConnectionError(f"the Ray cluster at {address!r} cannot be used: {error}") from error
     try:
         yield
     finally:
@@ -175,9 +181,7 @@ def _running_here() -> str:
 
 def _check_reachable(address: str) -> None:
     """Ask the port first: Ray itself retries an address without a cluster for minutes, then ends the process."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        raise ValueError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT, auto or local")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_SECONDS).close()
     except (OSError, OverflowError) as error:

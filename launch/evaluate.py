@@ -42,7 +42,7 @@ EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], 
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What an evaluation found: its result, the shards' results in their order, and the images that were left out."""
 
     result: Result
@@ -100,9 +100,9 @@ def evaluate(
                 damaged[detector.path.parent] = str(error)
                 console.print(str(error), soft_wrap=True)
                 continue
-            metrics = found.metrics
-            if found.num_not_finite:
-                without.append(f"{detector.path}: {without_score(found.num_not_finite)}")
+            metrics = found.result.metrics
+            if num_not_finite := found.result.num_not_finite:
+                without.append(f"{detector.path}: {without_score(num_not_finite)}")
     if damaged := {checkpoint: why for checkpoint, why in damaged.items() if checkpoint.exists()}:
         listed = [*damaged.values(), *without]
         raise ValueError(f"{len(damaged)} checkpoint(s) could not be evaluated:\n" + "\n".join(listed))
@@ -125,7 +125,7 @@ def evaluate_detector(
     evaluators: "Evaluators",
     console: Console,
     use: Callable[[ShardIndex, GroundTruth, np.ndarray], None] = lambda index, truth, detections: None,
-) -> Result:
+) -> Found:
     """Evaluate one detector, and say and write what is found.
 
     weights: their digest. places: folders, the first one for all that is found, the others for the result alone.
@@ -143,13 +143,13 @@ def evaluate_detector(
             raise UnreadableResultError(str(error)) from error
     evaluator = evaluators.of(detector.config)
     with _progress(console, detector, index) as advance:
-        found = _found(evaluator, detector, index, weights, advance)
+        found = _found(evaluator, detector, index, weights, evaluators.by, advance)
     _print(console, detector, index, found)
     truth, detections = found.truth, found.detections
     _write(console, places, found.result, index, truth, detections)
     _explain(console, places[0], detector, index, found.result, truth, detections)
     use(index, truth, detections)
-    return found.result
+    return found
 
 
 def loaded(path: Path, overrides: Sequence[str]) -> tuple[TrainedDetector, str]:
@@ -211,15 +211,16 @@ def _found(
     detector: TrainedDetector,
     index: ShardIndex,
     weights: str,
+    by: str,
     advance: Callable[[int], None],
-) -> _Found:
+) -> Found:
     """Evaluate a set; each shard is scored when it comes. Raises SampleError for too many damaged images."""
     began, count, results = time.perf_counter(), Count(detector, index), {}
     for found in evaluator(detector, index, advance):
         assert found.shard not in results, f"shard {found.shard} was counted twice"
         results[found.shard] = found
         count.add(found)
-    return _Found(count.result(weights, began), [results[shard] for shard in sorted(results)], count.bad_samples)
+    return Found(count.result(weights, began, by), [results[shard] for shard in sorted(results)], count.bad_samples)
 
 
 def _evaluate_here(
@@ -236,10 +237,20 @@ def _evaluate_here(
 
 
 class Evaluators:
-    """Evaluates shards in this process, or by workers on a Ray cluster that are kept from checkpoint to checkpoint."""
+    """Evaluates shards in this process, or by workers on a Ray cluster that are kept from checkpoint to checkpoint.
 
-    def __init__(self, ray_address: str | None, console: Console) -> None:
-        self._address, self._console = ray_address, console
+    by: what the results say of who evaluated. report: prints a line about Ray's workers, by default on the console.
+    """
+
+    def __init__(
+        self,
+        ray_address: str | None,
+        console: Console,
+        by: str = "eval",
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self.by = by
+        self._address, self._report = ray_address, report or console.print
         self._seen: set[str] = set()  # places of shards
         self._workers: tuple[object, EvaluateShards] | None = None  # for which settings, and what they do
         self._open = contextlib.ExitStack()
@@ -264,7 +275,7 @@ class Evaluators:
         if self._workers is not None and self._workers[0] != settings:
             self.release()
         if self._workers is None:
-            workers = self._open.enter_context(_on_ray(self._address, *settings, self._console))
+            workers = self._open.enter_context(_on_ray(self._address, *settings, self._report))
             self._workers = settings, workers
         return self._workers[1]
 
@@ -275,12 +286,12 @@ class Evaluators:
 
 
 @contextlib.contextmanager
-def _on_ray(address: str, device: str, gpus: float, console: Console) -> Iterator[EvaluateShards]:
+def _on_ray(address: str, device: str, gpus: float, report: Callable[[str], None]) -> Iterator[EvaluateShards]:
     from .cluster import cluster
     from .workers import ShardWorkers
 
     with cluster(address):
-        workers = ShardWorkers(device, gpus, CPU_THREADS, console.print)
+        workers = ShardWorkers(device, gpus, CPU_THREADS, report)
         try:
             yield workers.evaluate
         finally:
@@ -359,13 +370,15 @@ def _explain(
         failure_files.show(console, folder, failing.analysis, time.perf_counter() - began)
 
 
-def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: _Found) -> None:
+def _print(console: Console, detector: TrainedDetector, index: ShardIndex, found: Found) -> None:
     scores = found.result
     for message in found.bad_samples[:SHOWN]:
         console.print(f"left out: {message}", soft_wrap=True)
     left_out = f", {scores.num_bad} of {index.num_samples} are damaged and left out" if scores.num_bad else ""
     console.print(
-        f"{detector.path} on {scores.images} images of {index.location}{left_out}, in {scores.duration}", soft_wrap=True
+        f"{detector.path} on {scores.images} images of {index.location}{left_out}, in {scores.duration}, "
+        f"{scores.where}",
+        soft_wrap=True,
     )
     table = Table()
     table.add_column("metric")

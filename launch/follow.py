@@ -57,7 +57,7 @@ def follow(
     for run in runs:
         if not run.is_dir():
             console.print(f"{run} is not there yet", soft_wrap=True)
-    with Evaluators(ray_address, console) as evaluators:
+    with Evaluators(ray_address, console, by="eval --follow") as evaluators:
         follower = _Follower(overrides, data, evaluators, console)
         last_new, is_waiting = time.monotonic(), False
         while True:
@@ -107,7 +107,7 @@ class _Follower:
                 if self._has_result(checkpoint):
                     self._done.add((checkpoint, written))
                     continue
-                with _claimed(checkpoint) as is_free:
+                with claimed(checkpoint) as is_free:
                     if not is_free:
                         self.is_another_at_work = True
                         continue
@@ -140,8 +140,8 @@ class _Follower:
         _, index = self._index(checkpoint)
         places = places_of(detector.path)
         found = evaluate_detector(detector, weights, index, places, self._evaluators, self._console)
-        if found.num_not_finite:
-            self.without_score.append(f"{detector.path}: {without_score(found.num_not_finite)}")
+        if num_not_finite := found.result.num_not_finite:
+            self.without_score.append(f"{detector.path}: {without_score(num_not_finite)}")
             self._console.print(self.without_score[-1], soft_wrap=True)
 
     def _failed(self, checkpoint: Path, error: Exception, *, again: bool) -> None:
@@ -175,7 +175,7 @@ def _is_finished(run: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(checkpoint: Path) -> Iterator[bool]:
+def claimed(checkpoint: Path) -> Iterator[bool]:
     """Whether no other follower works on the checkpoint; it is this one's within the context.
 
     The lock ends with its process. Where the file system knows no locks, two may do the same work: the result is one.

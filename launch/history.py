@@ -91,7 +91,7 @@ def read(run_directory: Path) -> History:
                 evaluations = [earlier for earlier in evaluations if earlier["step"] <= begin]
             steps.append(_with_sums(entry, steps[-1]["step"] if steps else 0))
         elif entry.get("kind") == "evaluation":
-            evaluations = [earlier for earlier in evaluations if earlier["step"] < entry["step"]]
+            evaluations = [earlier for earlier in evaluations if earlier["step"] != entry["step"]]
             evaluations.append({"headline": FIRST_HEADLINE, "protocol": "coco", **entry})
     chosen, others = _of_one_measure(evaluations, _results(run_directory, steps, unreadable))
     return History(steps, chosen, _lines(run_directory / EVENTS, _has_time, unreadable), others, unreadable)

@@ -16,6 +16,7 @@ from ..core.training.reports import (
     EndReport,
     EvaluationReport,
     FaultReport,
+    MissedReport,
     Report,
     SavingReport,
     StartReport,
@@ -115,6 +116,8 @@ class Record:
                 self.event("checkpoint", **self._without(item, "error"))
             else:
                 self.event("checkpoint_failed", step=item.step, reason=item.error)
+        elif isinstance(item, MissedReport):
+            self.event("evaluation_missed", **asdict(item))
         elif isinstance(item, EvaluationReport):
             found = item.result
             score = found.metrics[found.headline]

@@ -32,6 +32,7 @@ from ..core.training.heartbeat import TRY_AGAIN
 from ..core.training.optimizer import check_trained, freeze_without_rate, rate_advice
 from ..core.training.reports import EndReport, Observer, StartReport
 from ..core.training.schedule import End, Schedule, nothing_left, planned
+from ..core.training.signals import stop_signals
 from ..core.training.trainer import Trainer, training_stream
 from ..core.training.trial import SIDE, Trial, try_step
 from ..core.training.world import World, join
@@ -42,6 +43,7 @@ from ..data.index import ShardIndex
 from ..data.stream import TrainStream
 from ..monitoring.exporter import serve
 from ..monitoring.metrics import RunMetrics
+from .beside import command_of
 from .console import LogFormatter
 from .environment import SharedMemory, check, check_compiler_cache, check_shared_memory
 from .identity import Identity, identify
@@ -75,7 +77,7 @@ def run(
         if config.train.compile:
             check_compiler_cache()
         world = join(config.train)
-        stack.callback(dist.destroy_process_group)
+        stack.callback(_leave)
         stream = training_stream(config, train_index, world)
         check_shared_memory(world.gather([SharedMemory.of(stream, config, world.device)], SharedMemory))
         world.agree(lambda: _check_output(config, resume), None)
@@ -134,14 +136,38 @@ def run(
             validation_index=validation_index,
             resume=resumes,
             observers=observing,
+            evaluator=command_of(config.eval.ray) if config.eval.ray is not None else (),
         )
+        if trainer.beside:
+            stack.callback(trainer.beside.close)
         end = trainer.train()
+        missing = _missing_beside(trainer) if end is End.FINISHED else []
         trainer.observe(EndReport(end.value))
-    if (
-        end is End.OTHERS
-    ):  # a launcher should not take this for the end of training, and leave this host out of the rest
+    if missing:
+        raise OSError(
+            f"{run_directory} is trained, but the evaluation of step {', '.join(map(str, missing))} is missing "
+            f"(eval.required={config.eval.required}). The same command with --resume {run_directory} makes up for it, "
+            f"and so does `ddetr eval {run_directory} --follow`"
+        )
+    if end is End.OTHERS:  # a launcher should not take this for the end, and leave this host out of the rest
         sys.exit(TRY_AGAIN)
     return run_directory
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _missing_beside(trainer: Trainer) -> list[int]:
+    """Wait for the evaluations that a run needs, without the other ranks; the steps of those that did not come."""
+    if trainer.beside is None:
+        return []
+    _leave()
+    asked: list[bool] = []
+    with stop_signals(lambda: asked.append(True), "the run ends without what it waits for"):
+        missing = trainer.beside.finish(lambda: bool(asked))
+    return [] if asked else missing
 
 
 def check_beforehand(config: Config, metric: str | None = None) -> None:
@@ -177,6 +203,11 @@ def _open_data(config: Config) -> tuple[Config, ShardIndex, ShardIndex | None]:
             f"model.num_classes={config.model.num_classes}, but {train_index.location} has {count} categories; "
             f"leave it out, or set model.num_classes={count}"
         )
+    if config.eval.ray is not None:
+        lacking = [] if validation_index else ["data.validation is not set"]
+        lacking += [] if config.train.evaluate_every_epochs else ["train.evaluate_every_epochs is 0"]
+        if lacking:
+            raise ValueError(f"eval.ray={config.eval.ray}: there is nothing to evaluate: {' and '.join(lacking)}")
     if validation_index:
         check_set(validation_index, config.eval)
         known = dict(zip(train_index.categories.ids, train_index.categories.names, strict=True))
@@ -322,7 +353,8 @@ def _beginning(
     check_same(stored.categories, index.categories, checkpoint, index.location)
     schedule = Schedule.of(config.train, stream.steps_per_epoch, stored.position)
     unevaluated = False
-    if validation_index and config.train.evaluate_every_epochs:
+    waits = config.eval.ray is None or config.eval.required != "none"
+    if validation_index and config.train.evaluate_every_epochs and waits:
         unevaluated = not is_evaluated(checkpoint, Measure.of(config, validation_index))
     over = None if unevaluated else nothing_left(stored.position, schedule)
     told = told_of_changes(stored.config, config, path, stored.position, stream.steps_per_epoch)

@@ -127,9 +127,19 @@ class ShardWorkers:
 
         The weights go to Ray's object store once, where each worker reads them once.
 
-        Raises RuntimeError when a shard has lost its worker more than RETRIES times. What a worker raises as a
-        user's mistake (ValueError, OSError) is raised here as it is.
+        Raises RuntimeError when a shard has lost its worker more than RETRIES times, and for other errors of Ray. What
+        a worker raises as a user's mistake (ValueError, OSError) is raised here as it is.
         """
+        from ray.exceptions import RayError
+
+        try:
+            yield from self._evaluated(detector, index, advance)
+        except RayError as error:
+            raise RuntimeError(f"Ray: {error}") from error
+
+    def _evaluated(
+        self, detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
+    ) -> Iterator[ShardResult]:
         import ray
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 

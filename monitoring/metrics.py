@@ -18,6 +18,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+ENDS = ("done", "failed", "unreachable", "left_out")  # of an evaluation
 RESIDENT_PAGES = Path("/proc/self/statm")
 
 # About a factor of 1.5 apart where training steps lie, so that a quantile read from them is off by at most that.
@@ -88,6 +89,14 @@ HEADLINE = Metric(
     "metric",
     "its name (AP)",
 )
+EVALUATIONS = Metric(
+    "ddetr_evaluations_total",
+    "counter",
+    "Evaluations of checkpoints, by how they ended; those beside training are counted by rank 0, by each attempt.",
+    "result",
+    "done, failed, unreachable (the Ray cluster), left_out (not tried, or not any more)",
+)
+EVALUATION_STEP = Metric("ddetr_evaluation_step", "gauge", "Optimizer step of the checkpoint last evaluated.")
 EVALUATION_SECONDS = Metric("ddetr_evaluation_seconds", "gauge", "Duration of the last evaluation.")
 EVALUATION_PART_SECONDS = Metric(
     "ddetr_evaluation_part_seconds",
@@ -114,7 +123,7 @@ CHECKPOINT_TIME = Metric(
 METRICS = (
     *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
     *(STEP_SECONDS, DATA_WAIT_SECONDS, OWN_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
-    *(SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_PART_SECONDS),
+    *(EVALUATIONS, EVALUATION_STEP, SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_PART_SECONDS),
     *(EVALUATION_IMAGES, EVALUATION_BAD_SAMPLES, EVALUATION_NOT_FINITE),
     *(START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
@@ -178,7 +187,19 @@ class EvaluationReport(Protocol):
     """What the trainer reports after an evaluation."""
 
     @property
+    def step(self) -> int: ...
+    @property
     def result(self) -> Result: ...
+
+
+@runtime_checkable
+class MissedReport(Protocol):
+    """What the trainer reports of an evaluation without a result; kind: one of ENDS."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def again(self) -> bool: ...
 
 
 @runtime_checkable
@@ -203,12 +224,16 @@ class RunMetrics:
         self._labels = {"run": run, "rank": str(rank)}
         self._gauges: dict[Metric, Gauge] = {}
         self._counters: dict[Metric, Counter] = {}
+        self._ends: dict[str, Counter] = {}  # of evaluations
         self._histograms: dict[Metric, Histogram] = {}
         for metric in METRICS:
             names = [*self._labels, *([metric.label] if metric.label else [])]
             declared = (metric.name, metric.documentation, names)
             if metric.kind == "gauge":
                 self._gauges[metric] = Gauge(*declared, registry=self.registry)
+            elif metric is EVALUATIONS:
+                counter = Counter(*declared, registry=self.registry)
+                self._ends = {end: counter.labels(**self._labels, result=end) for end in ENDS}
             elif metric.kind == "counter":
                 self._counters[metric] = Counter(*declared, registry=self.registry).labels(**self._labels)
             else:
@@ -223,7 +248,11 @@ class RunMetrics:
         if isinstance(report, StepReport):
             self._observe_step(report)
         elif isinstance(report, EvaluationReport):
+            self._ends["done"].inc()
+            self._set(EVALUATION_STEP, report.step)
             self._observe_evaluation(report.result)
+        elif isinstance(report, MissedReport):
+            self._ends[report.kind].inc()
         elif isinstance(report, CheckpointReport) and report.error is None:
             self._set(CHECKPOINT_TIME, time.time())
 

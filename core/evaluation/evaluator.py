@@ -5,6 +5,7 @@ with it every detection, is the same whichever process evaluates the shard and i
 """
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,12 +21,12 @@ from ...data.index import SampleError, ShardIndex
 from ...data.parallel import until
 from ...data.stream import evaluation_batches
 from ...data.truth import GroundTruth
-from ...data.values import described, member, whole
+from ...data.values import whole
 from ..checkpoint.labels import check_evaluable
 from ..checkpoint.trained import TrainedDetector
 from ..model.postprocess import detections as top_detections
 from .columns import DETECTION_DTYPE, packed, unpacked
-from .result import PARTS, Measure, Result, seconds_in
+from .result import PARTS, Measure, Result, seconds_in, texts_in
 from .scores import Tallies, headline, most_detections
 
 
@@ -39,6 +40,7 @@ class ShardResult:
     num_not_finite: int = 0  # queries without a detection, because the model gave infinities or NaN for them
     bad_samples: tuple[str, ...] = ()  # images left out: shard, key and what is wrong
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the work: "decoding", "model"
+    host: str = field(default_factory=socket.gethostname)
 
 
 def evaluate_shards(
@@ -131,7 +133,9 @@ class Count:
         began = time.perf_counter()
         self._tallies.add(result.truth, result.detections)
         seconds = result.seconds | {"scoring": time.perf_counter() - began}
-        found = _Found(len(result.truth.images), result.num_not_finite, list(result.bad_samples), seconds)
+        found = _Found(
+            len(result.truth.images), result.num_not_finite, list(result.bad_samples), seconds, [result.host]
+        )
         self._found = self._found.and_(found)
         self._check()
 
@@ -150,10 +154,10 @@ class Count:
         self._found.seconds["scoring"] = self._found.seconds.get("scoring", 0) + time.perf_counter() - began
         self._check()
 
-    def result(self, weights: str, began: float) -> Result:
+    def result(self, weights: str, began: float, by: str) -> Result:
         """Score what was counted; nothing can be added afterwards.
 
-        weights: their SHA-256, as in the result. began: when the evaluation did, by time.perf_counter.
+        weights: their SHA-256, as in the result. began: when the evaluation did, by time.perf_counter. by: the command.
         """
         detector, found, scoring = self._detector, self._found, time.perf_counter()
         metrics = self._tallies.scores(found.num_not_finite)
@@ -174,6 +178,8 @@ class Count:
             epochs=detector.epochs,
             weights=weights,
             measure=Measure.of(detector.config, self._index),
+            by=by,
+            hosts=tuple(found.hosts),
         )
 
     def _check(self) -> None:
@@ -187,20 +193,21 @@ class _Found:
     num_not_finite: int = 0
     bad_samples: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the work, of all processes together
+    hosts: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(data: bytes) -> "_Found":
         """What another process found. Raises ValueError for anything else."""
         values = parse_json(data)
-        bad = member(values, "bad_samples", list)
-        if not all(isinstance(sample, str) for sample in bad):
-            raise ValueError(f"'bad_samples' is {described(bad)}")
-        return _Found(whole(values, "images"), whole(values, "num_not_finite"), bad, seconds_in(values, "seconds"))
+        counts = whole(values, "images"), whole(values, "num_not_finite")
+        seconds = seconds_in(values, "seconds")
+        return _Found(*counts, texts_in(values, "bad_samples"), seconds, texts_in(values, "hosts"))
 
     def and_(self, other: "_Found") -> "_Found":
         seconds = {name: self.seconds.get(name, 0) + other.seconds.get(name, 0) for name in PARTS}
         bad = self.bad_samples + other.bad_samples
-        return _Found(self.images + other.images, self.num_not_finite + other.num_not_finite, bad, seconds)
+        hosts = sorted({*self.hosts, *other.hosts})
+        return _Found(self.images + other.images, self.num_not_finite + other.num_not_finite, bad, seconds, hosts)
 
 
 def check_categories(detector: TrainedDetector, index: ShardIndex) -> None:

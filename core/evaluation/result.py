@@ -34,6 +34,7 @@ _VERSION = 2
 _OF_FIRST_RELEASE = "metrics.json"  # of its `ddetr eval`
 _MOST_BYTES = 1 << 20
 _LOCK_SECONDS = 60.0
+SHOWN_HOSTS = 4
 PARTS = ("decoding", "model", "scoring")  # of an evaluation's work
 
 
@@ -77,6 +78,8 @@ class Result:
     top_k: int | None = None  # most detections of an image; None: not recorded, by earlier versions
     num_bad: int = 0  # damaged images, which are left out
     parts: Mapping[str, float] = field(default_factory=dict)  # seconds of each of PARTS, of all processes together
+    by: str = ""  # who evaluated: "train", or the command; empty: by earlier versions, which did not say
+    hosts: tuple[str, ...] = ()  # that found the detections
 
     def score(self, name: str) -> float:
         """The score of this name, 0 to 1; NaN if there is none."""
@@ -87,6 +90,12 @@ class Result:
     def departure(self) -> str:
         """What is to be said beside the numbers where they are not of as many detections as the protocol counts."""
         return departure(self.protocol, self.top_k)
+
+    @property
+    def where(self) -> str:
+        """The hosts that evaluated: "on node1, node2 and 6 more"; empty if it is not recorded."""
+        more = f" and {len(self.hosts) - SHOWN_HOSTS} more" if len(self.hosts) > SHOWN_HOSTS else ""
+        return f"on {', '.join(map(visible, self.hosts[:SHOWN_HOSTS]))}{more}" if self.hosts else ""
 
     @property
     def duration(self) -> str:
@@ -240,8 +249,18 @@ def _result(item: Any) -> Result:
         top_k=None if item.get("top_k") is None else whole(item, "top_k", least=1),
         num_bad=whole(item, "num_bad") if "num_bad" in item else 0,
         parts=seconds_in(item, "parts") if "parts" in item else {},
+        by=member(item, "by", str) if "by" in item else "",
+        hosts=tuple(texts_in(item, "hosts")) if "hosts" in item else (),
         **times,
     )
+
+
+def texts_in(values: dict[str, Any], name: str) -> list[str]:
+    """values[name], a list of texts. Raises ValueError for anything else."""
+    texts = member(values, name, list)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name!r} is {described(texts)}")
+    return texts
 
 
 def seconds_in(values: dict[str, Any], name: str) -> dict[str, float]:

@@ -50,6 +50,19 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True)
+class MissedReport:
+    """An evaluation beside training gave no result. Only rank 0 reports it.
+
+    kind: "failed", "unreachable" (the cluster), or "left_out" without a try. again: whether it is tried again.
+    """
+
+    step: int
+    kind: str
+    reason: str
+    again: bool
+
+
+@dataclass(frozen=True)
 class SavingReport:
     """A save of the state after this step begins; a run may resume from there."""
 
@@ -93,7 +106,16 @@ class EndReport:
     reason: str
 
 
-Report = StartReport | StepReport | EvaluationReport | SavingReport | CheckpointReport | FaultReport | EndReport
+Report = (
+    StartReport
+    | StepReport
+    | EvaluationReport
+    | MissedReport
+    | SavingReport
+    | CheckpointReport
+    | FaultReport
+    | EndReport
+)
 Observer = Callable[[Report], None]  # gets every report of its rank, and ignores what it does not know
 
 
@@ -152,6 +174,9 @@ class Progress:
             self._step(report)
         elif isinstance(report, EvaluationReport):
             self._evaluation(report)
+        elif isinstance(report, MissedReport):
+            end = "it is tried again" if report.again else "it has no score"
+            log.warning("step %d is not evaluated, %s: %s", report.step, end, report.reason)
 
     def _step(self, report: StepReport) -> None:
         self._wait += report.data_wait_seconds

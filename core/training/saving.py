@@ -4,7 +4,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,19 @@ class Saver:
     """Writes checkpoints one at a time in a thread of rank 0, and deletes surplus ones.
 
     keep: how many of the newest stay (0: all), besides the best by the scores of `measure`. An OSError in writing is
-    reported, and does not end the run.
+    reported, and does not end the run. held: says which checkpoints may not be deleted yet.
     """
 
     def __init__(
-        self, run_directory: Path, keep: int, measure: Measure | None, world: World, observe: Callable[[Report], None]
+        self,
+        run_directory: Path,
+        keep: int,
+        measure: Measure | None,
+        world: World,
+        observe: Callable[[Report], None],
+        held: Callable[[], Collection[Path]] = tuple,
     ) -> None:
-        self._run_directory, self._keep, self._measure = run_directory, keep, measure
+        self._run_directory, self._keep, self._measure, self._held = run_directory, keep, measure, held
         self._world, self._observe = world, observe
         self._writing: _Writing | None = None
         self._last: Future[Path] | None = None
@@ -90,7 +96,7 @@ class Saver:
 
     def _tidy(self) -> None:
         try:
-            for old in prune(checkpoints(self._run_directory), self._keep, self._measure):
+            for old in prune(checkpoints(self._run_directory), self._keep, self._measure, self._held()):
                 log.info("deleted %s", old)
         except OSError as error:
             log.error("old checkpoints stay: %s", error)
@@ -110,11 +116,13 @@ class Saver:
             raise error
 
 
-def prune(checkpoints: Iterable[Path], keep: int, measure: Measure | None = None) -> list[Path]:
+def prune(
+    checkpoints: Iterable[Path], keep: int, measure: Measure | None = None, held: Collection[Path] = ()
+) -> list[Path]:
     """Delete all but the newest `keep` checkpoints (0: none) and the one with the best score; returns the deleted.
 
-    checkpoints: oldest first. measure: of the scores that count, as in `result.counted`. A checkpoint whose evaluation
-    cannot be read stays, too: it may be the best.
+    checkpoints: oldest first. held: of them, those that stay in any case. measure: of the scores that count, as in
+    `result.counted`. A checkpoint whose evaluation cannot be read stays, too: it may be the best.
     """
     if not keep:
         return []
@@ -129,7 +137,7 @@ def prune(checkpoints: Iterable[Path], keep: int, measure: Measure | None = None
     compared = result.comparable(results, measure)
     scores = {path: found.score(headline(found.protocol)) for path, found in compared.items()}
     best = max((path for path, score in scores.items() if score >= 0), key=lambda path: scores[path], default=None)
-    surplus = [path for path in checkpoints[:-keep] if path not in unread and path != best]
+    surplus = [path for path in checkpoints[:-keep] if path not in unread and path not in held and path != best]
     for path in surplus:
         unnamed = path.with_name(f".{path.name}")  # at once no checkpoint any more, however long deleting takes
         path.rename(unnamed)

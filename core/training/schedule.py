@@ -23,11 +23,15 @@ class End(Enum):
 
 
 class Due(NamedTuple):
-    """What is due after a step. An evaluation reads a checkpoint, so `evaluate` implies `save`."""
+    """What is due after a step. An evaluation reads a checkpoint, so it implies `save`.
+
+    evaluate: by the ranks, before the next step. hand_over: beside training.
+    """
 
     save: bool
     evaluate: bool
     last: bool
+    hand_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Every:
     save_epochs: int = 0
     save_steps: int = 0  # within an epoch
     evaluate_epochs: int = 0
+    beside: bool = False  # evaluations go on beside training
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,23 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, train: TrainConfig, per_epoch: int, done: Position | None = None, *, evaluates: bool = True
+        cls,
+        train: TrainConfig,
+        per_epoch: int,
+        done: Position | None = None,
+        *,
+        evaluates: bool = True,
+        beside: bool = False,
     ) -> "Schedule":
         """The schedule of a new run, or of one that resumes at `done`, at the same fraction of its epoch.
 
-        evaluates: whether there is a validation set.
+        evaluates: whether there is a validation set. beside: whether evaluations go on beside training.
         """
         every = Every(
             train.checkpoint_every_epochs,
             train.checkpoint_every_steps or 0,
             train.evaluate_every_epochs if evaluates else 0,
+            beside,
         )
         shift = 0
         if done is not None:
@@ -109,7 +121,8 @@ class Schedule:
 
         evaluate = is_due(self.every.evaluate_epochs) or (last and self.every.evaluate_epochs > 0)
         within = self.every.save_steps > 0 and not whole and step % self.every.save_steps == 0
-        return Due(evaluate or last or within or is_due(self.every.save_epochs), evaluate, last)
+        save, beside = evaluate or last or within or is_due(self.every.save_epochs), self.every.beside
+        return Due(save, evaluate and not beside, last, evaluate and beside)
 
     def position(self, step: int, order: str) -> Position:
         """The progress after `step` steps; order: the fingerprint of the order of the images."""

@@ -12,8 +12,12 @@ from ...data.stream import STOP_SIGNALS
 
 
 @contextmanager
-def stop_signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
+def stop_signals(
+    ask_to_stop: Callable[[], None], said: str = "saving after this step, then stopping"
+) -> Iterator[None]:
     """A context in which the signals of a scheduler, a launcher or Ctrl-C (STOP_SIGNALS) call `ask_to_stop`.
+
+    said: what the first one has printed.
 
     A thread calls it: the main one may be in a collective operation, which ends only when the others know of the stop.
     """
@@ -33,7 +37,7 @@ def stop_signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
             ask_to_stop()
             came += 1
             if came == 1:  # not by the log: somebody may hold its lock
-                os.write(2, f"{signal.Signals(number[0]).name}: saving after this step, then stopping\n".encode())
+                os.write(2, f"{signal.Signals(number[0]).name}: {said}\n".encode())
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     listener.start()

@@ -7,7 +7,7 @@ uninterrupted one does.
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ..evaluation.result import Measure
 from ..model.detector import build
 from ..model.transfer import to_device
 from ..progress import Position
+from .beside import Beside
 from .engine import Engine
 from .heartbeat import Watch
 from .limits import Limits
@@ -70,8 +71,9 @@ def training_stream(config: Config, index: ShardIndex, world: World) -> TrainStr
 class Trainer:
     """The training loop of one rank, and what it works with. Constructing it is collective.
 
-    observers: each gets every report. Raises ValueError or OSError when the model cannot be built, or when the
-    checkpoint to resume from or train.initial_weights cannot be loaded.
+    observers: each gets every report. evaluator: with eval.ray, the command of the process that evaluates checkpoints
+    beside training (core/training/beside.py); without, the ranks do. Raises ValueError or OSError when the model cannot
+    be built, or when the checkpoint to resume from or train.initial_weights cannot be loaded.
     """
 
     def __init__(
@@ -85,13 +87,15 @@ class Trainer:
         validation_index: ShardIndex | None,
         resume: bool,
         observers: Sequence[Observer],
+        evaluator: Sequence[str] = (),
     ) -> None:
         self.config, self.world, self.stream, self.index = config, world, stream, validation_index
         self.run_directory, self.categories = run_directory, categories
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         self.engine, self.checkpoint, done = _engine(config, run_directory, world, categories, resume)
         evaluates = validation_index is not None
-        self.schedule = Schedule.of(config.train, stream.steps_per_epoch, done, evaluates=evaluates)
+        beside = config.eval.ray is not None
+        self.schedule = Schedule.of(config.train, stream.steps_per_epoch, done, evaluates=evaluates, beside=beside)
         self.step = self.saved_step = done.step if done else 0
         self.progress = Progress(config, self.step, self.schedule, quiet=world.rank > 0)
         self.observers = (*observers, self.progress.observe)
@@ -100,7 +104,12 @@ class Trainer:
         self.limits = Limits(config.train.most_skipped_steps, config.data.most_bad_samples * stream.num_samples)
         self.pace = Pace()
         self.measure = Measure.of(config, validation_index) if validation_index else None
-        self.saver = Saver(run_directory, config.train.keep_checkpoints, self.measure, world, self.observe)
+        self.beside: Beside | None = None
+        if beside and self.measure and world.rank == 0:
+            self.beside = Beside(evaluator, config, run_directory, self.schedule, self.measure, self.observe)
+            self.observers += (self.beside.observe,)
+        keep = config.train.keep_checkpoints
+        self.saver = Saver(run_directory, keep, self.measure, world, self.observe, self._held)
         self.watch = Watch(world, config.train, self._lost, self.saver.wait)
 
     def train(self) -> End:
@@ -244,6 +253,9 @@ class Trainer:
 
     def _asked(self) -> End:
         return End.ASKED if self.watch.asked else End.OTHERS
+
+    def _held(self) -> Collection[Path]:
+        return self.beside.held if self.beside else ()
 
     def _lost(self, message: str) -> None:
         self.observe(FaultReport(self.step, message))

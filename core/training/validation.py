@@ -53,7 +53,7 @@ def evaluate(
 
     def scored() -> tuple[Result, list[str]]:
         count.merge(others)
-        found = count.result(weights_digest(checkpoint / WEIGHTS), began)
+        found = count.result(weights_digest(checkpoint / WEIGHTS), began, by="train")
         try:
             result.write(checkpoint, found)
         except (OSError, ValueError) as error:  # the disk is full: the report has the numbers

@@ -43,7 +43,7 @@ def test_a_result_that_cannot_be_written_is_told_and_counts(
     monkeypatch.setattr(validation, "load_detector", lambda *of, **more: None)
     monkeypatch.setattr(validation, "evaluate_shards", lambda *of: iter(()))
     monkeypatch.setattr(validation, "weights_digest", lambda file: "0" * 64)
-    count = SimpleNamespace(merge=lambda others: None, result=lambda weights, began: found, bad_samples=["one"])
+    count = SimpleNamespace(merge=lambda others: None, result=lambda weights, began, by: found, bad_samples=["one"])
     monkeypatch.setattr(validation, "Count", lambda *of: count)
     monkeypatch.setattr(validation.result, "write", full)
     world: Any = SimpleNamespace(rank=0, size=1, device="cpu")

@@ -192,7 +192,7 @@ def test_what_another_follower_works_on_is_left_to_it(
     add(10)
     ends(run)
     with ExitStack() as other:
-        assert other.enter_context(follower._claimed(checkpoint))
+        assert other.enter_context(follower.claimed(checkpoint))
         pauses = SimpleNamespace(
             sleep=lambda seconds: other.close(), monotonic=time.monotonic
         )  # it ends without a result
@@ -206,7 +206,7 @@ def test_a_model_that_is_not_finite_ends_as_an_error(
 ) -> None:
     add(10)
     ends(tmp_path / "run")
-    found = SimpleNamespace(num_not_finite=3)
+    found = SimpleNamespace(result=SimpleNamespace(num_not_finite=3))
     monkeypatch.setattr(follower, "evaluate_detector", lambda *of: found)
     with pytest.raises(FloatingPointError, match=r"step_00000010.*: 3 queries gave infinities or NaN"):
         follow([tmp_path / "run"], [])
