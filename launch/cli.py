@@ -115,7 +115,7 @@ def train(
             "--eval-ray",
             metavar="ADDRESS",
             rich_help_panel=ON_RAY,
-            help="Have this Ray cluster evaluate the checkpoints while training goes on; the same as `eval.ray=ADDRESS`.",
+            help="Have this Ray cluster evaluate checkpoints while training goes on: `eval.ray=ADDRESS`.",
         ),
     ] = None,
     ranks: Annotated[
@@ -214,14 +214,28 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="SHARDS",
-            help="Shards to evaluate on: a folder, http(s)://..., s3://... or pipe:COMMAND.  [default: the run's "
-            "data.validation, of several the first one's]",
+            help="Shards to evaluate on: a folder, http(s)://..., s3://... or pipe:COMMAND; given again, on each.  "
+            "[default: the run's data.validation, of several the first one's]",
         ),
     ] = None,
     ray: RayAddress = None,
+    submit: Annotated[
+        bool,
+        typer.Option(
+            "--submit",
+            rich_help_panel=ON_RAY,
+            help="Submit it as a job of the cluster, print the job's id and return.",
+        ),
+    ] = False,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait", rich_help_panel=ON_RAY, help="With --submit: print the job's output, and fail where it fails."
+        ),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go.  [default: the run's eval/ folder]")
     ] = None,
@@ -257,6 +271,8 @@ def evaluate(
     `ddetr eval runs/r50-0001 runs/r50-0002 --data shards/val --output compared`
 
     `ddetr eval runs/r50-0001 --follow --ray 10.0.0.1:6379`
+
+    `ddetr eval runs/r50-0001 --data shards/val --data shards/test --ray 10.0.0.1:6379 --submit`
     """
     paths = [Path(argument) for argument in checkpoints if not is_override(argument)]
     overrides = [argument for argument in checkpoints if is_override(argument)]
@@ -264,26 +280,38 @@ def evaluate(
         raise ValueError("name a checkpoint or a run directory")
     if idle is not None and not follow:
         raise ValueError("--idle: only with --follow")
+    sets = data or []
+    if wait and not submit:
+        raise ValueError("--wait: only with --submit")
     if follow:
         if output is not None or all_checkpoints:
             raise ValueError(
                 "--follow writes into the runs' eval/ folders and takes every checkpoint: leave out --output and --all"
             )
+    elif len(paths) > 1 and (all_checkpoints or len(sets) > 1):
+        given = "--all takes one run" if all_checkpoints else "several --data take one checkpoint or run"
+        raise ValueError(f"{given}; to compare, name the checkpoints and one set")
+    if submit:
+        if ray is None:
+            raise ValueError("--submit needs the address of a Ray cluster: --ray HOST:PORT")
+        from .jobs import submit as submit_job
+
+        options = ["--follow"] * follow + ["--all"] * all_checkpoints
+        options += [] if idle is None else [f"--idle={idle:g}"]
+        options += [] if output is None else [f"--output={output.resolve()}"]
+        submit_job(paths, overrides, sets, options, ray, wait=wait)
+    elif follow:
         from .follow import follow as follow_runs
 
-        follow_runs(paths, overrides, data, ray, **({} if idle is None else {"idle_minutes": idle}))
-        return
-    if len(paths) == 1:
+        follow_runs(paths, overrides, sets, ray, **({} if idle is None else {"idle_minutes": idle}))
+    elif len(paths) == 1:
         from .evaluate import evaluate as evaluate_checkpoint
 
-        evaluate_checkpoint(paths[0], overrides, data, ray, output, all_checkpoints=all_checkpoints)
-        return
-    if all_checkpoints:
-        raise ValueError("--all takes one run; name the checkpoints to compare")
+        evaluate_checkpoint(paths[0], overrides, sets, ray, output, all_checkpoints=all_checkpoints)
+    else:
+        from .comparison import compare
 
-    from .comparison import compare
-
-    compare(paths, overrides, data, ray, output)
+        compare(paths, overrides, sets[0] if sets else None, ray, output)
 
 
 @app.command()

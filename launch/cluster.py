@@ -43,13 +43,27 @@ def cluster(address: str) -> Iterator[None]:
 
     if ray.is_initialized():
         yield
-        return
+    elif address == "local":
+        with _own():
+            yield
+    else:
+        with reachable(address) as found, _connected(address=found):
+            yield
+
+
+@contextlib.contextmanager
+def reachable(address: str) -> Iterator[str]:
+    """A context in which Ray's clients have what the cluster at `address`, not `local`, wants of them.
+
+    Yields the address, that of a cluster here for `auto`. Raises as `cluster`.
+    """
     if not RAY_ADDRESS.fullmatch(address):
         raise ValueError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT, auto or local")
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _running_here()
-    with _own() if address == "local" else _existing(address):
-        yield
+    _check_reachable(address)
+    with _environment({"RAY_AUTH_MODE": _authentication(address)}):
+        yield address
 
 
 @contextlib.contextmanager
@@ -71,13 +85,6 @@ def _own() -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
         shutil.rmtree(folder, ignore_errors=True)  # one of Ray's processes may still end, and write there
-
-
-@contextlib.contextmanager
-def _existing(address: str) -> Iterator[None]:
-    _check_reachable(address)
-    with _environment({"RAY_AUTH_MODE": _authentication(address)}), _connected(address=address):
-        yield
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ def compare(
         read_newest(path, contents)
     for number, path in enumerate(paths, start=1):
         console.print(f"{number}: {path}", soft_wrap=True)
-        evaluate(path, overrides, data, ray_address, None if output is None else output / str(number), use=keep)
+        sets, folder = [] if data is None else [data], None if output is None else output / str(number)
+        evaluate(path, overrides, sets, ray_address, folder, use=keep)
     assert categories is not None
     names = dict(zip(categories.ids, categories.names, strict=True))
     comparisons = [_compared(console, found[0], other) for other in found[1:]]

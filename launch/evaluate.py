@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Found:
 def evaluate(
     path: Path,
     overrides: list[str],
-    data: str | Path | None = None,
+    data: Sequence[str | Path] = (),
     ray_address: str | None = None,
     output: Path | None = None,
     all_checkpoints: bool = False,
@@ -73,25 +74,26 @@ def evaluate(
     The run may train in that time: checkpoints that it deletes are left out with a line, those that it saves are
     evaluated, too. Of all checkpoints, a damaged one does not keep the others from being evaluated.
 
-    data: the shards to evaluate on, in place of the configuration's data.validation.
+    data: the sets of shards to evaluate on, in place of the configuration's data.validation.
     ray_address: an address as `cluster` takes it; None evaluates in this process.
     output: folder for detections.json, ground_truth.json and the result, evaluation.json; with `all_checkpoints` for
     one folder a step. Without it they go into the run's `eval/step_XXXXXXXX`, and the result also in the checkpoint's
-    folder, where its run finds it.
+    folder, where its run finds it. Of several sets each has a folder of its name therein.
     use: gets the shards, their objects and the detections of each checkpoint.
-    Returns the numbers of the last checkpoint. Raises ValueError in the end that names the damaged ones, and
-    FloatingPointError that names those which gave numbers that are not finite and so have no score.
+    Returns the numbers of the last checkpoint, on the last set. Raises ValueError in the end that names the damaged
+    ones, and FloatingPointError that names those which gave numbers that are not finite and so have no score.
     """
     check_protocols()
-    console = Terminal()
+    console, sets = Terminal(), named_sets(data)
     damaged: dict[Path, str] = {}
     one = [] if all_checkpoints else [read_newest(path, lambda file: loaded(file, overrides))]
     metrics: dict[str, float] = {}
     without: list[str] = []
     with Evaluators(ray_address, console) as evaluators:
-        for detector, weights in one or _every_detector(path, overrides, console, damaged):
-            index = shards(data, detector.config, detector.path, overrides)
-            places = places_of(detector.path, output, each=all_checkpoints)
+        every = one or _every_detector(path, overrides, console, damaged)
+        for detector, weights, name, place in ((*pair, *one) for pair in every for one in sets.items()):
+            index = shards(place, detector.config, detector.path, overrides)
+            places = places_of(detector.path, output, each=all_checkpoints, inside=name)
             try:
                 found = evaluate_detector(detector, weights, index, places, evaluators, console, use)
             except UnreadableResultError as error:
@@ -111,6 +113,23 @@ def evaluate(
     if not metrics:
         raise FileNotFoundError(f"{path}: all checkpoints were deleted meanwhile")
     return metrics
+
+
+def named_sets(data: Sequence[str | Path]) -> dict[str, str | Path | None]:
+    """Sets by the name of the folder that each of several has for its results; "" for one, or for the run's own.
+
+    Raises ValueError for two of the same name.
+    """
+    if len(data) < 2:
+        return {"": data[0] if data else None}
+    sets: dict[str, str | Path | None] = {}
+    for one in data:
+        last = re.split(r"[/\\]", Location(one).shown.rstrip("/\\"))[-1]
+        name = last if re.fullmatch(r"\w[\w.-]{0,99}", last) else f"set{len(sets) + 1}"
+        if name in sets:
+            raise ValueError(f"--data {sets[name]} and {one}: both would be called {name}; evaluate them one by one")
+        sets[name] = one
+    return sets
 
 
 class UnreadableResultError(ValueError):
@@ -311,17 +330,19 @@ def _progress(console: Console, detector: TrainedDetector, index: ShardIndex) ->
         yield lambda images: progress.advance(task, images)
 
 
-def places_of(file: Path, output: Path | None = None, each: bool = False) -> list[Path]:
+def places_of(file: Path, output: Path | None = None, each: bool = False, inside: str = "") -> list[Path]:
     """The folders to write to: first the one for all that is found, then the checkpoint's own, for the result alone.
+
+    each: with output, a folder for each step. inside: the folder therein, for one of several sets.
 
     Raises ForeignSettingError for links.
     """
     checkpoint = file.parent
     if output is not None:
-        return [output / checkpoint.name if each else output]
+        return [(output / checkpoint.name if each else output) / inside]
     in_run = checkpoint.parent.name == "checkpoints"
     is_one = in_run or (checkpoint / MANIFEST).is_file()
-    places = [result.folder_of(file), *[checkpoint] * is_one]
+    places = [result.folder_of(file) / inside, *[result.folder_of(file)] * bool(inside), *[checkpoint] * is_one]
     own = checkpoint.parent.parent if in_run else checkpoint
     check_links(own, *places, places[0] / failure_files.WORST, *[place.parent for place in places] * in_run)
     return places

@@ -26,7 +26,7 @@ from ..data.index import ShardIndex
 from ..data.location import Location
 from . import history
 from .console import Terminal
-from .evaluate import Evaluators, evaluate_detector, is_sound, loaded, places_of, shards
+from .evaluate import Evaluators, evaluate_detector, is_sound, loaded, named_sets, places_of, shards
 
 POLL_SECONDS = 5.0
 TRIES = 3  # of a checkpoint, where shards or cluster cannot be reached
@@ -35,7 +35,7 @@ TRIES = 3  # of a checkpoint, where shards or cluster cannot be reached
 def follow(
     runs: Sequence[Path],
     overrides: list[str],
-    data: str | Path | None = None,
+    data: Sequence[str | Path] = (),
     ray_address: str | None = None,
     idle_minutes: float = 60.0,
 ) -> None:
@@ -88,8 +88,11 @@ class _Follower:
     is_another_at_work: on a checkpoint that has no result yet.
     """
 
-    def __init__(self, overrides: list[str], data: str | Path | None, evaluators: Evaluators, console: Console) -> None:
-        self._overrides, self._data, self._evaluators, self._console = overrides, data, evaluators, console
+    def __init__(
+        self, overrides: list[str], data: Sequence[str | Path], evaluators: Evaluators, console: Console
+    ) -> None:
+        self._overrides, self._evaluators, self._console = overrides, evaluators, console
+        self._sets = named_sets(data)
         self._indices: dict[Location | None, ShardIndex] = {}
         self._done: set[tuple[Path, int]] = set()  # and when its weights were written
         self._tries: Counter[Path] = Counter()
@@ -104,15 +107,14 @@ class _Follower:
             if (checkpoint, written) in self._done or checkpoint in self.given_up:
                 continue
             try:
-                if self._has_result(checkpoint):
+                if not self._lacking(checkpoint):
                     self._done.add((checkpoint, written))
                     continue
                 with claimed(checkpoint) as is_free:
                     if not is_free:
                         self.is_another_at_work = True
                         continue
-                    if not self._has_result(checkpoint):  # another follower had the claim
-                        self._evaluate(checkpoint)
+                    self._evaluate(checkpoint)  # unless another follower had the claim, and did
                 self._done.add((checkpoint, written))
             except (OSError, RuntimeError) as error:
                 self._failed(checkpoint, error, again=True)
@@ -123,26 +125,26 @@ class _Follower:
             return True
         return False
 
-    def _index(self, checkpoint: Path) -> tuple[Measure, ShardIndex]:
-        """What the checkpoint is to be measured on, without loading it."""
-        described = contents(checkpoint, self._overrides)
-        key = described.config.data.validation if self._data is None else Location(self._data)
-        if key not in self._indices:
-            self._indices[key] = shards(self._data, described.config, described.file, self._overrides)
-        return Measure.of(described.config, self._indices[key]), self._indices[key]
-
-    def _has_result(self, checkpoint: Path) -> bool:
-        measure, _ = self._index(checkpoint)
-        return any(found.measure in (measure, None) for found in result.read(checkpoint))
+    def _lacking(self, checkpoint: Path) -> dict[str, ShardIndex]:
+        """The sets, by name, on which the checkpoint has no result. It is not loaded for that."""
+        described, known, lacking = contents(checkpoint, self._overrides), result.read(checkpoint), {}
+        for name, data in self._sets.items():
+            key = described.config.data.validation if data is None else Location(data)
+            if key not in self._indices:
+                self._indices[key] = shards(data, described.config, described.file, self._overrides)
+            measure = Measure.of(described.config, self._indices[key])
+            if not any(found.measure in (measure, None) for found in known):
+                lacking[name] = self._indices[key]
+        return lacking
 
     def _evaluate(self, checkpoint: Path) -> None:
         detector, weights = loaded(checkpoint, self._overrides)
-        _, index = self._index(checkpoint)
-        places = places_of(detector.path)
-        found = evaluate_detector(detector, weights, index, places, self._evaluators, self._console)
-        if num_not_finite := found.result.num_not_finite:
-            self.without_score.append(f"{detector.path}: {without_score(num_not_finite)}")
-            self._console.print(self.without_score[-1], soft_wrap=True)
+        for name, index in self._lacking(checkpoint).items():
+            places = places_of(detector.path, inside=name)
+            found = evaluate_detector(detector, weights, index, places, self._evaluators, self._console)
+            if num_not_finite := found.result.num_not_finite:
+                self.without_score.append(f"{detector.path}: {without_score(num_not_finite)}")
+                self._console.print(self.without_score[-1], soft_wrap=True)
 
     def _failed(self, checkpoint: Path, error: Exception, *, again: bool) -> None:
         if not checkpoint.exists():

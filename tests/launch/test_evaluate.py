@@ -265,7 +265,7 @@ def test_other_categories_are_named(run_directory: Path, tmp_path: Path) -> None
     values["categories"][1] = {"id": 77, "name": "zebra"}
     (other / "index.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"'zebra' \(id 77\) is not in the checkpoint"):
-        evaluate(run_directory, [], data=other, output=tmp_path / "out")
+        evaluate(run_directory, [], data=[other], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -277,6 +277,6 @@ def test_mistakes_of_the_user_are_named(run_directory: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"--data SHARDS"):
         evaluate(run_directory, ["data.validation=null"])
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        evaluate(run_directory, [], data=tmp_path / "missing")
+        evaluate(run_directory, [], data=[tmp_path / "missing"])
     with pytest.raises(FileNotFoundError, match="no checkpoint here"):
         evaluate(tmp_path, [])

@@ -98,11 +98,11 @@ def test_open_images_is_scored_by_its_own_protocol(run_directory: Path, tmp_path
     shards = tmp_path / "shards"
     said("data", "pack", folder / "chosen.json", folder / "coco/images", shards, "--protocol", "openimages")
     assert ShardIndex.load(shards).protocol == "openimages"
-    metrics = evaluate(run_directory, ["eval.top_k=null"], data=shards, output=tmp_path / "found")
+    metrics = evaluate(run_directory, ["eval.top_k=null"], data=[shards], output=tmp_path / "found")
     assert list(metrics) == ["AP"]
     assert 0.05 < metrics["AP"] < 1
     with pytest.raises(ValueError, match=r"eval\.scorer=pycocotools scores by COCO's protocol alone"):
-        evaluate(run_directory, ["eval.scorer=pycocotools"], data=shards, output=tmp_path / "found")
+        evaluate(run_directory, ["eval.scorer=pycocotools"], data=[shards], output=tmp_path / "found")
 
 
 def test_a_search_by_a_score_that_the_set_does_not_have_is_refused(run_directory: Path, tmp_path: Path) -> None:

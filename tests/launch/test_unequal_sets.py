@@ -169,7 +169,7 @@ def test_a_validation_set_without_objects_is_told_of_and_the_run_goes_on(
     arguments = settings(whole, empty, f"train.output={tmp_path}", "train.name=run", "train.max_steps=1")
     run = succeeded(trained(tmp_path / "run", "tiny", *arguments))
     assert warning in run.output.splitlines()
-    assert set(evaluate(run_directory, [], data=empty, output=tmp_path / "eval").values()) == {-1.0}
+    assert set(evaluate(run_directory, [], data=[empty], output=tmp_path / "eval").values()) == {-1.0}
     assert capsys.readouterr().out.count(warning) == 1
 
 
