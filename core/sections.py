@@ -5,12 +5,12 @@ Reading and checking it as a whole: core/config.py.
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from ..data.addresses import RAY_ADDRESS
 from ..data.config import DataConfig
 from ..data.location import Location
 from ..data.multiples import nearest
@@ -20,7 +20,6 @@ from ..data.text import visible
 MOST_CHANNELS = 4096  # of a token
 NORM_GROUPS = 32
 MOST_NESTED = 32  # maps and lists in each other
-RAY_ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}", re.ASCII)
 LONGEST_NAME = 200  # bytes of train.name, which other names are made from; file systems take 255
 
 

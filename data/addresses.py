@@ -5,6 +5,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from .text import visible
 
+RAY_ADDRESS = re.compile(r"auto|local|(ray://)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}", re.ASCII)  # of a cluster
 # From where a scheme's characters begin, so that a long text of them is not looked through from each one again.
 _URL = re.compile(r"((?<![a-z0-9+.\-])[a-z0-9+.\-]+://|https?:/)(\S*)", re.IGNORECASE)
 _LOGIN = re.compile(r"[^\s:@/'\"=,]+:(?!/)[^\s@]+@")  # without a scheme, as a command may take it

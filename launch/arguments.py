@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..data.addresses import RAY_ADDRESS
+
 OVERRIDES = "section.key=value"
 CONFIGURATION = f"PRESET_OR_FILE {OVERRIDES}"
 
@@ -24,7 +26,15 @@ CHECKPOINTS = (
     "the published layout"
 )
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=f"{CHECKPOINTS}.")]
-_ADDRESS = re.compile(r"(auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)")
+ON_RAY = "On a Ray cluster"
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Ray cluster to use: `HOST:PORT`, `ray://HOST:PORT` or `auto`. Without an address a local Ray starts.",
+    ),
+]
 
 
 def normalised_arguments(arguments: Sequence[str]) -> list[str]:
@@ -43,7 +53,7 @@ def normalised_arguments(arguments: Sequence[str]) -> list[str]:
             continue
         result.append(argument)
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        if argument == "--ray" and not _ADDRESS.fullmatch(following):
+        if argument == "--ray" and not (RAY_ADDRESS.fullmatch(following) or following.startswith("ray://")):
             result.append("local")
     return result
 

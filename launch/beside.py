@@ -18,7 +18,8 @@ from ..core.evaluation import result
 from ..core.evaluation.result import Measure, weights_digest
 from ..data.cache import open_shards
 from .console import Terminal
-from .evaluate import Evaluators, evaluate_detector, places_of
+from .evaluate import evaluate_detector, places_of
+from .evaluators import Evaluators
 from .follow import claimed
 
 IDLE_SECONDS = 30.0  # after which the workers are given back

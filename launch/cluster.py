@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from ..core.sections import RAY_ADDRESS
+from ..data.addresses import RAY_ADDRESS
 
 REACHABLE_SECONDS = 5.0
 OBJECT_STORE_BYTES = 2 << 30  # of a cluster of our own; its largest objects are a detector's weights

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.table import Table
@@ -20,12 +19,11 @@ from ..core.checkpoint.manifest import MANIFEST
 from ..core.config import Config, ConfigError
 from ..core.evaluation import result
 from ..core.evaluation.columns import as_text, counted
-from ..core.evaluation.evaluator import Count, ShardResult, check_categories, evaluate_shards, without_score_of
+from ..core.evaluation.evaluator import Count, ShardResult, check_categories, without_score_of
 from ..core.evaluation.failures import failures
 from ..core.evaluation.result import Result, weights_digest, without_score
 from ..core.evaluation.scores import check_protocols
 from ..core.ownership import ForeignSettingError, check_links, check_own
-from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.documents import as_json
 from ..data.files import write_whole
@@ -35,11 +33,9 @@ from ..data.location import Location
 from ..data.truth import GroundTruth
 from . import failures as failure_files
 from .console import Terminal, progress_bar
+from .evaluators import EvaluateShards, Evaluators
 
 SHOWN = 10  # damaged images, of those that were left out
-CPU_THREADS = 2  # of every process that evaluates on a CPU, here or in a Ray worker, so that sums are the same
-
-EvaluateShards = Callable[[TrainedDetector, ShardIndex, Callable[[int], None]], Iterator[ShardResult]]
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def evaluate_detector(
     weights: str,
     index: ShardIndex,
     places: list[Path],
-    evaluators: "Evaluators",
+    evaluators: Evaluators,
     console: Console,
     use: Callable[[ShardIndex, GroundTruth, np.ndarray], None] = lambda index, truth, detections: None,
 ) -> Found:
@@ -240,81 +236,6 @@ def _found(
         results[found.shard] = found
         count.add(found)
     return Found(count.result(weights, began, by), [results[shard] for shard in sorted(results)], count.bad_samples)
-
-
-def _evaluate_here(
-    detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
-) -> Iterator[ShardResult]:
-    device = device_for(detector.config.train, local_rank=0)
-    detector.model.to(device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(CPU_THREADS)
-    try:
-        yield from evaluate_shards(detector, index, range(len(index.shards)), device, advance)
-    finally:
-        torch.set_num_threads(threads)
-
-
-class Evaluators:
-    """Evaluates shards in this process, or by workers on a Ray cluster that are kept from checkpoint to checkpoint.
-
-    by: what the results say of who evaluated. report: prints a line about Ray's workers, by default on the console.
-    """
-
-    def __init__(
-        self,
-        ray_address: str | None,
-        console: Console,
-        by: str = "eval",
-        report: Callable[[str], None] | None = None,
-    ) -> None:
-        self.by = by
-        self._address, self._report = ray_address, report or console.print
-        self._seen: set[str] = set()  # places of shards
-        self._workers: tuple[object, EvaluateShards] | None = None  # for which settings, and what they do
-        self._open = contextlib.ExitStack()
-
-    def __enter__(self) -> "Evaluators":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-    def is_new(self, index: ShardIndex) -> bool:
-        """Whether nobody asked about these shards yet."""
-        is_new = index.real_location not in self._seen
-        self._seen.add(index.real_location)
-        return is_new
-
-    def of(self, config: Config) -> EvaluateShards:
-        """What evaluates shards with this configuration; on Ray its workers start."""
-        if self._address is None:
-            return _evaluate_here
-        settings = config.train.device, config.eval.gpus
-        if self._workers is not None and self._workers[0] != settings:
-            self.release()
-        if self._workers is None:
-            workers = self._open.enter_context(_on_ray(self._address, *settings, self._report))
-            self._workers = settings, workers
-        return self._workers[1]
-
-    def release(self) -> None:
-        """Give the workers back to the cluster, and leave it."""
-        self._workers = None
-        self._open.close()
-
-
-@contextlib.contextmanager
-def _on_ray(address: str, device: str, gpus: float, report: Callable[[str], None]) -> Iterator[EvaluateShards]:
-    from .cluster import cluster
-    from .workers import ShardWorkers
-
-    with cluster(address):
-        workers = ShardWorkers(device, gpus, CPU_THREADS, report)
-        try:
-            yield workers.evaluate
-        finally:
-            workers.close()
 
 
 class _ImagesPerSecond(ProgressColumn):

@@ -26,7 +26,8 @@ from ..data.index import ShardIndex
 from ..data.location import Location
 from . import history
 from .console import Terminal
-from .evaluate import Evaluators, evaluate_detector, is_sound, loaded, named_sets, places_of, shards
+from .evaluate import evaluate_detector, is_sound, loaded, named_sets, places_of, shards
+from .evaluators import Evaluators
 
 POLL_SECONDS = 5.0
 TRIES = 3  # of a checkpoint, where shards or cluster cannot be reached

@@ -55,7 +55,7 @@ def check_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
         cloudpickle.unregister_pickle_by_value(module)
     for future, node in asked.items():
         try:
-            there = ray.get(future, timeout=NODE_SECONDS)
+            there: Any = ray.get(future, timeout=NODE_SECONDS)
         except GetTimeoutError:
             continue  # it is busy: what comes to run there is looked at again
         except RayError:

@@ -96,7 +96,11 @@ EVALUATIONS = Metric(
     "result",
     "done, failed, unreachable (the Ray cluster), left_out (not tried, or not any more)",
 )
-EVALUATION_STEP = Metric("ddetr_evaluation_step", "gauge", "Optimizer step of the checkpoint last evaluated.")
+EVALUATION_STEP = Metric(
+    "ddetr_evaluation_step",
+    "gauge",
+    "Optimizer step of the newest checkpoint that is evaluated; the gauges of the last evaluation are its.",
+)
 EVALUATION_SECONDS = Metric("ddetr_evaluation_seconds", "gauge", "Duration of the last evaluation.")
 EVALUATION_PART_SECONDS = Metric(
     "ddetr_evaluation_part_seconds",
@@ -225,6 +229,7 @@ class RunMetrics:
         self._gauges: dict[Metric, Gauge] = {}
         self._counters: dict[Metric, Counter] = {}
         self._ends: dict[str, Counter] = {}  # of evaluations
+        self._evaluated_step = 0
         self._histograms: dict[Metric, Histogram] = {}
         for metric in METRICS:
             names = [*self._labels, *([metric.label] if metric.label else [])]
@@ -249,8 +254,10 @@ class RunMetrics:
             self._observe_step(report)
         elif isinstance(report, EvaluationReport):
             self._ends["done"].inc()
-            self._set(EVALUATION_STEP, report.step)
-            self._observe_evaluation(report.result)
+            if report.step >= self._evaluated_step:  # made up for later, an earlier one is not the state of the run
+                self._evaluated_step = report.step
+                self._set(EVALUATION_STEP, report.step)
+                self._observe_evaluation(report.result)
         elif isinstance(report, MissedReport):
             self._ends[report.kind].inc()
         elif isinstance(report, CheckpointReport) and report.error is None:

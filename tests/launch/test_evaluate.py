@@ -25,7 +25,8 @@ from ddetr.data.index import ShardIndex
 from ddetr.data.location import Location
 from ddetr.launch import history
 from ddetr.launch.cluster import cluster
-from ddetr.launch.evaluate import CPU_THREADS, evaluate
+from ddetr.launch.evaluate import evaluate
+from ddetr.launch.evaluators import CPU_THREADS
 from ddetr.launch.explain import explain
 from ddetr.launch.predict import predict
 from ddetr.launch.workers import ShardWorkers

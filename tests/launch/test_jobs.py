@@ -75,7 +75,11 @@ def head() -> Iterator[str]:
     environment = {**os.environ, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_RAY_CLUSTER": "0"}
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--temp-dir={folder}/ray"]
     command += [f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"]
-    command += ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={ports[3]}", f"--object-store-memory={100 << 20}"]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        f"--ray-client-server-port={ports[3]}",
+        f"--object-store-memory={100 << 20}",
+    ]
     with open(f"{folder}/log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:

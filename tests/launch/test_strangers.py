@@ -134,6 +134,7 @@ HOSTILE = {
     "train.name": "theirs",
     "train.auto_resume": True,
     "train.deepspeed_extra": {"tensorboard": {"enabled": True, "output_path": "/home"}},
+    "eval.ray": "somewhere.example:6379",
     "monitor.host": "0.0.0.0",
     "monitor.port": 22,
 }

@@ -10,7 +10,7 @@ from ddetr.data.index import ShardIndex
 from ddetr.data.location import Location
 from ddetr.data.shards import pack
 from ddetr.data.synthetic import draw_set
-from ddetr.launch.evaluate import CPU_THREADS
+from ddetr.launch.evaluators import CPU_THREADS
 from ddetr.launch.workers import ShardWorker
 
 from tests.data.file_server import FileServer

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ddetr.core.training.reports import MissedReport
 from ddetr.monitoring.metrics import METRICS, RunMetrics, reference_table
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -49,6 +50,21 @@ def test_gauges_hold_the_last_step(metrics: RunMetrics):
     assert value(metrics, "ddetr_device_memory_bytes") == 900_000_000
     assert (value(metrics, "ddetr_current_step"), value(metrics, "ddetr_current_epoch")) == (3, 0)
     assert before <= value(metrics, "ddetr_last_step_timestamp_seconds") <= time.time()
+
+
+def test_evaluations_are_counted_by_how_they_ended_and_the_newest_checkpoint_is_shown(metrics: RunMetrics) -> None:
+    for end in ("done", "failed", "unreachable", "left_out"):
+        assert value(metrics, "ddetr_evaluations_total", result=end) == 0
+    metrics.observe(evaluation_report(20))
+    metrics.observe(MissedReport(30, "unreachable", "no answer", again=True))
+    earlier = evaluation_report(10)  # made up for
+    metrics.observe(
+        replace(earlier, result=replace(earlier.result, metrics=dict.fromkeys(earlier.result.metrics, 0.0)))
+    )
+    assert value(metrics, "ddetr_evaluation_step") == 20
+    assert value(metrics, "ddetr_evaluation_headline_ratio", metric="AP") == 0.2
+    assert value(metrics, "ddetr_evaluations_total", result="done") == 2
+    assert value(metrics, "ddetr_evaluations_total", result="unreachable") == 1
 
 
 def test_counters_and_histograms_add_up(metrics: RunMetrics):
