@@ -4,14 +4,22 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.core.runs import kill
+
 FIRST, SECOND = (f"ddetr-{letter}-{os.getpid()}" for letter in "ab")  # two runs of the tests do not meet
 NODES = {FIRST: "10.117.0.1", SECOND: "10.117.0.2"}
 DEVICES = ("ddetr_da", "ddetr_db")
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+RAY_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a token of these tests that is long enough"}
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
 def need(*programs: str) -> None:
@@ -70,6 +78,53 @@ def ssh_servers(nodes: dict[str, str], folder: Path) -> Iterator[Path]:
         for server in servers:
             server.terminate()
             server.wait()
+
+
+class RayNodes:
+    """`ray start` with one CPU in the namespaces; the first one is the head. All end with the context."""
+
+    def __init__(self, nodes: dict[str, str]) -> None:
+        self._nodes, self._logs = nodes, 0
+        self.address = f"{nodes[FIRST]}:6379"
+        self.processes: dict[str, subprocess.Popen] = {}
+
+    def __enter__(self) -> "RayNodes":
+        self._folder = Path(tempfile.mkdtemp(prefix="ray_"))  # short: paths of Ray's sockets have 107 characters
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in self.processes:
+            self.kill(name)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self, name: str, before: str = "true", **environment: str) -> None:
+        """Start a node. before: a shell command in its namespaces of network and mounts."""
+        head = ["--head", "--port=6379", "--include-dashboard=false"]
+        role = head if name == FIRST else [f"--address={self.address}"]
+        self._logs += 1  # each start has its own folder, too: a node that comes back is another one
+        role += [f"--temp-dir={self._folder / f'{name}.{self._logs}'}", f"--node-ip-address={self._nodes[name]}"]
+        options = [
+            "--num-cpus=1",
+            "--num-gpus=0",
+            "--object-store-memory=100000000",
+            "--disable-usage-stats",
+            "--block",
+        ]
+        line = [*on(name), "sh", "-c", f'{before} && exec "$@"', "sh", *RAY, "start", *role, *options]
+        printed = self._folder / f"{name}.{self._logs}.log"
+        with printed.open("w") as log:
+            self.processes[name] = subprocess.Popen(
+                line, env=ENVIRONMENT | RAY_TOKEN | environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in (text := printed.read_text()):
+            assert time.monotonic() < deadline, text
+            assert self.processes[name].poll() is None, text
+            time.sleep(0.2)
+
+    def kill(self, name: str) -> None:
+        """All processes of a node, at once."""
+        kill(self.processes[name])
 
 
 @contextlib.contextmanager

@@ -2,12 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +22,9 @@ from tests.core.runs import (
     until_restarted,
     wait_for,
 )
-from tests.launch.nodes import DEVICES, FIRST, NODES, SECOND, on, ssh_servers
+from tests.launch.nodes import DEVICES, ENVIRONMENT, FIRST, NODES, RAY_TOKEN, SECOND, RayNodes, on, ssh_servers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-RAY_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a token of these tests that is long enough"}
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.slow
 
@@ -146,27 +139,10 @@ def test_ssh(nodes: dict[str, str], synthetic_shards: Path, tmp_path: Path) -> N
 @pytest.fixture
 def ray_nodes(nodes: dict[str, str]) -> Iterator[dict[str, subprocess.Popen]]:
     """`ray start` with one CPU in each namespace."""
-    started: dict[str, subprocess.Popen] = {}
-    folder = Path(tempfile.mkdtemp(prefix="ray_"))  # short: the paths of Ray's sockets go into 107 characters
-    options = ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
-    head = f"{nodes[FIRST]}:6379"
-    try:
-        for name, address in nodes.items():
-            role = ["--head", "--port=6379", "--include-dashboard=false"] if not started else [f"--address={head}"]
-            role += [f"--temp-dir={folder / name}"]
-            line = [*on(name), *RAY, "start", f"--node-ip-address={address}", *role, *options]
-            with (folder / f"{name}.log").open("w") as log:
-                started[name] = subprocess.Popen(line, env=ENVIRONMENT | RAY_TOKEN, stdout=log, stderr=log)
-            deadline = time.monotonic() + 120
-            while "Ray runtime started" not in (text := (folder / f"{name}.log").read_text()):
-                assert time.monotonic() < deadline, text
-                assert started[name].poll() is None, text
-                time.sleep(0.2)
-        yield started
-    finally:
-        for process in started.values():
-            kill(process)
-        shutil.rmtree(folder)
+    with RayNodes(nodes) as started:
+        for name in nodes:
+            started.start(name)
+        yield started.processes
 
 
 def on_ray(*arguments: object) -> list[str]:
