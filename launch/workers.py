@@ -1,5 +1,6 @@
 """Evaluation on Ray: workers all over the cluster pull shards; another worker takes the shard of a lost one."""
 
+import contextlib
 import os
 import socket
 import time
@@ -127,15 +128,19 @@ class ShardWorkers:
 
         The weights go to Ray's object store once, where each worker reads them once.
 
-        Raises RuntimeError when a shard has lost its worker more than RETRIES times, and for other errors of Ray. What
-        a worker raises as a user's mistake (ValueError, OSError) is raised here as it is.
+        Raises RuntimeError when a shard has lost its worker more than RETRIES times, and for other errors of Ray, and
+        ConnectionError when a client (`ray://`) loses the cluster. What a worker raises as a user's mistake
+        (ValueError, OSError) is raised here as it is.
         """
+        import grpc
         from ray.exceptions import RayError
 
         try:
             yield from self._evaluated(detector, index, advance)
         except RayError as error:
             raise RuntimeError(f"Ray: {error}") from error
+        except grpc.RpcError as error:
+            raise ConnectionError("the connection to the Ray cluster was lost") from error
 
     def _evaluated(
         self, detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
@@ -188,7 +193,8 @@ class ShardWorkers:
         import ray
 
         for worker in [*self.idle, *self.starting.values(), *(worker for worker, _ in self.running.values())]:
-            ray.kill(worker.actor)
+            with contextlib.suppress(ConnectionError):  # of a client that lost the cluster: they ended with its driver
+                ray.kill(worker.actor)
         self.idle, self.starting, self.running = [], {}, {}
 
     def _start_for(self, shards: int) -> None:
