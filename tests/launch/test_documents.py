@@ -13,20 +13,18 @@ import typer
 import yaml
 from ddetr.core.config import Config, load
 from ddetr.core.overrides import read
-from ddetr.launch.arguments import is_override, normalised_arguments
-from ddetr.launch.cli import app
+from ddetr.launch.arguments import is_override
 from ddetr.launch.sweep import read_sweep
 from ddetr.monitoring.metrics import METRICS
 from pydantic import create_model
 
 from tests.launch.documents import DOCUMENTS, REPOSITORY, Document, split
+from tests.launch.parsing import Parsed, parse
 
 # CHANGELOG.md speaks of what was, RESULTS.md of what was measured at some commit.
 CURRENT = [document for document in DOCUMENTS if document.path.name not in ("CHANGELOG.md", "RESULTS.md")]
 README, OPERATIONS = Document(Path("README.md")), Document(Path("docs/operations.md"))
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export its name
-
-Parsed = tuple[str, dict[str, Any]]  # a command's name and what its parameters are
 
 current = pytest.mark.parametrize("document", CURRENT, ids=lambda document: document.path.name)
 
@@ -37,31 +35,18 @@ def parsed(words: list[str], *, whole: bool) -> Parsed | None:
     Raises UsageError as it does. Of one that is not whole, within a sentence, positional arguments may be left out.
     A word `...` stands for some, COMMAND for any command.
     """
-    words = normalised_arguments([word for word in words if word != "..."])
+    words = [word for word in words if word != "..."]
     if words[:1] == ["COMMAND"]:
         return None
     for left_out in range(4):
         try:
-            return _parsed([*words, *["LEFT_OUT"] * left_out])
+            return parse([*words, *["LEFT_OUT"] * left_out])
         except USAGE_ERROR as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # such as `ddetr data`
                 return None
             if whole or type(error).__name__ != "MissingParameter":
                 raise
     raise AssertionError(words)
-
-
-def _parsed(words: list[str]) -> Parsed | None:
-    command: Any = typer.main.get_command(app)
-    context, name = None, "ddetr"
-    try:
-        while True:
-            context = command.make_context(name, list(words), parent=context)
-            if not hasattr(command, "resolve_command"):
-                return context.command_path, context.params
-            name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
-    except typer.Exit:
-        return None
 
 
 def train_arguments(words: list[str]) -> list[str] | None:
