@@ -48,6 +48,28 @@ def joined() -> Iterator[dict[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
+@contextlib.contextmanager
+def named(nodes: dict[str, str]) -> Iterator[None]:
+    """In each namespace the first node has the name `node0`, and a Ray finds its own address.
+
+    Ray asks the kernel for its way to elsewhere to learn that address. The way that is made here leads no further.
+    """
+    hosts = [Path("/etc/netns") / name for name in nodes]  # `ip netns exec` mounts the files of these folders
+    was_there = hosts[0].parent.is_dir()
+    try:
+        for host, other in zip(hosts, reversed(list(nodes.values())), strict=True):
+            host.mkdir(parents=True)
+            (host / "hosts").write_text(f"127.0.0.1 localhost\n{nodes[FIRST]} node0\n")
+            (host / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # none; the usual one is out of reach
+            subprocess.run(["ip", "-n", host.name, "route", "add", "default", "via", other], check=True)
+        yield
+    finally:
+        for host in hosts:
+            shutil.rmtree(host, ignore_errors=True)
+        if not was_there:
+            hosts[0].parent.rmdir()
+
+
 def on(node: str) -> list[str]:
     return ["ip", "netns", "exec", node]
 

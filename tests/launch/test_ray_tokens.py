@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.core.runs import SMALL, kill
-from tests.launch.nodes import FIRST, NODES, SECOND, joined, on
+from tests.launch.nodes import FIRST, NODES, SECOND, joined, named, on
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 BOTH = re.compile(r"RAY_AUTH_MODE=token RAY_AUTH_TOKEN=TOKEN")
@@ -41,19 +41,10 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def token() -> Iterator[str]:
     """The token of a cluster of two nodes, which stands at node0:6379."""
-    with joined() as nodes:
+    with joined() as nodes, named(nodes):
         folder = Path(tempfile.mkdtemp(prefix="ray_"))  # short: the paths of Ray's sockets go into 107 characters
-        hosts = [Path("/etc/netns") / name for name in nodes]
-        was_there = hosts[0].parent.is_dir()
         started = []
         try:
-            for name, other in zip(nodes, reversed(list(nodes.values())), strict=True):
-                host = Path("/etc/netns") / name
-                host.mkdir(parents=True)
-                (host / "hosts").write_text(f"127.0.0.1 localhost\n{NODES[FIRST]} node0\n")
-                (host / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # none; the usual one is out of reach
-                # Ray asks the kernel for its way to elsewhere to learn its own address. This one leads no further.
-                subprocess.run(["ip", "-n", name, "route", "add", "default", "via", other], check=True)
             export = subprocess.run(
                 ["bash", "-c", f"{recipe('export RAY_AUTH_MODE')}; printf '%s %s' $RAY_AUTH_MODE $RAY_AUTH_TOKEN"],
                 capture_output=True, text=True, check=True, timeout=60,
@@ -80,10 +71,6 @@ def token() -> Iterator[str]:
             for process in started:
                 kill(process)
             shutil.rmtree(folder, ignore_errors=True)
-            for host in hosts:
-                shutil.rmtree(host, ignore_errors=True)
-            if not was_there:
-                hosts[0].parent.rmdir()
 
 
 @pytest.fixture
