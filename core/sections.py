@@ -334,6 +334,14 @@ class EvalConfig(Section):
     wait_minutes: float = setting(
         60.0, "with ray: how long the end of a run waits for required evaluations", unit="minutes", ge=0, le=10_000
     )
+    workers: int | None = setting(
+        None,
+        "most workers on Ray that evaluate; by default as many as the cluster's nodes hold. Where a cluster scales "
+        "itself, those for which there is no room ask it for nodes",
+        unit="Ray workers",
+        gt=0,
+        le=10_000,
+    )
     gpus: float = setting(
         1.0,
         "GPU of each worker on Ray that evaluates; with a fraction several workers share one",

@@ -65,7 +65,7 @@ class Evaluators:
         """What evaluates shards with this configuration; on Ray its workers start."""
         if self._address is None:
             return _evaluate_here
-        settings = config.train.device, config.eval.gpus
+        settings = config.train.device, config.eval.gpus, config.eval.workers
         if self._workers is not None and self._workers[0] != settings:
             self.release()
         if self._workers is None:
@@ -80,12 +80,14 @@ class Evaluators:
 
 
 @contextlib.contextmanager
-def _on_ray(address: str, device: str, gpus: float, report: Callable[[str], None]) -> Iterator[EvaluateShards]:
+def _on_ray(
+    address: str, device: str, gpus: float, wanted: int | None, report: Callable[[str], None]
+) -> Iterator[EvaluateShards]:
     from .cluster import cluster
     from .workers import ShardWorkers
 
     with cluster(address):
-        workers = ShardWorkers(device, gpus, CPU_THREADS, report)
+        workers = ShardWorkers(device, gpus, wanted, CPU_THREADS, report)
         try:
             yield workers.evaluate
         finally:

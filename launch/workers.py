@@ -24,7 +24,6 @@ from .versions import check_nodes
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
 WAITING_SECONDS = 30.0
-MOST_NODES = 1000  # of one kind, that a cluster which scales itself is taken to have
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,13 @@ class _Worker:
 class ShardWorkers:
     """A pool of ShardWorker actors over all nodes, for one evaluation after another; `close` ends them.
 
-    device: as in train.device. gpus: of a worker, as in eval.gpus. threads: of a worker on a CPU. report: prints one
-    line. Where the cluster scales itself, workers are started for which it will add nodes.
+    device: as in train.device. gpus, wanted: as eval.gpus and eval.workers. threads: of a worker on a CPU. report:
+    prints one line. Workers for which there is no room yet are waited for by none of those that work.
     """
 
-    def __init__(self, device: str, gpus: float, threads: int, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, device: str, gpus: float, wanted: int | None, threads: int, report: Callable[[str], None]
+    ) -> None:
         import ray
 
         self._threads, self._report = threads, report
@@ -114,7 +115,7 @@ class ShardWorkers:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self._check(nodes)
         offers = [node["Resources"] for node in nodes]
-        self._resources, self._most = _resources(device, gpus, threads, _later_offers() or offers)
+        self._resources, self._most = _resources(device, gpus, wanted, threads, offers)
         self._actor = ray.remote(ShardWorker).options(
             scheduling_strategy="SPREAD",
             max_concurrency=2,  # images_done() answers while evaluate() works
@@ -252,35 +253,27 @@ class ShardWorkers:
         return sum(worker.images for worker, _ in self.running.values())
 
 
-def _later_offers() -> list[dict[str, float]]:
-    """What each node will offer that a cluster which scales itself may have; none of another cluster."""
-    import ray
-    from ray.util import client
-
-    if client.ray.is_connected():  # through a proxy: this process knows no state of the cluster
-        return ray.get(ray.remote(num_cpus=0)(_later_offers).remote())
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else ()
-    return [dict(group.resources) for group in groups for _ in range(min(max(group.max_count, 0), MOST_NODES))]
-
-
 def _resources(
-    device: str, gpus: float, threads: int, nodes: Sequence[Mapping[str, float]]
+    device: str, gpus: float, wanted: int | None, threads: int, nodes: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, float], int]:
-    """What one worker asks of Ray, and how many such workers nodes with these resources hold."""
+    """What one worker asks of Ray, and how many there are at most: as many as wanted, or as these nodes hold."""
     with_gpus = [node for node in nodes if node.get("GPU", 0)]
-    if device == "cuda" and not with_gpus:
-        raise ValueError("train.device=cuda, but no node of the Ray cluster has a GPU; set train.device=cpu or auto")
-    if device != "cpu" and with_gpus:
+    if device == "cuda" or (device == "auto" and with_gpus):
+        if not with_gpus and wanted is None:
+            raise ValueError(
+                "train.device=cuda, but no node of the Ray cluster has a GPU; set train.device=cpu or auto, or, where "
+                "the cluster adds nodes with GPUs, eval.workers"
+            )
         a_gpu = int(1 / gpus + 1e-9)  # holds as many workers: Ray gives none a part of two
-        return {"num_gpus": gpus}, sum(int(node["GPU"]) * a_gpu for node in with_gpus)
+        return {"num_gpus": gpus}, wanted or sum(int(node["GPU"]) * a_gpu for node in with_gpus)
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    if not cpus:
-        raise ValueError("no node of the Ray cluster offers a CPU (ray start --num-cpus)")
-    each = min(threads, *cpus)
-    return {"num_cpus": each}, sum(count // each for count in cpus)
+    if not cpus and wanted is None:
+        raise ValueError(
+            "no node of the Ray cluster offers a CPU (ray start --num-cpus); where the cluster adds nodes by itself, "
+            "set eval.workers"
+        )
+    each = min(threads, *cpus) if cpus else 1  # which any node will offer
+    return {"num_cpus": each}, wanted or sum(count // each for count in cpus)
 
 
 def _described(resources: Mapping[str, float]) -> str:

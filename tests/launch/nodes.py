@@ -150,13 +150,14 @@ class RayNodes:
 
 
 @contextlib.contextmanager
-def two_ray_nodes(**head: float) -> Iterator[str]:
+def two_ray_nodes(object_store_memory: int | None = None, **head: float) -> Iterator[str]:
     """Address of a Ray cluster on loopback; each node offers one CPU, the first one also `head`."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **head})
+    both = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": object_store_memory}
+    cluster = Cluster(initialize_head=True, head_node_args=both | head)
     try:
-        cluster.add_node(num_cpus=1, include_dashboard=False)
+        cluster.add_node(**both)
         cluster.wait_for_nodes()
         yield str(cluster.address)
     finally:

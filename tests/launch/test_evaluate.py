@@ -216,7 +216,7 @@ class TestTwoNodes:
         reports: list[str] = []
         killed: list[str] = []
         with cluster(address):
-            workers = ShardWorkers("cpu", 1.0, CPU_THREADS, reports.append)
+            workers = ShardWorkers("cpu", 1.0, None, CPU_THREADS, reports.append)
 
             def kill_one() -> None:
                 while not (running := list(workers.running.values())):
@@ -242,7 +242,7 @@ class TestTwoNodes:
         index = ShardIndex.load(str(detector.config.data.validation))
         index.real_location = Location(tmp_path / "elsewhere")
         with cluster(address):
-            workers = ShardWorkers("cpu", 1.0, CPU_THREADS, print)
+            workers = ShardWorkers("cpu", 1.0, None, CPU_THREADS, print)
             try:
                 with pytest.raises(
                     OSError, match=r"node \S+ cannot read the shards; every node .*elsewhere: no such folder"
@@ -250,6 +250,20 @@ class TestTwoNodes:
                     list(workers.evaluate(detector, index, lambda images: None))
             finally:
                 workers.close()
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_into_the_object_store_go_to_the_disk(
+    make_run: Callable[..., Path], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    """ResNet-50's are 100 MB; a node's store has 78 MB, the least that Ray allows."""
+    backbone = ["model.backbone=resnet50.tv_in1k", "model.pretrained_backbone=false"]
+    run = make_run(tmp_path / "run", synthetic_shards, (10,), *backbone)
+    assert (run / "checkpoints/step_00000010" / WEIGHTS).stat().st_size > 90 << 20
+    evaluate(run, [], output=tmp_path / "here")
+    with two_ray_nodes(object_store_memory=78_643_200) as address:
+        evaluate(run, [], ray_address=address, output=tmp_path / "there")
+    assert written(tmp_path / "there") == written(tmp_path / "here")
 
 
 def test_an_address_without_ray_is_one_message(run_directory: Path, tmp_path: Path) -> None:

@@ -152,12 +152,12 @@ def test_shards_that_cannot_be_reached_are_tried_again(
     checkpoint = add(10)
     ends(run)
     with pytest.raises(ValueError, match=r"(?s)^1 checkpoint.*step_00000010: .*shards: no such folder"):
-        follow([run], [], data=shards)
+        follow([run], [], data=[shards])
     assert capsys.readouterr().out.count("is tried again") == follower.TRIES - 1
     there = load_detector(run_directory).config.data.validation
     come = SimpleNamespace(sleep=lambda seconds: shutil.copytree(there, shards), monotonic=time.monotonic)
     monkeypatch.setattr(follower, "time", come)
-    follow([run], [], data=shards)
+    follow([run], [], data=[shards])
     assert scores(checkpoint)["AP"] >= 0
 
 
