@@ -26,6 +26,7 @@ from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
 from ..core.ownership import check_links, remember
 from ..core.progress import Position
+from ..core.training.beside import LOG
 from ..core.training.changes import told_of_changes
 from ..core.training.engine import deepspeed_config
 from ..core.training.heartbeat import TRY_AGAIN
@@ -339,7 +340,9 @@ def _beginning(
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
     if path.exists():
-        check_links(path, *(path / name for name in ("checkpoints", *Record.FILES)), *path.glob("checkpoints/*"))
+        check_links(
+            path, *(path / name for name in ("checkpoints", "eval", LOG, *Record.FILES)), *path.glob("checkpoints/*")
+        )
     if resume is None and not checkpoints(path):
         return _Beginning(path, resumes=False)
     checkpoint = find_checkpoint(path)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.documents import parse_json
 from ...data.text import visible
 from ..checkpoint import checkpoints
 from ..checkpoint.weights import STEP, WEIGHTS
@@ -84,8 +85,8 @@ class Beside:
         status = self._process.poll() if self._process else None  # before the answers, of which none comes later
         for answer in self._answers():
             if "said" in answer:
-                log.info("evaluation: %s", visible(answer["said"]))
-            else:
+                log.info("evaluation: %s", visible(str(answer["said"])))
+            elif self._backlog.at_work and "result" in answer:
                 self._end(answer)
         if status is not None:
             self.close()
@@ -202,7 +203,13 @@ class Beside:
         while chunk := self._process.stdout.read(1 << 16):  # None for nothing yet, empty at the end
             self._read += chunk
         *lines, self._read = self._read.split(b"\n")
-        return [json.loads(line) for line in lines]
+        answers = []
+        for line in lines:
+            try:
+                answers.append(parse_json(line))
+            except ValueError as error:  # printed by something in there
+                log.warning("the process that evaluates gave no answer: %s", error)
+        return [answer for answer in answers if isinstance(answer, dict)]
 
     def _end(self, answer: dict[str, Any]) -> None:
         item, kind = self._backlog.at_work, answer["result"]

@@ -38,6 +38,10 @@ PROGRAM = """
             file.write_text("\\n".join(more))
         if first == "die":
             os._exit(7)
+        if first == "babble":
+            print("no json {", flush=True)
+            print('{"neither": 1}', flush=True)
+            first = "done"
         if first == "hang":
             time.sleep(60)
         if first == "done":
@@ -151,8 +155,9 @@ def test_a_backlog_is_worked_off_from_the_newest_and_says_what_it_leaves_out(ben
         (["failed again", "failed never"], [("failed", True), ("failed", False)], False),
         (["unreachable again"] * 9 + ["done"], [("unreachable", True)] * 9, True),
         (["busy"] * 9 + ["done"], [], True),
+        (["babble"], [], True),
     ],
-    ids=["dies once", "dies", "is wrong", "no cluster for long", "a follower is at it"],
+    ids=["dies once", "dies", "is wrong", "no cluster for long", "a follower is at it", "says what is no answer"],
 )
 def test_what_fails_is_tried_again(
     answers: list[str], missed: list[tuple[str, bool]], is_evaluated: bool, bench: Bench
@@ -223,6 +228,14 @@ def test_a_signal_ends_the_wait(bench: Bench) -> None:
     bench.saved(60, "hang")
     asked = iter([False, False, True])
     assert waiting.finish(lambda: next(asked)) == [60]
+
+
+def test_a_folder_that_cannot_be_made_is_a_failure(bench: Bench) -> None:
+    waiting = bench.begin()
+    (bench.run / "eval").write_text("")
+    bench.saved(10)
+    bench.until(lambda: not waiting.held)
+    assert bench.missed == [(10, "failed", True), (10, "failed", True), (10, "failed", False)]
 
 
 def test_a_program_that_cannot_be_started_is_a_failure(bench: Bench) -> None:

@@ -17,6 +17,7 @@ from ddetr.launch.evaluate import evaluate
 from ddetr.launch.follow import claimed
 
 from tests.core.runs import SMALL, collect
+from tests.launch.nodes import two_ray_nodes
 from tests.processes import finished
 
 pytestmark = pytest.mark.integration
@@ -127,6 +128,19 @@ def test_a_run_has_its_checkpoints_evaluated_and_no_ray_in_a_rank(synthetic_shar
         assert entry["epoch"] == step // 6 - 1
     again = finished("train", "--resume", tmp_path / "run", program=looking)
     assert "nothing is left to do" in again.stdout, again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_training_and_evaluation_on_one_ray_cluster(synthetic_shards: Path, tmp_path: Path) -> None:
+    """A rank is a child of a Ray worker there, and the process beside it has its variables."""
+    settings = [f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}", f"train.output={tmp_path}"]
+    settings += ["train.name=run", "train.epochs=4", "train.evaluate_every_epochs=2", "eval.required=all"]
+    with two_ray_nodes() as address:
+        line = ["train", "tiny", *SMALL, *settings, "--ray", address, "--ranks", "1", "--eval-ray", address]
+        done = finished(*line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [entry["step"] for entry in history.read(tmp_path / "run").evaluations] == [12, 24]
+    assert not [event for event in collect(tmp_path / "run", "", 0).events if event["event"] == "evaluation_missed"]
 
 
 def test_what_leaves_nothing_to_evaluate_is_named(synthetic_shards: Path, tmp_path: Path) -> None:
