@@ -45,8 +45,8 @@ from ddetr.launch.cli import main
 
 if len(sys.argv) > 2 and sys.argv[1].startswith("--core="):
     before = ["taskset", "-c", sys.argv.pop(1).removeprefix("--core=")]
-    command_of = train.command_of
-    train.command_of = lambda address: [*before, *command_of(address)]
+    command = train.lifeline.command
+    train.lifeline.command = lambda *of: [*before, *command(*of)]
 
 spent, observe = [], Beside.observe
 def timed(self, report):

@@ -31,11 +31,15 @@ TOKEN = (
 _QUESTION, _QUESTION_OF_CLIENTS = "/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.RayletDriver/ClusterInfo"
 
 
+class ClusterError(ConnectionError):
+    """A Ray cluster cannot be used now, or not from here; it may be later."""
+
+
 @contextlib.contextmanager
 def cluster(address: str) -> Iterator[None]:
     """Connect to the Ray at `address` (HOST:PORT, ray://HOST:PORT or auto); `local` starts one and stops it again.
 
-    A connection that the caller already holds is used and kept. Raises ConnectionError when there is no Ray, or one
+    A connection that the caller already holds is used and kept. Raises ClusterError when there is no Ray, or one
     that wants a token which this process does not have.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
@@ -47,8 +51,11 @@ def cluster(address: str) -> Iterator[None]:
         with _own():
             yield
     else:
-        with reachable(address) as found, _connected(address=found):
-            yield
+        with reachable(address) as found:
+            if not found.startswith("ray://"):
+                _check_is_node(found)
+            with _connected(address=found):
+                yield
 
 
 @contextlib.contextmanager
@@ -57,10 +64,13 @@ def reachable(address: str) -> Iterator[str]:
 
     Yields the address, that of a cluster here for `auto`. Raises as `cluster`.
     """
-    if not RAY_ADDRESS.fullmatch(address):
-        raise ValueError(f"Ray address {address!r}: expected HOST:PORT, ray://HOST:PORT, auto or local")
+    given = f"Ray address {address!r}"
+    if address == "auto" and (named := os.environ.get("RAY_ADDRESS", "auto")) != "auto":
+        given, address = f"RAY_ADDRESS={named}", named
+    if not RAY_ADDRESS.fullmatch(address) or (address == "local" and given.startswith("RAY_ADDRESS")):
+        raise ValueError(f"{given}: expected HOST:PORT, ray://HOST:PORT, auto or local")
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or _running_here()
+        address = _running_here()
     _check_reachable(address)
     with _environment({"RAY_AUTH_MODE": _authentication(address)}):
         yield address
@@ -95,9 +105,9 @@ def _connected(address: str, **options: Any) -> Iterator[None]:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
-        raise ConnectionError(f"no Ray cluster at {address!r}: {error}. {START}") from error
+        raise ClusterError(f"no Ray cluster at {address!r}: {error}. {START}") from error
     except RuntimeError as error:  # other versions of Ray or Python there, as it says
-        raise ConnectionError(f"the Ray cluster at {address!r} cannot be used: {error}") from error
+        raise ClusterError(f"the Ray cluster at {address!r} cannot be used: {error}") from error
     try:
         yield
     finally:
@@ -108,7 +118,7 @@ def _authentication(address: str) -> str:
     """RAY_AUTH_MODE for a cluster. Ray's default for an address is `disabled`, whether or not there is a token here.
 
     The user's own setting stays. A token is sent only to a cluster that wants one: with it the client wants tokens
-    itself, and refuses the workers of a cluster without. Raises ConnectionError when the cluster refuses what it gets.
+    itself, and refuses the workers of a cluster without. Raises ClusterError when the cluster refuses what it gets.
     """
     from ray.exceptions import AuthenticationError
 
@@ -117,15 +127,15 @@ def _authentication(address: str) -> str:
         return given or "disabled"
     wants = f"the Ray cluster at {address} wants a token"
     if given is not None and given.lower() != "token":
-        raise ConnectionError(f"{wants}, but RAY_AUTH_MODE={given} sends none: {TOKEN}")
+        raise ClusterError(f"{wants}, but RAY_AUTH_MODE={given} sends none: {TOKEN}")
     try:
         found = _compiled().AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     except AuthenticationError as error:
-        raise ConnectionError(f"{wants}, but {error.message}: {TOKEN}") from error
+        raise ClusterError(f"{wants}, but {error.message}: {TOKEN}") from error
     if not found:
-        raise ConnectionError(f"{wants}, and there is none here: {TOKEN}")
+        raise ClusterError(f"{wants}, and there is none here: {TOKEN}")
     if _refused(address, "token"):
-        raise ConnectionError(f"{wants}, and refuses the one that it gets from here: {TOKEN}")
+        raise ClusterError(f"{wants}, and refuses the one that it gets from here: {TOKEN}")
     return "token"
 
 
@@ -177,13 +187,26 @@ def _compiled() -> Any:
     return _raylet
 
 
+def _check_is_node(address: str) -> None:
+    """Raise ClusterError unless this machine is a node of the cluster: Ray itself ends the process then."""
+    nodes = _compiled().GcsClient(address=address).get_all_node_info(timeout=REACHABLE_SECONDS).values()
+    theirs = {node.node_manager_address for node in nodes if node.state == 0}  # alive
+    own = {item.address.partition("%")[0] for items in psutil.net_if_addrs().values() for item in items}
+    if not theirs & own:
+        host = address.rpartition(":")[0]
+        raise ClusterError(
+            f"this machine is no node of the Ray cluster at {address}: join it (`ray start --address={address}`), or "
+            f"connect through its head with ray://{host}:10001, which is `ray start --ray-client-server-port`"
+        )
+
+
 def _running_here() -> str:
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     try:
         return canonicalize_bootstrap_address_or_die("auto")
     except ConnectionError as error:
-        raise ConnectionError(f"no Ray cluster runs on this machine. {START}") from error
+        raise ClusterError(f"no Ray cluster runs on this machine. {START}") from error
 
 
 def _check_reachable(address: str) -> None:
@@ -192,4 +215,4 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ConnectionError(f"no Ray cluster answers at {address} ({error}). {START}") from error
+        raise ClusterError(f"no Ray cluster answers at {address} ({error}). {START}") from error

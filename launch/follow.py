@@ -84,7 +84,8 @@ def follow(
 
 
 class _Follower:
-    """given_up: why a checkpoint is not tried any more. without_score: those that gave numbers that are not finite.
+    """given_up: why a checkpoint, written at this time, is not tried any more. without_score: those that gave numbers
+    that are not finite.
 
     is_another_at_work: on a checkpoint that has no result yet.
     """
@@ -96,8 +97,8 @@ class _Follower:
         self._sets = named_sets(data)
         self._indices: dict[Location | None, ShardIndex] = {}
         self._done: set[tuple[Path, int]] = set()  # and when its weights were written
-        self._tries: Counter[Path] = Counter()
-        self.given_up: dict[Path, str] = {}
+        self._tries: Counter[tuple[Path, int]] = Counter()
+        self.given_up: dict[tuple[Path, int], str] = {}
         self.without_score: list[str] = []
         self.is_another_at_work = False
 
@@ -105,7 +106,7 @@ class _Follower:
         """Evaluate the newest checkpoint without a result; False where there is none that nobody works on."""
         self.is_another_at_work = False
         for checkpoint, written in _newest_first(runs):
-            if (checkpoint, written) in self._done or checkpoint in self.given_up:
+            if (checkpoint, written) in self._done or (checkpoint, written) in self.given_up:
                 continue
             try:
                 if not self._lacking(checkpoint):
@@ -118,11 +119,11 @@ class _Follower:
                     self._evaluate(checkpoint)  # unless another follower had the claim, and did
                 self._done.add((checkpoint, written))
             except (OSError, RuntimeError) as error:
-                self._failed(checkpoint, error, again=True)
+                self._failed(checkpoint, written, error, again=True)
             except ValueError as error:
                 if isinstance(error, ForeignSettingError) or (isinstance(error, ConfigError) and is_sound(checkpoint)):
                     raise
-                self._failed(checkpoint, error, again=False)
+                self._failed(checkpoint, written, error, again=False)
             return True
         return False
 
@@ -139,26 +140,29 @@ class _Follower:
         return lacking
 
     def _evaluate(self, checkpoint: Path) -> None:
+        if not (lacking := self._lacking(checkpoint)):
+            return
+        self._evaluators.of(contents(checkpoint, self._overrides).config)  # before the weights are read
         detector, weights = loaded(checkpoint, self._overrides)
-        for name, index in self._lacking(checkpoint).items():
+        for name, index in lacking.items():
             places = places_of(detector.path, inside=name)
             found = evaluate_detector(detector, weights, index, places, self._evaluators, self._console)
             if num_not_finite := found.result.num_not_finite:
                 self.without_score.append(f"{detector.path}: {without_score(num_not_finite)}")
                 self._console.print(self.without_score[-1], soft_wrap=True)
 
-    def _failed(self, checkpoint: Path, error: Exception, *, again: bool) -> None:
+    def _failed(self, checkpoint: Path, written: int, error: Exception, *, again: bool) -> None:
+        self._evaluators.release()
         if not checkpoint.exists():
             self._console.print(f"{checkpoint} was deleted meanwhile: left out", soft_wrap=True)
             return
-        self._tries[checkpoint] += 1
-        if again and self._tries[checkpoint] < TRIES:
+        self._tries[checkpoint, written] += 1
+        if again and self._tries[checkpoint, written] < TRIES:
             self._console.print(f"{checkpoint} is tried again: {error}", soft_wrap=True)
             self._indices = {}
-            self._evaluators.release()
             time.sleep(POLL_SECONDS)
             return
-        self.given_up[checkpoint] = f"{checkpoint}: {error}"
+        self.given_up[checkpoint, written] = f"{checkpoint}: {error}"
         self._console.print(f"{checkpoint} cannot be evaluated, the others go on: {error}", soft_wrap=True)
 
 
@@ -195,7 +199,9 @@ def claimed(checkpoint: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
-        file.unlink(missing_ok=True)
+        try:
+            yield True
+        finally:
+            file.unlink(missing_ok=True)
     finally:
         os.close(descriptor)

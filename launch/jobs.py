@@ -8,6 +8,7 @@ import re
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,13 @@ from ..core.checkpoint import contents, read_newest
 from ..core.config import Config, changed
 from ..core.overrides import written
 from ..data.location import Location
-from .cluster import reachable
+from .cluster import ClusterError, reachable
 from .console import say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+POLL_SECONDS = 1.0
 ONE_JOB = "ddetr_command"  # the metadata by which the same command is known again
 _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # which win over an address that is given to Ray's client
 # Ray's own `python` is where the job runs; it starts what is installed there.
@@ -42,17 +44,18 @@ def submit(
     The same command that is pending or running there is joined, not started again. wait: print the job's output, and
     raise ChildProcessError if it fails. Paths are made absolute; the cluster's nodes must have what they name.
 
-    Raises ConnectionError without a cluster or its job server, and FileNotFoundError and ValueError for what is no
+    Raises ClusterError without a cluster or its job server, and FileNotFoundError and ValueError for what is no
     checkpoint.
     """
     if address == "local":
         raise ValueError("--submit: a job needs a Ray cluster that stays; give its address with --ray")
-    steps = [read_newest(path, contents).step for path in paths if "--follow" not in options]
+    follows = "--follow" in options
+    known = [] if follows else [read_newest(path, lambda file: contents(file, overrides)) for path in paths]
     shards = [f"--data={Location(location).from_anywhere(Path.cwd())}" for location in data]
-    resolved = [str(path.resolve()) for path in paths]
-    command = [*_PROGRAM, *resolved, *shards, *options, *_from_anywhere(overrides), "--ray", "auto"]
-    name = _name(paths[0], "follow" if "--follow" in options else "all" if "--all" in options else steps[0])
-    with reachable(address) as found, _without(_ADDRESSES):
+    given = _from_anywhere(overrides, known[0].config if known else changed(Config(), overrides, "the settings"))
+    command = [*_PROGRAM, *(str(path.absolute()) for path in paths), *shards, *options, *given, "--ray", "auto"]
+    name = _name(paths[0], "follow" if follows else "all" if "--all" in options else known[0].step)
+    with reachable(address) as found, _without(_ADDRESSES), _as_cluster_errors(address):
         client = _client(found)
         job = _known(client, command) or _submitted(client, name, command)
         say(job)
@@ -62,14 +65,14 @@ def submit(
     return job
 
 
-def _from_anywhere(overrides: Sequence[str]) -> list[str]:
-    """The overrides, paths in them absolute."""
+def _from_anywhere(overrides: Sequence[str], config: Config) -> list[str]:
+    """The overrides, paths in them absolute. config: has them."""
     moved = []
     for override in overrides:
-        key, _, _ = override.partition("=")
-        section, _, name = key.strip().partition(".")
-        value = getattr(getattr(changed(Config(), [override], "the settings"), section), name)
-        moved.append(written(key, value.from_anywhere(Path.cwd())) if isinstance(value, Location) else override)
+        section, _, name = override.partition("=")[0].strip().partition(".")
+        value = getattr(getattr(config, section, None), name, None)
+        is_place = isinstance(value, Location)
+        moved.append(written(f"{section}.{name}", value.from_anywhere(Path.cwd())) if is_place else override)
     return moved
 
 
@@ -80,13 +83,22 @@ def _name(path: Path, what: str | int | None) -> str:
     return re.sub(r"[^\w.-]+", "-", f"ddetr-eval-{run.name[:80]}-{step}", flags=re.ASCII)
 
 
+@contextlib.contextmanager
+def _as_cluster_errors(address: str) -> Iterator[None]:
+    """Ray's job client raises RuntimeError, whatever it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ClusterError(f"the job server of the Ray cluster at {address}: {error}") from error
+
+
 def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConnectionError(
+        raise ClusterError(
             f"the Ray cluster at {address} takes no jobs from here: {error}. Its head needs ray[default] and its "
             "dashboard an address that is reached from here (ray start --head --dashboard-host=0.0.0.0)"
         ) from error
@@ -115,13 +127,23 @@ def _digest(command: Sequence[str]) -> str:
 def _join(client: "JobSubmissionClient", job: str) -> None:
     """Print what the job prints until it ends. Raises ChildProcessError unless it succeeds."""
 
-    async def follow() -> None:
-        async for lines in client.tail_job_logs(job):
-            for line in lines.splitlines():
-                say(line)
+    shown = 0  # characters: the log comes from its beginning each time
 
+    async def follow() -> None:
+        nonlocal shown
+        seen = 0
+        async for lines in client.tail_job_logs(job):
+            new = lines[max(0, shown - seen) :]
+            seen += len(lines)
+            if seen > shown:
+                shown = seen
+                for line in new.splitlines():
+                    say(line)
+
+    while not (info := client.get_job_info(job)).status.is_terminal():
+        asyncio.run(follow())  # until it has ended, or the connection to the dashboard
+        time.sleep(POLL_SECONDS)
     asyncio.run(follow())
-    info = client.get_job_info(job)
     if info.status != "SUCCEEDED":
         raise ChildProcessError(f"job {job} has ended as {info.status}: {info.message}")
 

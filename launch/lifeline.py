@@ -12,6 +12,11 @@ import sys
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line of a module of this folder as a program that ends with the calling process."""
+    return [sys.executable, "-m", f"{__package__}.lifeline", str(os.getpid()), f"{__package__}.{module}", *arguments]
+
+
 def main() -> None:
     """Run the module as `python -m MODULE ARGUMENTS...` would; the kernel kills it when the parent is gone."""
     parent, module = sys.argv[1:3]

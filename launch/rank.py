@@ -5,10 +5,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from typing import TextIO
+
+from . import lifeline
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class Rank:
         file = os.memfd_create("config.yaml")  # leaves nothing behind, however this process ends
         try:
             os.write(file, config.encode())
-            until_this_ends = [sys.executable, "-m", f"{__package__}.lifeline", str(os.getpid())]
             self._process = subprocess.Popen(
-                [*until_this_ends, f"{__package__}.cli", "train", f"/proc/self/fd/{file}", *options],
+                lifeline.command("cli", "train", f"/proc/self/fd/{file}", *options),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

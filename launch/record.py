@@ -117,7 +117,8 @@ class Record:
             else:
                 self.event("checkpoint_failed", step=item.step, reason=item.error)
         elif isinstance(item, MissedReport):
-            self.event("evaluation_missed", **asdict(item))
+            if not item.repeats:
+                self.event("evaluation_missed", **self._without(item, "repeats"))
         elif isinstance(item, EvaluationReport):
             found = item.result
             score = found.metrics[found.headline]

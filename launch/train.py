@@ -26,7 +26,7 @@ from ..core.model.backbone import Backbone
 from ..core.model.detector import Detector, build
 from ..core.ownership import check_links, remember
 from ..core.progress import Position
-from ..core.training.beside import LOG
+from ..core.training.beside import LOG, unevaluated
 from ..core.training.changes import told_of_changes
 from ..core.training.engine import deepspeed_config
 from ..core.training.heartbeat import TRY_AGAIN
@@ -44,8 +44,8 @@ from ..data.index import ShardIndex
 from ..data.stream import TrainStream
 from ..monitoring.exporter import serve
 from ..monitoring.metrics import RunMetrics
-from .beside import command_of
-from .console import LogFormatter
+from . import lifeline
+from .console import LogFormatter, say
 from .environment import SharedMemory, check, check_compiler_cache, check_shared_memory
 from .identity import Identity, identify
 from .record import Record, announced
@@ -137,7 +137,7 @@ def run(
             validation_index=validation_index,
             resume=resumes,
             observers=observing,
-            evaluator=command_of(config.eval.ray) if config.eval.ray is not None else (),
+            evaluator=lifeline.command("beside", config.eval.ray) if config.eval.ray is not None else (),
         )
         if trainer.beside:
             stack.callback(trainer.beside.close)
@@ -145,11 +145,13 @@ def run(
         missing = _missing_beside(trainer) if end is End.FINISHED else []
         trainer.observe(EndReport(end.value))
     if missing:
-        raise OSError(
+        told = (
             f"{run_directory} is trained, but the evaluation of step {', '.join(map(str, missing))} is missing "
-            f"(eval.required={config.eval.required}). The same command with --resume {run_directory} makes up for it, "
-            f"and so does `ddetr eval {run_directory} --follow`"
+            f"(eval.required={config.eval.required}). `ddetr eval {run_directory} --follow` makes up for it"
         )
+        if world.size == 1:
+            raise OSError(f"{told}, and so does --resume {run_directory}")
+        say(f"ddetr: {told}", file=sys.stderr)  # launchers would start all ranks again for another exit status
     if end is End.OTHERS:  # a launcher should not take this for the end, and leave this host out of the rest
         sys.exit(TRY_AGAIN)
     return run_directory
@@ -164,9 +166,9 @@ def _missing_beside(trainer: Trainer) -> list[int]:
     """Wait for the evaluations that a run needs, without the other ranks; the steps of those that did not come."""
     if trainer.beside is None:
         return []
-    _leave()
-    asked: list[bool] = []
+    asked = [True] * trainer.watch.asked  # while the last checkpoint was saved
     with stop_signals(lambda: asked.append(True), "the run ends without what it waits for"):
+        _leave()
         missing = trainer.beside.finish(lambda: bool(asked))
     return [] if asked else missing
 
@@ -175,6 +177,11 @@ def check_beforehand(config: Config, metric: str | None = None) -> None:
     """All that a `run` of one rank finds out about a configuration before it makes anything, and whether it will have
     the score `metric`, by which a search goes. Raises what it raises, and ValueError.
     """
+    if config.eval.ray is not None:
+        raise ValueError(
+            f"eval.ray={config.eval.ray}: a sweep goes by each evaluation as it comes, on the resources of its trial; "
+            "leave it out"
+        )
     config, index, validation_index = _open_data(config)
     if validation_index and validation_index.lack:
         raise ValueError(without_score_of(validation_index))
@@ -312,7 +319,8 @@ def _print_plan(
     )
     fetched = "fetching the backbone's weights, " if config.model.pretrained_backbone and not began.resumes else ""
     common = "whether the hosts share train.output, " if world.size > 1 else ""
-    print(f"# not tried: {fetched}{common}batches of full size, saving")
+    cluster = "" if config.eval.ray is None else f", the Ray cluster at {config.eval.ray}"
+    print(f"# not tried: {fetched}{common}batches of full size, saving{cluster}")
 
 
 @dataclass(frozen=True)
@@ -340,9 +348,8 @@ def _beginning(
         raise ValueError(f"{path} exists already; continue it with --resume {path}, or choose another train.name")
     path = resume.resolve() if resume is not None else path
     if path.exists():
-        check_links(
-            path, *(path / name for name in ("checkpoints", "eval", LOG, *Record.FILES)), *path.glob("checkpoints/*")
-        )
+        own = ("checkpoints", *Record.FILES, *(("eval", LOG) if config.eval.ray is not None else ()))
+        check_links(path, *(path / name for name in own), *path.glob("checkpoints/*"))
     if resume is None and not checkpoints(path):
         return _Beginning(path, resumes=False)
     checkpoint = find_checkpoint(path)
@@ -355,13 +362,20 @@ def _beginning(
         raise ValueError(f"{checkpoint} has no EMA: the run was trained without train.ema_decay")
     check_same(stored.categories, index.categories, checkpoint, index.location)
     schedule = Schedule.of(config.train, stream.steps_per_epoch, stored.position)
-    unevaluated = False
-    waits = config.eval.ray is None or config.eval.required != "none"
-    if validation_index and config.train.evaluate_every_epochs and waits:
-        unevaluated = not is_evaluated(checkpoint, Measure.of(config, validation_index))
-    over = None if unevaluated else nothing_left(stored.position, schedule)
+    over = None if _lacks_results(path, config, validation_index) else nothing_left(stored.position, schedule)
     told = told_of_changes(stored.config, config, path, stored.position, stream.steps_per_epoch)
     return _Beginning(path, True, told, stored.position, over)
+
+
+def _lacks_results(run_directory: Path, config: Config, index: ShardIndex | None) -> bool:
+    """Whether the end of the run is to evaluate, or to wait for, what it has not evaluated yet."""
+    if index is None or not config.train.evaluate_every_epochs:
+        return False
+    measure = Measure.of(config, index)
+    required = "last" if config.eval.ray is None else config.eval.required
+    if required == "all":
+        return bool(unevaluated(run_directory, config, measure))
+    return required == "last" and not is_evaluated(find_checkpoint(run_directory), measure)
 
 
 @contextlib.contextmanager

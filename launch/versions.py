@@ -4,7 +4,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NODE_SECONDS = 60.0  # for a node's answer
+from .cluster import ClusterError
+
+NODE_SECONDS = 60.0  # for the nodes' answers
 
 
 def programs() -> dict[str, str]:
@@ -30,39 +32,45 @@ def programs() -> dict[str, str]:
     return found | {"ddetr": f"{found['ddetr']} ({code.hexdigest()[:8]})"}
 
 
-def check_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
+def check_nodes(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
     """Compare the programs of these nodes, as ray.nodes() has them, with those of this process.
 
-    Raises ConnectionError that names the nodes with other ones. Nodes without CPUs and GPUs run nothing of ours.
+    Returns Ray's ids of those that have the same: some may be lost or too busy to answer. Raises ClusterError that
+    names the others. Nodes without CPUs and GPUs run nothing of ours.
     """
     import ray
     from ray import cloudpickle
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here, differing = programs(), []
-    module = sys.modules[__name__]
+    here, same, differing = programs(), set[str](), []
+    module, asked = sys.modules[__name__], {}
     cloudpickle.register_pickle_by_value(module)
     try:
-        asked = {}
         for node in nodes:
-            if not any(node["Resources"].get(name, 0) for name in ("CPU", "GPU")):
-                continue
-            on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, max_retries=0)(programs).options(scheduling_strategy=on)
-            asked[task.remote()] = node
+            if any(node["Resources"].get(name, 0) for name in ("CPU", "GPU")):
+                on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, max_retries=0)(programs).options(scheduling_strategy=on)
+                asked[task.remote()] = node
     finally:
         cloudpickle.unregister_pickle_by_value(module)
-    for future, node in asked.items():
+    for future in ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)[0] if asked else ():
+        node = asked[future]
+        where = f"node {node['NodeManagerAddress']}"
         try:
-            there: Any = ray.get(future, timeout=NODE_SECONDS)
-        except GetTimeoutError:
-            continue  # it is busy: what comes to run there is looked at again
-        except RayError:
-            continue  # lost meanwhile
-        if others := [f"{name} {there[name]}, here {here[name]}" for name in here if there.get(name) != here[name]]:
-            differing.append(f"node {node['NodeManagerAddress']} has {' and '.join(others)}")
+            there: Any = ray.get(future)
+        except RayTaskError as error:
+            differing.append(f"{where} cannot say which: {error.cause!r}")
+            continue
+        except RayError:  # lost meanwhile
+            continue
+        if others := [f"{name} {there.get(name)}, here {here[name]}" for name in here if there.get(name) != here[name]]:
+            differing.append(f"{where} has {' and '.join(others)}")
+        else:
+            same.add(node["NodeID"])
     if differing:
-        raise ConnectionError(
-            f"{'; '.join(differing)}. Results would differ: install the same on every node of the Ray cluster and here"
+        raise ClusterError(
+            f"other programs on the Ray cluster: {'; '.join(differing)}. Results would differ: install the same ddetr "
+            "and torch on every node and here"
         )
+    return same

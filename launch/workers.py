@@ -18,6 +18,7 @@ from ..core.training.world import device_for
 from ..data.cache import open_shards
 from ..data.index import ShardIndex
 from ..data.location import Location
+from .cluster import ClusterError
 from .placement import from_anywhere
 from .versions import check_nodes
 
@@ -130,7 +131,7 @@ class ShardWorkers:
         The weights go to Ray's object store once, where each worker reads them once.
 
         Raises RuntimeError when a shard has lost its worker more than RETRIES times, and for other errors of Ray, and
-        ConnectionError when a client (`ray://`) loses the cluster. What a worker raises as a user's mistake
+        ClusterError when a client (`ray://`) loses the cluster. What a worker raises as a user's mistake
         (ValueError, OSError) is raised here as it is.
         """
         import grpc
@@ -141,7 +142,11 @@ class ShardWorkers:
         except RayError as error:
             raise RuntimeError(f"Ray: {error}") from error
         except grpc.RpcError as error:
-            raise ConnectionError("the connection to the Ray cluster was lost") from error
+            raise ClusterError("the connection to the Ray cluster was lost") from error
+        finally:  # if it ended early, what is left of it is nobody's
+            for worker, _ in self.running.values():
+                self._kill(worker)
+            self.running = {}
 
     def _evaluated(
         self, detector: TrainedDetector, index: ShardIndex, advance: Callable[[int], None]
@@ -167,10 +172,11 @@ class ShardWorkers:
                     self._join(future)
                     continue
                 worker, shard = self.running.pop(future)
+                self.idle.append(worker)
                 try:
                     result = _result(future)
-                    self.idle.append(worker)
                 except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
+                    self.idle.remove(worker)
                     lost[shard] += 1
                     where = f"shard {index.shards[shard].name}: its worker on {worker.host} died"
                     if lost[shard] > RETRIES:
@@ -191,12 +197,16 @@ class ShardWorkers:
             counted = done
 
     def close(self) -> None:
+        for worker in [*self.idle, *self.starting.values(), *(worker for worker, _ in self.running.values())]:
+            self._kill(worker)
+        self.idle, self.starting, self.running = [], {}, {}
+
+    @staticmethod
+    def _kill(worker: _Worker) -> None:
         import ray
 
-        for worker in [*self.idle, *self.starting.values(), *(worker for worker, _ in self.running.values())]:
-            with contextlib.suppress(ConnectionError):  # of a client that lost the cluster: they ended with its driver
-                ray.kill(worker.actor)
-        self.idle, self.starting, self.running = [], {}, {}
+        with contextlib.suppress(ConnectionError):  # of a client that lost the cluster: they ended with its driver
+            ray.kill(worker.actor)
 
     def _start_for(self, shards: int) -> None:
         """As many workers as there are shards for, at most as many as the cluster holds."""
@@ -214,8 +224,7 @@ class ShardWorkers:
 
     def _check(self, nodes: Sequence[Mapping[str, Any]]) -> None:
         if new := [node for node in nodes if node["NodeID"] not in self._checked]:
-            check_nodes(new)
-            self._checked.update(node["NodeID"] for node in new)
+            self._checked |= check_nodes(new)
 
     def _start(self) -> None:
         worker = _Worker(self._actor.remote(self._threads))
@@ -260,7 +269,7 @@ def _resources(
     with_gpus = [node for node in nodes if node.get("GPU", 0)]
     if device == "cuda" or (device == "auto" and with_gpus):
         if not with_gpus and wanted is None:
-            raise ValueError(
+            raise ClusterError(
                 "train.device=cuda, but no node of the Ray cluster has a GPU; set train.device=cpu or auto, or, where "
                 "the cluster adds nodes with GPUs, eval.workers"
             )
@@ -268,7 +277,7 @@ def _resources(
         return {"num_gpus": gpus}, wanted or sum(int(node["GPU"]) * a_gpu for node in with_gpus)
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus and wanted is None:
-        raise ValueError(
+        raise ClusterError(
             "no node of the Ray cluster offers a CPU (ray start --num-cpus); where the cluster adds nodes by itself, "
             "set eval.workers"
         )

@@ -86,8 +86,7 @@ class Checkpoint:
         try:
             if values["version"] == 1:
                 values = _as_listed_now(values, kept)
-            numbers = {name: whole(values, name) for name in ("step", "epochs", "step_in_epoch", "steps_per_epoch")}
-            position = Position(**numbers, order=member(values, "order", str))
+            position = _position(values)
             counts, loss_scale = (member(values, name, dict) for name in ("trained", "loss_scale"))
             if bad := [value for value in loss_scale.values() if not (type(value) is bool or is_number(value))]:
                 raise ValueError(f"'loss_scale' holds {described(bad[0])}")
@@ -156,6 +155,19 @@ class Checkpoint:
             tensor = tensors[name]
             check_finite({name: tensor}, self.folder / (WEIGHTS if in_model else TRAINING))
             yield name, tensor
+
+
+def position_of(folder: Path) -> Position:
+    """The progress of the run when it wrote this checkpoint. Raises ValueError as `read_manifest`."""
+    values = read_manifest(folder)
+    if values["version"] == 1:
+        values = _as_listed_now(values, StoredTensors(folder / TRAINING))
+    return _position(values)
+
+
+def _position(values: Mapping[str, Any]) -> Position:
+    numbers = {name: whole(values, name) for name in ("step", "epochs", "step_in_epoch", "steps_per_epoch")}
+    return Position(**numbers, order=member(values, "order", str))
 
 
 def _as_listed_now(values: Mapping[str, Any], kept: StoredTensors) -> dict[str, Any]:

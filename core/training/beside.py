@@ -1,27 +1,22 @@
 """Evaluation beside training: rank 0 hands checkpoints to a process of its own, and takes the results as they come.
 
-The process may wait, fail or be killed: training never waits for it. It reads lines of JSON, the configuration first
-and then one checkpoint at a time, and answers with lines of JSON: what it says, and how the evaluation ended.
+Training never waits for it. What is due when: schedule.py; what is evaluated next and what is left out: backlog.py.
 """
 
-import contextlib
-import json
 import logging
-import os
-import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-from ...data.documents import parse_json
 from ...data.text import visible
 from ..checkpoint import checkpoints
-from ..checkpoint.weights import STEP, WEIGHTS
-from ..config import Config, dump
+from ..checkpoint.codec import position_of
+from ..checkpoint.weights import WEIGHTS
+from ..config import Config
 from ..evaluation import result
 from ..evaluation.result import Measure, Result
 from .backlog import Backlog, Waiting
+from .evaluator_process import Answer, EvaluatorProcess
 from .reports import CheckpointReport, EvaluationReport, MissedReport, Report, StepReport
 from .schedule import Schedule
 
@@ -30,16 +25,16 @@ log = logging.getLogger("ddetr")
 TRIES = 3  # of a checkpoint whose evaluation fails; a cluster that cannot be reached is asked without end
 PAUSES = (5.0, 10.0, 20.0, 40.0, 60.0)  # seconds before the next try, the last one again and again
 LOG = "eval/log.txt"  # what the process prints, in the run directory
-ENDING_SECONDS = 5.0
 WAITING_SECONDS = 60.0  # between lines that say what the end of a run waits for
 
 
 class Beside:
     """The checkpoints of a run that wait for their evaluation, and the process that evaluates them.
 
-    command: starts the process. observe: gets an EvaluationReport for each result, under the step of its checkpoint,
-    and a MissedReport for each attempt without one. Those of earlier attempts of the run that have no result are made
-    up for, the newest first, as far as train's eval.most_waiting allows.
+    command: starts the process (evaluator_process.py). observe: gets an EvaluationReport for each result, under the
+    step of its checkpoint, and a MissedReport for each attempt without one. asked: whether the run was asked to stop.
+    Checkpoints from before a resume that were due and have no result are made up for, the newest first, as far as
+    eval.most_waiting allows.
     """
 
     def __init__(
@@ -50,51 +45,49 @@ class Beside:
         schedule: Schedule,
         measure: Measure,
         observe: Callable[[Report], None],
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self._command, self._config, self._run_directory = command, config, run_directory
-        self._schedule, self._measure, self._observe = schedule, measure, observe
-        self._process: subprocess.Popen[bytes] | None = None
-        self._read = b""  # the begin of a line
+        self._schedule, self._measure, self._observe, self._asked = schedule, measure, observe, asked
+        self._process: EvaluatorProcess | None = None
+        self._dropped: list[EvaluatorProcess] = []
         self._failures, self._not_before = 0, 0.0  # in a row; time.monotonic of the next try
+        self._said: tuple[str, str] | None = None  # of the last attempt without a result: its kind and why
+        self._begin_step = max((_step(path) for path in checkpoints(run_directory)), default=0)
         self.missing: dict[int, str] = {}  # why a step has no evaluation, of those that are not tried any more
-        found = [self._waiting(path) for path in checkpoints(run_directory)]
-        left = [item for item in found if self._is_due(item.step) and not result.is_evaluated(item.path, measure)]
-        self._backlog, older = Backlog(config.eval.most_waiting).with_(*left)
-        if older:
-            log.warning(
-                "%d older checkpoint(s) have no evaluation and are left out: ddetr eval %s --follow makes up for them",
-                len(older),
-                run_directory,
-            )
+        self._backlog = Backlog(config.eval.most_waiting)
+        self._from_before = [Waiting(_step(path), path) for path in unevaluated(run_directory, config, measure)]
 
     @property
     def held(self) -> Collection[Path]:
         """Checkpoints that may not be deleted yet; may be asked by any thread."""
-        return [item.path for item in self._backlog.all]
+        return [item.path for item in (*self._from_before, *self._backlog.all)]
 
     def observe(self, report: Report) -> None:
         """Take over a checkpoint that is due and complete; after each step look for what has come. Never waits."""
-        if isinstance(report, CheckpointReport) and report.error is None and self._is_due(report.step):
+        if isinstance(report, CheckpointReport) and report.error is None and self._schedule.due(report.step).hand_over:
             self.missing.pop(report.step, None)
-            self._add(self._waiting(Path(report.path)))
+            self._add(Waiting(report.step, Path(report.path)))
         if isinstance(report, CheckpointReport | StepReport):
             self.look()
 
     def look(self) -> None:
         """Report what has come by now, and have the next checkpoint evaluated."""
-        status = self._process.poll() if self._process else None  # before the answers, of which none comes later
-        for answer in self._answers():
-            if "said" in answer:
-                log.info("evaluation: %s", visible(str(answer["said"])))
-            elif self._backlog.at_work and "result" in answer:
-                self._end(answer)
-        if status is not None:
-            self.close()
-            if self._backlog.at_work:
-                why = f"its process ended with exit status {status}; {self._run_directory / LOG} has what it said"
-                self._end({"result": "failed", "why": why, "again": True})
-        if time.monotonic() >= self._not_before and not self._backlog.at_work:
-            self._backlog = self._backlog.begun()
+        self._add(*self._from_before)
+        self._from_before = []
+        self._dropped = [process for process in self._dropped if not process.is_gone]
+        if self._process is not None:
+            status = self._process.status  # before the answers, of which none comes later
+            for answer in self._process.answers():
+                self._hear(answer)
+            if status is not None:
+                self._drop()
+                if self._backlog.at_work and not self._asked():  # a signal to all of the run's processes, otherwise
+                    why = f"its process ended with exit status {status}; {self._run_directory / LOG} has what it said"
+                    self._end(Answer("failed", why))
+        now = time.monotonic()
+        if now >= self._not_before and not self._backlog.at_work and not self._asked():
+            self._backlog = self._backlog.begun(now)
             if self._backlog.at_work:
                 self._begin(self._backlog.at_work)
 
@@ -104,141 +97,133 @@ class Beside:
         stop: whether the wait was asked to end. What still waits then is left out, and said.
         """
         began = told = time.monotonic()
+        self.look()
         while (waited_for := self._awaited()) and not stop():
             if time.monotonic() - began > 60 * self._config.eval.wait_minutes:
                 break
             if told <= time.monotonic():
                 log.info(
-                    "training is done; waiting up to %g min for the evaluation of %s (eval.required=%s)",
+                    "training is done; waiting up to %g min for the evaluation of step %s (eval.required=%s)",
                     self._config.eval.wait_minutes,
-                    _steps(waited_for),
+                    ", ".join(map(str, waited_for)),
                     self._config.eval.required,
                 )
                 told = time.monotonic() + WAITING_SECONDS
             time.sleep(0.1)
             self.look()
         self.close()
-        for item in self._backlog.all:
+        left, self._backlog = self._backlog.all, Backlog(self._config.eval.most_waiting)
+        for item in left:
             self._miss(item, "left_out", "the run has ended", again=False)
-        self._backlog = Backlog(self._config.eval.most_waiting)
         return [step for step in sorted(self.missing) if self._is_required(step)]
 
     def close(self) -> None:
         """End the process; what it was at is made up for when the run resumes."""
-        process, self._process, self._read = self._process, None, b""
-        if process is None:
-            return
-        assert process.stdin is not None
-        with process:  # closes its pipes
-            with contextlib.suppress(OSError):
-                process.stdin.close()  # the end, for one that waits for orders
-            if self._backlog.at_work:
-                process.terminate()  # it still gives back what it has of the cluster
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING_SECONDS)
-            process.kill()
+        process, self._process = self._process, None
+        if process is not None:
+            process.end(at_work=self._backlog.at_work is not None)
 
     def _awaited(self) -> list[int]:
         return sorted(item.step for item in self._backlog.all if self._is_required(item.step))
 
     def _is_required(self, step: int) -> bool:
         required = self._config.eval.required
-        return required == "all" or (required == "last" and step == self._schedule.last_step)
+        return required == "all" or (required == "last" and step >= self._schedule.last_step)
 
-    def _is_due(self, step: int) -> bool:
-        return self._schedule.due(step).hand_over
+    def _add(self, *items: Waiting) -> None:
+        self._backlog, left_out = self._backlog.with_(*items)
+        self._leave_out(left_out)
 
-    @staticmethod
-    def _waiting(path: Path) -> Waiting:
-        assert STEP.fullmatch(path.name), path
-        return Waiting(int(path.name.removeprefix("step_")), path)
-
-    def _add(self, item: Waiting) -> None:
-        self._backlog, left_out = self._backlog.with_(item)
-        for old in left_out:
+    def _leave_out(self, items: Sequence[Waiting]) -> None:
+        for item in items:
             why = f"newer ones wait as well (eval.most_waiting={self._backlog.most})"
-            self._miss(old, "left_out", why, again=False)
+            self._miss(item, "left_out", why, again=False)
 
     def _miss(self, item: Waiting, kind: str, why: str, *, again: bool) -> None:
         if not again:
             self.missing[item.step] = why
-        self._observe(MissedReport(item.step, kind, visible(why), again))
+        repeats, self._said = again and self._said == (kind, why), (kind, why)
+        self._observe(MissedReport(item.step, kind, visible(why), again, repeats))
 
     def _begin(self, item: Waiting) -> None:
         try:
             if self._process is None:
-                self._process = self._started()
-                self._send({"config": dump(self._config)})
-            self._send({"checkpoint": str(item.path)})
+                self._process = EvaluatorProcess(self._command, self._config, self._run_directory / LOG)
+            self._process.order(item.path)
         except OSError as error:  # it has ended, or cannot be started
-            self.close()
-            self._end({"result": "failed", "why": f"its process: {error}", "again": True})
+            self._drop()
+            self._end(Answer("failed", f"its process: {error}"))
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        file = self._run_directory / LOG
-        file.parent.mkdir(exist_ok=True)
-        with file.open("ab") as printed:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=printed,
-                start_new_session=True,  # Ctrl-C is for the ranks
-            )
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        return process
+    def _drop(self) -> None:
+        if self._process is not None:
+            self._process.drop()
+            self._dropped.append(self._process)
+        self._process = None
 
-    def _send(self, order: dict[str, Any]) -> None:
-        """Less than a pipe holds, as the process answers each order before the next: this does not wait."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
+    def _hear(self, answer: Answer) -> None:
+        if answer.kind == "said":
+            log.info("evaluation: %s", visible(answer.text))
+        elif self._backlog.at_work:
+            self._end(answer)
 
-    def _answers(self) -> list[dict[str, Any]]:
-        """The lines that have come."""
-        if self._process is None or self._process.stdout is None:
-            return []
-        while chunk := self._process.stdout.read(1 << 16):  # None for nothing yet, empty at the end
-            self._read += chunk
-        *lines, self._read = self._read.split(b"\n")
-        answers = []
-        for line in lines:
-            try:
-                answers.append(parse_json(line))
-            except ValueError as error:  # printed by something in there
-                log.warning("the process that evaluates gave no answer: %s", error)
-        return [answer for answer in answers if isinstance(answer, dict)]
-
-    def _end(self, answer: dict[str, Any]) -> None:
-        item, kind = self._backlog.at_work, answer["result"]
+    def _end(self, answer: Answer) -> None:
+        item = self._backlog.at_work
         assert item is not None
-        self._backlog = self._backlog.ended()
-        if kind == "done":
-            if measured := self._results(item.path):
-                self._failures = 0
+        if answer.kind == "done":
+            if (found := self._result(item.path)) is not None:
+                self._backlog, _ = self._backlog.ended()
+                self._failures, self._said = 0, None
                 self.missing.pop(item.step, None)
-                epoch = self._schedule.epoch(item.step - 1)
-                self._observe(EvaluationReport(item.step, epoch, measured[-1], answer["bad_samples"]))
+                self._observe(EvaluationReport(item.step, self._epoch(item.step, found), found, answer.bad_samples))
                 return
-            kind, answer = "failed", {"why": "its result is not there", "again": True}
-        tries = item.tries + (kind == "failed")
-        again = kind in ("busy", "unreachable") or (answer["again"] and tries < TRIES)
-        if kind != "busy":  # somebody else is at it
-            self._miss(item, kind, answer["why"], again=again)
+            answer = Answer("failed", "its result is not there")
+        if answer.kind == "busy":  # a follower is at it: another one may be next
+            self._backlog, left_out = self._backlog.ended(item._replace(not_before=time.monotonic() + PAUSES[0]))
+            self._leave_out(left_out)
+            return
+        tries = item.tries + (answer.kind == "failed")
+        again = answer.kind == "unreachable" or (answer.again and tries < TRIES)
         self._not_before = time.monotonic() + PAUSES[min(self._failures, len(PAUSES) - 1)]
         self._failures += 1
-        if again:
-            self._add(item._replace(tries=tries))
+        self._backlog, left_out = self._backlog.ended(item._replace(tries=tries) if again else None)
+        self._miss(item, answer.kind, answer.text, again=again)
+        self._leave_out(left_out)
 
-    def _results(self, checkpoint: Path) -> list[Result]:
+    def _epoch(self, step: int, found: Result) -> int:
+        """From 0. A resume may have changed the number of steps in an epoch."""
+        if step > self._begin_step:
+            return self._schedule.epoch(step - 1)
+        return max(0, (found.epochs or 1) - 1)
+
+    def _result(self, checkpoint: Path) -> Result | None:
         try:
-            return [found for found in result.known(checkpoint / WEIGHTS) if found.measure == self._measure]
+            found = [item for item in result.known(checkpoint / WEIGHTS) if item.measure == self._measure]
         except (OSError, ValueError) as error:
             log.error("%s", error)
-            return []
+            return None
+        return found[-1] if found else None
 
 
-def _steps(steps: Sequence[int]) -> str:
-    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+def unevaluated(run_directory: Path, config: Config, measure: Measure) -> list[Path]:
+    """The checkpoints of a run that were due and have no result of this measure, oldest first."""
+    return [
+        path for path in checkpoints(run_directory) if _was_due(path, config) and not result.is_evaluated(path, measure)
+    ]
+
+
+def _was_due(checkpoint: Path, config: Config) -> bool:
+    """By its own position: a resume may have changed the number of steps in an epoch. The last step was, too."""
+    every = config.train.evaluate_every_epochs
+    try:
+        position = position_of(checkpoint)
+    except (OSError, ValueError):  # damaged: of no use, and said by what reads it
+        return False
+    if every == 0:
+        return False
+    whole = position.step_in_epoch == 0
+    is_last = position.step == config.train.max_steps or (whole and position.epochs == config.train.epochs)
+    return is_last or (whole and position.epochs % every == 0)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

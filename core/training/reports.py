@@ -54,12 +54,14 @@ class MissedReport:
     """An evaluation beside training gave no result. Only rank 0 reports it.
 
     kind: "failed", "unreachable" (the cluster), or "left_out" without a try. again: whether it is tried again.
+    repeats: the attempt before it ended in the same way.
     """
 
     step: int
     kind: str
     reason: str
     again: bool
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class Progress:
             self._step(report)
         elif isinstance(report, EvaluationReport):
             self._evaluation(report)
-        elif isinstance(report, MissedReport):
+        elif isinstance(report, MissedReport) and not report.repeats:
             end = "it is tried again" if report.again else "it has no score"
             log.warning("step %d is not evaluated, %s: %s", report.step, end, report.reason)
 

@@ -106,7 +106,9 @@ class Trainer:
         self.measure = Measure.of(config, validation_index) if validation_index else None
         self.beside: Beside | None = None
         if beside and self.measure and world.rank == 0:
-            self.beside = Beside(evaluator, config, run_directory, self.schedule, self.measure, self.observe)
+            self.beside = Beside(
+                evaluator, config, run_directory, self.schedule, self.measure, self.observe, self._is_asked
+            )
             self.observers += (self.beside.observe,)
         keep = config.train.keep_checkpoints
         self.saver = Saver(run_directory, keep, self.measure, world, self.observe, self._held)
@@ -253,6 +255,9 @@ class Trainer:
 
     def _asked(self) -> End:
         return End.ASKED if self.watch.asked else End.OTHERS
+
+    def _is_asked(self) -> bool:
+        return self.watch.stop()
 
     def _held(self) -> Collection[Path]:
         return self.beside.held if self.beside else ()

@@ -1,5 +1,6 @@
 """What rank 0 does about evaluations beside training, with a process that answers as it is told to; without Ray."""
 
+import json
 import sys
 import textwrap
 import time
@@ -12,6 +13,7 @@ import pytest
 from ddetr.core.config import Config, changed, load
 from ddetr.core.evaluation import result
 from ddetr.core.evaluation.result import Measure, Result
+from ddetr.core.progress import Position
 from ddetr.core.training import beside
 from ddetr.core.training.beside import Beside
 from ddetr.core.training.reports import CheckpointReport, EvaluationReport, MissedReport, Report
@@ -26,8 +28,7 @@ PROGRAM = """
     import json, os, sys, time
     from pathlib import Path
     folder = Path(sys.argv[1])
-    config = json.loads(sys.stdin.readline())["config"]
-    (folder / "config").write_text(config)
+    (folder / "config").write_text(Path(sys.argv[2]).read_text())
     for order in sys.stdin:
         checkpoint = Path(json.loads(order)["checkpoint"])
         with (folder / "orders").open("a") as file:
@@ -40,19 +41,20 @@ PROGRAM = """
             os._exit(7)
         if first == "babble":
             print("no json {", flush=True)
-            print('{"neither": 1}', flush=True)
+            print('{"kind": "killed"}', flush=True)
+            print('{"kind": "failed", "text": 5}', flush=True)
             first = "done"
         if first == "hang":
             time.sleep(60)
         if first == "done":
             (checkpoint / "evaluation.json").write_text((folder / "evaluation.json").read_text())
-            print(json.dumps({"said": "a worker died"}))
-            print(json.dumps({"result": "done", "bad_samples": ["shard 0, image 3: cut off"]}), flush=True)
+            print(json.dumps({"kind": "said", "text": "a worker died"}))
+            print(json.dumps({"kind": "done", "bad_samples": ["shard 0, image 3: cut off"]}), flush=True)
         elif first == "busy":
-            print(json.dumps({"result": "busy"}), flush=True)
+            print(json.dumps({"kind": "busy"}), flush=True)
         else:
             kind, again = first.split()
-            print(json.dumps({"result": kind, "why": "so it goes", "again": again == "again"}), flush=True)
+            print(json.dumps({"kind": kind, "text": "so it goes", "again": again == "again"}), flush=True)
 """
 
 
@@ -79,6 +81,8 @@ class Bench:
     def save(self, step: int, *answers: str) -> Path:
         checkpoint = self.run / f"checkpoints/step_{step:08d}"
         checkpoint.mkdir(parents=True)
+        position = {"step": step, "epochs": step // 10, "step_in_epoch": step % 10, "steps_per_epoch": 10, "order": ""}
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"version": 2, "files": {}, **position}))
         if answers:
             (self.answers / checkpoint.name).write_text("\n".join(answers))
         return checkpoint
@@ -126,7 +130,7 @@ def test_results_come_under_the_step_of_their_checkpoint(bench: Bench) -> None:
     bench.saved(15)  # not due
     bench.until(lambda: bench.evaluated)
     (report,) = bench.reports
-    assert report == EvaluationReport(10, 0, FOUND, ["shard 0, image 3: cut off"])
+    assert report == EvaluationReport(10, 0, FOUND, ("shard 0, image 3: cut off",))
     assert bench.orders == [10]
     assert "eval:\n  batch_size" in (bench.answers / "config").read_text()
     assert not bench.beside.held  # type: ignore[union-attr]
@@ -141,7 +145,7 @@ def test_a_backlog_is_worked_off_from_the_newest_and_says_what_it_leaves_out(ben
     assert bench.missed == [(20, "left_out", False)]
     assert {int(path.name[5:]) for path in held.held} == {10, 30, 40}
     bench.until(lambda: bench.orders)
-    held._process.kill()  # type: ignore[union-attr]
+    held._process._process.kill()  # type: ignore[union-attr]
     bench.until(lambda: not held.held)
     assert bench.missed[1:] == [(10, "failed", True), (10, "left_out", False)]  # there is room for two
     assert bench.evaluated == [40, 30]
@@ -181,19 +185,31 @@ def test_no_call_waits_for_the_process(bench: Bench) -> None:
         bench.saved(step)
     assert len(waiting.held) == 99
     bench.beside.close()  # type: ignore[union-attr]
-    assert process.poll() is not None
+    assert process.status is not None
 
 
-def test_a_resumed_run_makes_up_for_the_newest(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resumed_run_makes_up_for_the_newest(bench: Bench) -> None:
     for step in (10, 20, 25, 30, 40):
         bench.save(step)
     result.write(bench.run / "checkpoints/step_00000040", FOUND)
     other = replace(FOUND, measure=Measure("c" * 64, "b" * 64), metrics={"AP": 0.5})
     result.write(bench.run / "checkpoints/step_00000030", other)  # of another set
     waiting = bench.begin()
-    assert "1 older checkpoint(s) have no evaluation and are left out: ddetr eval" in caplog.text
+    assert len(waiting.held) == 3
     bench.until(lambda: not waiting.held)
     assert bench.evaluated == [30, 20]
+    assert bench.missed == [(10, "left_out", False)]
+
+
+def test_after_a_resume_with_other_steps_an_epoch_what_was_due_stays_so(bench: Bench) -> None:
+    """The checkpoints are of ten steps an epoch, the run has four now."""
+    for step in (10, 14, 20):
+        bench.save(step)
+    waiting = bench.begin()
+    waiting._schedule = Schedule.of(waiting._config.train, 4, Position(20, 2, 0, 10), beside=True)
+    bench.until(lambda: not waiting.held)
+    found = [(report.step, report.epoch) for report in bench.reports if isinstance(report, EvaluationReport)]
+    assert found == [(20, 0), (10, 0)], "their results say one epoch"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def num_nodes() -> int:
 def test_workers_ask_for_nodes_and_give_them_back(
     scaling: str, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"no node of the Ray cluster offers a CPU.*set eval\.workers"):
+    with pytest.raises(ConnectionError, match=r"no node of the Ray cluster offers a CPU.*set eval\.workers"):
         evaluate(run_directory, [], ray_address=scaling, output=tmp_path / "none")
     found = evaluate(run_directory, ["eval.workers=2"], ray_address=scaling, output=tmp_path / "scaled")
     assert found == evaluate(run_directory, [], output=tmp_path / "here")

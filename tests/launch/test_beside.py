@@ -1,18 +1,16 @@
 """The process beside rank 0, with a Ray of its own; and a run whose checkpoints it evaluates."""
 
-import json
 import shutil
-import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ddetr.core.checkpoint import contents
-from ddetr.core.config import dump
+from ddetr.core.config import Config
 from ddetr.core.evaluation import result
-from ddetr.launch import history
-from ddetr.launch.beside import command_of
+from ddetr.core.training.evaluator_process import Answer, EvaluatorProcess
+from ddetr.launch import history, lifeline
 from ddetr.launch.evaluate import evaluate
 from ddetr.launch.follow import claimed
 
@@ -26,37 +24,28 @@ pytestmark = pytest.mark.integration
 class Process:
     """The process, and one order after another."""
 
-    def __init__(self, config: str, printed: Path) -> None:
-        with printed.open("w") as log:
-            self.process = subprocess.Popen(
-                command_of("local"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        self._write({"config": config})
+    def __init__(self, config: Config, printed: Path) -> None:
+        self.process = EvaluatorProcess(lifeline.command("beside", "local"), config, printed)
 
-    def evaluate(self, checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    def evaluate(self, checkpoint: Path) -> tuple[Answer, list[str]]:
         """How it ended, and what was said on the way."""
-        self._write({"checkpoint": str(checkpoint)})
+        self.process.order(checkpoint)
         said: list[str] = []
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            answer = json.loads(line)
-            if "result" in answer:
-                return answer, said
-            said.append(answer["said"])
-        raise AssertionError("it has ended")
-
-    def _write(self, order: dict[str, str]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for answer in self.process.answers():
+                if answer.kind != "said":
+                    return answer, said
+                said.append(answer.text)
+            time.sleep(0.05)
+        raise AssertionError("no answer")
 
 
 @pytest.fixture
 def process(run_directory: Path, tmp_path: Path) -> Iterator[Process]:
-    started = Process(dump(contents(run_directory).config), tmp_path / "printed")
+    started = Process(contents(run_directory).config, tmp_path / "eval/log.txt")
     yield started
-    with started.process as process:
-        process.kill()
+    started.process.drop()
 
 
 def test_each_checkpoint_gets_an_answer(process: Process, run_directory: Path, tmp_path: Path) -> None:
@@ -68,22 +57,18 @@ def test_each_checkpoint_gets_an_answer(process: Process, run_directory: Path, t
     with (damaged / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     answer, _ = process.evaluate(damaged)
-    assert (answer["result"], answer["again"]) == ("failed", False)
-    assert "step_00000030/model.safetensors" in answer["why"]
+    assert (answer.kind, answer.again) == ("failed", False)
+    assert "step_00000030/model.safetensors" in answer.text
     answer, _ = process.evaluate(run / "checkpoints/step_00000040")
-    assert answer == {
-        "result": "failed",
-        "why": f"{run}/checkpoints/step_00000040 was deleted meanwhile",
-        "again": False,
-    }
+    assert answer == Answer("failed", f"{run}/checkpoints/step_00000040 was deleted meanwhile", again=False)
     answer, said = process.evaluate(second)
-    assert answer == {"result": "done", "bad_samples": []}
+    assert answer == Answer("done")
     assert said
     assert said[0].startswith("Ray: 1 worker(s) for ")
     with claimed(first) as is_free:  # a follower is at it
         assert is_free
-        assert process.evaluate(first) == ({"result": "busy"}, [])
-    assert process.evaluate(first)[0]["result"] == "done"
+        assert process.evaluate(first) == (Answer("busy"), [])
+    assert process.evaluate(first)[0].kind == "done"
     for checkpoint in (first, second):
         expected = tmp_path / checkpoint.name
         assert evaluate(run_directory / "checkpoints" / checkpoint.name, [], output=expected)
@@ -93,10 +78,10 @@ def test_each_checkpoint_gets_an_answer(process: Process, run_directory: Path, t
         for name in ("detections.json", "ground_truth.json"):
             assert (run / "eval" / checkpoint.name / name).read_bytes() == (expected / name).read_bytes()
     before = (first / "evaluation.json").read_bytes()
-    assert process.evaluate(first) == ({"result": "done", "bad_samples": []}, []), "it has a result"
+    assert process.evaluate(first) == (Answer("done"), []), "it has a result"
     assert (first / "evaluation.json").read_bytes() == before
-    process.process.communicate(timeout=60)
-    assert process.process.returncode == 0
+    process.process.end(at_work=False)
+    assert process.process.status == 0
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ddetr.core.checkpoint import contents
+from ddetr.core.config import Config, changed
 from ddetr.core.evaluation import result
 from ddetr.launch import jobs
 from ddetr.launch.evaluate import evaluate
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.integration
 def test_commands_as_they_are_on_any_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["data.validation=shards/val", "data.cache=cache", "eval.top_k=5", "data.train=https://host/train"]
-    assert jobs._from_anywhere(given) == [
+    assert jobs._from_anywhere(given, changed(Config(), given, "the test")) == [
         f"data.validation={tmp_path}/shards/val",
         f"data.cache={tmp_path}/cache",
         "eval.top_k=5",
