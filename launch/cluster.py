@@ -189,7 +189,12 @@ def _compiled() -> Any:
 
 def _check_is_node(address: str) -> None:
     """Raise ClusterError unless this machine is a node of the cluster: Ray itself ends the process then."""
-    nodes = _compiled().GcsClient(address=address).get_all_node_info(timeout=REACHABLE_SECONDS).values()
+    from ray.exceptions import RpcError
+
+    try:
+        nodes = _compiled().GcsClient(address=address).get_all_node_info(timeout=REACHABLE_SECONDS).values()
+    except RpcError as error:
+        raise ClusterError(f"no Ray cluster answers at {address} ({error}). {START}") from error
     theirs = {node.node_manager_address for node in nodes if node.state == 0}  # alive
     own = {item.address.partition("%")[0] for items in psutil.net_if_addrs().values() for item in items}
     if not theirs & own:

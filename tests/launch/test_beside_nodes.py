@@ -6,6 +6,7 @@ Each checkpoint that is due gets its number once, or is said to have none; train
 import contextlib
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -180,6 +181,19 @@ def test_workers_a_node_and_the_head_are_lost(
             for name in ("detections.json", "ground_truth.json"):
                 there = training.directory / "eval" / kept.name / name
                 assert there.read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+def test_a_machine_that_is_no_node_is_told_of_the_proxy(
+    ray_nodes: RayNodes, run_directory: Path, tmp_path: Path
+) -> None:
+    """Ray itself would end the process, with a stack."""
+    ray_nodes.start(FIRST)
+    line = [*on(SECOND), sys.executable, "-m", "ddetr.launch.cli", "eval", str(run_directory), "--ray"]
+    line += [ray_nodes.address, "--output", str(tmp_path)]
+    ended = subprocess.run(line, env=ENVIRONMENT | RAY_TOKEN, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "this machine is no node of the Ray cluster at 10.117.0.1:6379: join it" in ended.stderr
+    assert "ray://10.117.0.1:10001" in ended.stderr
 
 
 def test_a_killed_trainer_goes_on_with_what_it_had_handed_over(

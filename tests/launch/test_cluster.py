@@ -1,6 +1,7 @@
 """A Ray cluster of our own: on loopback alone, with files that only this user reads, and nothing left in the home."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from ddetr.launch.cluster import reachable
 
 from tests.core.runs import SMALL, kill
 from tests.launch.listening import beyond_loopback, listening_until
@@ -93,3 +95,11 @@ def test_the_object_store_is_small() -> None:
     assert float(size) <= min(2 << 30, 0.31 * psutil.virtual_memory().total)
     assert token == "token 64"
     assert left == "[]", "the caller's environment is as it was"
+
+
+@pytest.mark.parametrize("named", ["http://127.0.0.1:8265/", "10.0.0.1", "local"])
+def test_an_address_of_another_form_in_the_environment_is_named(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    said = rf"^RAY_ADDRESS={re.escape(named)}: expected HOST:PORT, ray://HOST:PORT"
+    with pytest.raises(ValueError, match=said), reachable("auto"):
+        pass

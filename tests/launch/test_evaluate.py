@@ -29,6 +29,7 @@ from ddetr.launch.evaluate import evaluate
 from ddetr.launch.evaluators import CPU_THREADS
 from ddetr.launch.explain import explain
 from ddetr.launch.predict import predict
+from ddetr.launch.versions import check_nodes
 from ddetr.launch.workers import ShardWorkers
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -236,6 +237,32 @@ class TestTwoNodes:
         assert sorted(result.shard for result in results) == list(range(len(index.shards)))
         rows = [row for found in sorted(results, key=lambda found: found.shard) for row in to_coco(found.detections)]
         assert rows == json.loads((local / "detections.json").read_text())
+
+    def test_nothing_of_an_evaluation_that_ends_early_comes_into_the_next(
+        self, address: str, run_directory: Path, local: Path
+    ) -> None:
+        detector = load_detector(run_directory)
+        index = ShardIndex.load(str(detector.config.data.validation))
+        with cluster(address):
+            workers = ShardWorkers("cpu", 1.0, None, CPU_THREADS, print)
+            try:
+                first = workers.evaluate(detector, index, lambda images: None)
+                next(first)
+                assert workers.running, "more shards than workers"
+                first.close()  # as an error of who counts does
+                assert not workers.running
+                results = list(workers.evaluate(detector, index, lambda images: None))
+            finally:
+                workers.close()
+        assert sorted(result.shard for result in results) == list(range(len(index.shards)))
+        rows = [row for found in sorted(results, key=lambda found: found.shard) for row in to_coco(found.detections)]
+        assert rows == json.loads((local / "detections.json").read_text())
+
+    def test_nodes_are_known_when_they_have_answered(self, address: str) -> None:
+        with cluster(address):
+            nodes = ray.nodes()
+            assert check_nodes(nodes) == {node["NodeID"] for node in nodes}
+            assert check_nodes([{**nodes[0], "NodeID": "f" * 56}]) == set(), "it is lost"
 
     def test_a_node_without_the_shards_is_named(self, address: str, run_directory: Path, tmp_path: Path) -> None:
         detector = load_detector(run_directory)
