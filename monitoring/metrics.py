@@ -96,6 +96,11 @@ EVALUATIONS = Metric(
     "result",
     "done, failed, unreachable (the Ray cluster), left_out (not tried, or not any more)",
 )
+WAITING = Metric(
+    "ddetr_evaluation_waiting_checkpoints",
+    "gauge",
+    "Checkpoints that wait for their evaluation beside training, the one at work included (rank 0).",
+)
 EVALUATION_STEP = Metric(
     "ddetr_evaluation_step",
     "gauge",
@@ -127,7 +132,7 @@ CHECKPOINT_TIME = Metric(
 METRICS = (
     *(LOSS, LEARNING_RATE, GRADIENT_NORM, LOSS_SCALE, EPOCH, STEP, STEPS, SKIPPED_STEPS, IMAGES, BAD_SAMPLES),
     *(STEP_SECONDS, DATA_WAIT_SECONDS, OWN_SECONDS, PROCESS_MEMORY, DEVICE_MEMORY),
-    *(EVALUATIONS, EVALUATION_STEP, SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_PART_SECONDS),
+    *(EVALUATIONS, WAITING, EVALUATION_STEP, SCORE, HEADLINE, EVALUATION_SECONDS, EVALUATION_PART_SECONDS),
     *(EVALUATION_IMAGES, EVALUATION_BAD_SAMPLES, EVALUATION_NOT_FINITE),
     *(START_TIME, STEP_TIME, CHECKPOINT_TIME),
 )
@@ -207,6 +212,14 @@ class MissedReport(Protocol):
 
 
 @runtime_checkable
+class WaitingReport(Protocol):
+    """What the trainer reports of the checkpoints that wait for their evaluation."""
+
+    @property
+    def waiting(self) -> int: ...
+
+
+@runtime_checkable
 class CheckpointReport(Protocol):
     """What the trainer reports of a checkpoint; error: why there is none."""
 
@@ -260,6 +273,8 @@ class RunMetrics:
                 self._observe_evaluation(report.result)
         elif isinstance(report, MissedReport):
             self._ends[report.kind].inc()
+        elif isinstance(report, WaitingReport):
+            self._set(WAITING, report.waiting)
         elif isinstance(report, CheckpointReport) and report.error is None:
             self._set(CHECKPOINT_TIME, time.time())
 

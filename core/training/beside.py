@@ -17,7 +17,7 @@ from ..evaluation import result
 from ..evaluation.result import Measure, Result
 from .backlog import Backlog, Waiting
 from .evaluator_process import Answer, EvaluatorProcess
-from .reports import CheckpointReport, EvaluationReport, MissedReport, Report, StepReport
+from .reports import CheckpointReport, EvaluationReport, MissedReport, Report, StepReport, WaitingReport
 from .schedule import Schedule
 
 log = logging.getLogger("ddetr")
@@ -52,6 +52,7 @@ class Beside:
         self._process: EvaluatorProcess | None = None
         self._dropped: list[EvaluatorProcess] = []
         self._failures, self._not_before = 0, 0.0  # in a row; time.monotonic of the next try
+        self._num_waiting = 0  # as reported
         self._said: tuple[str, str] | None = None  # of the last attempt without a result: its kind and why
         self._begin_step = max((_step(path) for path in checkpoints(run_directory)), default=0)
         self.missing: dict[int, str] = {}  # why a step has no evaluation, of those that are not tried any more
@@ -90,6 +91,9 @@ class Beside:
             self._backlog = self._backlog.begun(now)
             if self._backlog.at_work:
                 self._begin(self._backlog.at_work)
+        if (waiting := len(self._backlog.all)) != self._num_waiting:
+            self._num_waiting = waiting
+            self._observe(WaitingReport(waiting))
 
     def finish(self, stop: Callable[[], bool]) -> list[int]:
         """Wait for what eval.required asks for, at most eval.wait_minutes; returns the required steps without a result.

@@ -65,6 +65,13 @@ class MissedReport:
 
 
 @dataclass(frozen=True)
+class WaitingReport:
+    """So many checkpoints wait for their evaluation beside training now, the one at work included. Of rank 0 only."""
+
+    waiting: int
+
+
+@dataclass(frozen=True)
 class SavingReport:
     """A save of the state after this step begins; a run may resume from there."""
 
@@ -113,6 +120,7 @@ Report = (
     | StepReport
     | EvaluationReport
     | MissedReport
+    | WaitingReport
     | SavingReport
     | CheckpointReport
     | FaultReport

@@ -59,6 +59,11 @@ class CheckpointReport:
     error: str | None
 
 
+@dataclass(frozen=True)
+class WaitingReport:
+    waiting: int
+
+
 def step_report(step: int, rank: int = 0) -> StepReport:
     """A run that learns: ten steps an epoch, 8 images a step, rank r waits (r + 1) tenths of its step for data."""
     decay = math.exp(-step / 200)
@@ -100,6 +105,7 @@ def main(run: str, rank: int) -> None:
             if step % 10 == 0 and rank == 0:
                 metrics.observe(CheckpointReport(f"step_{step:08d}", None))
                 metrics.observe(evaluation_report(step))
+                metrics.observe(WaitingReport(step % 20))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ddetr.core.training.reports import MissedReport
 from ddetr.monitoring.metrics import METRICS, RunMetrics, reference_table
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from rank_process import CheckpointReport, EvaluationReport, evaluation_report, step_report
+from rank_process import CheckpointReport, EvaluationReport, WaitingReport, evaluation_report, step_report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,6 +65,8 @@ def test_evaluations_are_counted_by_how_they_ended_and_the_newest_checkpoint_is_
     assert value(metrics, "ddetr_evaluation_headline_ratio", metric="AP") == 0.2
     assert value(metrics, "ddetr_evaluations_total", result="done") == 2
     assert value(metrics, "ddetr_evaluations_total", result="unreachable") == 1
+    metrics.observe(WaitingReport(3))
+    assert value(metrics, "ddetr_evaluation_waiting_checkpoints") == 3
 
 
 def test_counters_and_histograms_add_up(metrics: RunMetrics):
@@ -139,6 +141,7 @@ def test_process_memory_is_this_process_now(metrics: RunMetrics):
 def test_the_number_of_series_does_not_grow(metrics: RunMetrics):
     metrics.observe(step_report(1))
     metrics.observe(evaluation_report(1))
+    metrics.observe(WaitingReport(2))
     metrics.observe(CheckpointReport("", "the disk is full"))
     assert "ddetr_last_checkpoint_timestamp_seconds" not in {name for name, _ in samples(metrics)}
     metrics.observe(CheckpointReport("runs/a/checkpoints/step_00000010", None))
@@ -177,7 +180,7 @@ def test_parts_and_scores_are_those_of_the_report(metrics: RunMetrics):
 
 def test_names_follow_the_convention():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-    nouns = ("loss", "rate", "norm", "scale", "epoch", "step", "images", "queries")
+    nouns = ("loss", "rate", "norm", "scale", "epoch", "step", "images", "queries", "checkpoints")
     for metric in METRICS:
         assert re.fullmatch(r"ddetr(_[a-z0-9]+)+", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == "counter")
