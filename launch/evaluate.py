@@ -121,7 +121,8 @@ def named_sets(data: Sequence[str | Path]) -> dict[str, str | Path | None]:
     sets: dict[str, str | Path | None] = {}
     for one in data:
         last = re.split(r"[/\\]", Location(one).shown.rstrip("/\\"))[-1]
-        name = last if re.fullmatch(r"\w[\w.-]{0,99}", last) else f"set{len(sets) + 1}"
+        is_plain = re.fullmatch(r"\w[\w.-]{0,99}", last) and last != failure_files.WORST
+        name = last if is_plain else f"set{len(sets) + 1}"
         if name in sets:
             raise ValueError(f"--data {sets[name]} and {one}: both would be called {name}; evaluate them one by one")
         sets[name] = one

@@ -1,18 +1,23 @@
 """The process beside rank 0, with a Ray of its own; and a run whose checkpoints it evaluates."""
 
+import os
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ddetr.core.checkpoint import contents
-from ddetr.core.config import Config
+from ddetr.core.config import Config, load
 from ddetr.core.evaluation import result
 from ddetr.core.training.evaluator_process import Answer, EvaluatorProcess
-from ddetr.launch import history, lifeline
+from ddetr.launch import history, lifeline, train
 from ddetr.launch.evaluate import evaluate
 from ddetr.launch.follow import claimed
+from ddetr.launch.train import check_beforehand
 
 from tests.core.runs import SMALL, collect
 from tests.launch.nodes import two_ray_nodes
@@ -137,6 +142,35 @@ def test_what_leaves_nothing_to_evaluate_is_named(synthetic_shards: Path, tmp_pa
     assert "eval.ray: expected HOST:PORT, ray://HOST:PORT, auto or local, got 'elsewhere'" in done.stderr
 
 
+def test_a_sweep_evaluates_within_its_trials(synthetic_shards: Path) -> None:
+    shards = [f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}"]
+    with pytest.raises(ValueError, match=r"^eval\.ray=auto: a sweep goes by each evaluation as it comes"):
+        check_beforehand(load("tiny", [*SMALL, *shards, "train.evaluate_every_epochs=1", "eval.ray=auto"]))
+
+
+def test_who_asked_to_stop_does_not_wait_at_the_end() -> None:
+    """Also if it was while the last checkpoint was saved, after which the run is finished all the same."""
+
+    def finish(stop: Callable[[], bool]) -> list[int]:
+        return [] if stop() else [24]
+
+    def signalled(stop: Callable[[], bool]) -> list[int]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while not stop():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return [24]
+
+    def missing(asked: bool, finish: Callable[[Callable[[], bool]], list[int]]) -> list[int]:
+        trainer: Any = SimpleNamespace(beside=SimpleNamespace(finish=finish), watch=SimpleNamespace(asked=asked))
+        return train._missing_beside(trainer)
+
+    assert missing(False, finish) == [24]
+    assert missing(True, finish) == []
+    assert missing(False, signalled) == []
+
+
 @pytest.mark.slow
 def test_a_run_whose_cluster_never_answers_is_trained_and_says_so(synthetic_shards: Path, tmp_path: Path) -> None:
     settings = [f"data.train={synthetic_shards}", f"data.validation={synthetic_shards}", f"train.output={tmp_path}"]
@@ -152,6 +186,7 @@ def test_a_run_whose_cluster_never_answers_is_trained_and_says_so(synthetic_shar
     assert missed[-2:] == [(12, "left_out"), (24, "left_out")]
     assert events[-1]["event"] == "stop"
     assert events[-1]["reason"] == "finished"
+    evaluate(tmp_path / "run", [])  # the newest one
     more = ["train", "--resume", tmp_path / "run", "eval.ray=local", "eval.required=all", "eval.wait_minutes=5"]
     again = finished(*more)
     assert again.returncode == 0, again.stdout + again.stderr

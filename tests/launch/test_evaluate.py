@@ -25,7 +25,7 @@ from ddetr.data.index import ShardIndex
 from ddetr.data.location import Location
 from ddetr.launch import history
 from ddetr.launch.cluster import cluster
-from ddetr.launch.evaluate import evaluate
+from ddetr.launch.evaluate import evaluate, named_sets
 from ddetr.launch.evaluators import CPU_THREADS
 from ddetr.launch.explain import explain
 from ddetr.launch.predict import predict
@@ -291,6 +291,15 @@ def test_weights_that_do_not_fit_into_the_object_store_go_to_the_disk(
     with two_ray_nodes(object_store_memory=78_643_200) as address:
         evaluate(run, [], ray_address=address, output=tmp_path / "there")
     assert written(tmp_path / "there") == written(tmp_path / "here")
+
+
+def test_each_of_several_sets_has_a_name() -> None:
+    assert named_sets([]) == {"": None}
+    assert named_sets(["a/val"]) == {"": "a/val"}
+    several = ["a/val/", "s3://bucket/test", "pipe:cat /shards/{}", "somewhere/worst", "https://host/x?y"]
+    assert list(named_sets(several)) == ["val", "test", "set3", "set4", "set5"]
+    with pytest.raises(ValueError, match=r"--data a/val and b/val: both would be called val"):
+        named_sets(["a/val", "b/val"])
 
 
 def test_an_address_without_ray_is_one_message(run_directory: Path, tmp_path: Path) -> None:
