@@ -86,9 +86,18 @@ def openimages_source(boxes: Path, images: ImageFiles) -> Source:
             continue
         place, corners = f"{boxes.name}, line {line}", [as_number(row[name]) for name in _CORNERS]
         left_, top, right, bottom = (0.0 if corner is None else corner for corner in corners)
-        if None in corners or row["LabelName"] not in ids or (group := as_flag(row.get("IsGroupOf"))) is None:
+        if (
+            None in corners
+            or None in row
+            or row["LabelName"] not in ids
+            or (group := as_flag(row.get("IsGroupOf"))) is None
+        ):
             findings.append(
-                Finding("bad entry", place, f"needs a class that is described, and numbers: {described(row)}")
+                Finding(
+                    "bad entry",
+                    place,
+                    f"needs a class that is described, numbers, and no more values than columns: {described(row)}",
+                )
             )
             continue
         places.append(place)

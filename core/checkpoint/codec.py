@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.categories import Categories
-from ...data.text import visible
+from ...data.text import shortened, visible
 from ...data.values import described, is_number, member, whole
 from ..config import Config
 from ..model.detector import Detector
@@ -27,6 +27,7 @@ from .manifest import MANIFEST, damaged, read_manifest, write_checkpoint
 from .weights import WEIGHTS, StoredTensors, save_weights, shapes_of
 
 TRAINING = "training.safetensors"
+LONGEST_NAME = 200  # characters of a tensor's name in a message
 
 Tensors = Mapping[str, Tensor]
 
@@ -110,9 +111,11 @@ class Checkpoint:
             raise ValueError(damaged(folder, f"{WEIGHTS} was not written by ddetr"))
         for name in trained:
             if (shape := found.shapes.get(name)) is None:
-                raise ValueError(damaged(folder, f"{WEIGHTS} has no {visible(name)}, which was trained"))
+                lacks = shortened(visible(name), LONGEST_NAME)
+                raise ValueError(damaged(folder, f"{WEIGHTS} has no {lacks}, which was trained"))
             if bad := [slot for slot, tensors in slots.items() if tensors.shapes.get(name) != shape]:
-                raise ValueError(damaged(folder, f"{TRAINING} has no {visible(f'{bad[0]}/{name}')} of shape {shape}"))
+                lacks = shortened(visible(f"{bad[0]}/{name}"), LONGEST_NAME)
+                raise ValueError(damaged(folder, f"{TRAINING} has no {lacks} of shape {shape}"))
         return cls(
             folder=folder,
             position=position,

@@ -60,8 +60,12 @@ def _loaded(file: Path, device: str | torch.device, overrides: Sequence[str], co
         config = found.config
         check_own(config, ("model.backbone", "data.most_pixels"), overrides, found.file)
     without_download = config.model.model_copy(update={"pretrained_backbone": False})
-    with torch.device("meta"):
-        foreign = check_fit(build(without_download), found.shapes, found.file)
+    try:
+        with torch.device("meta"):
+            shape = build(without_download)
+    except ValueError as error:  # a backbone that timm does not know, or not so
+        raise ValueError(f"{file}: its model cannot be built: {error}") from error
+    foreign = check_fit(shape, found.shapes, found.file)
     model = build(without_download)
     weights = {name: found.weights[name] for name in found.shapes if name not in foreign}
     check_finite(weights, found.file)

@@ -53,7 +53,7 @@ class Beside:
         self._dropped: list[EvaluatorProcess] = []
         self._failures, self._not_before = 0, 0.0  # in a row; time.monotonic of the next try
         self._num_waiting = 0  # as reported
-        self._said: tuple[str, str] | None = None  # of the last attempt without a result: its kind and why
+        self._said: tuple[int, str, str] | None = None  # of the last attempt without a result: step, kind and why
         self._begin_step = max((_step(path) for path in checkpoints(run_directory)), default=0)
         self.missing: dict[int, str] = {}  # why a step has no evaluation, of those that are not tried any more
         self._backlog = Backlog(config.eval.most_waiting)
@@ -146,7 +146,7 @@ class Beside:
     def _miss(self, item: Waiting, kind: str, why: str, *, again: bool) -> None:
         if not again:
             self.missing[item.step] = why
-        repeats, self._said = again and self._said == (kind, why), (kind, why)
+        repeats, self._said = again and self._said == (item.step, kind, why), (item.step, kind, why)
         self._observe(MissedReport(item.step, kind, visible(why), again, repeats))
 
     def _begin(self, item: Waiting) -> None:

@@ -54,7 +54,7 @@ class MissedReport:
     """An evaluation beside training gave no result. Only rank 0 reports it.
 
     kind: "failed", "unreachable" (the cluster), or "left_out" without a try. again: whether it is tried again.
-    repeats: the attempt before it ended in the same way.
+    repeats: the attempt before it was of the same checkpoint and ended in the same way.
     """
 
     step: int
