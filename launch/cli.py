@@ -182,9 +182,13 @@ def train(
         options = {name: value for name, value in on_ray.items() if value is not None}
         raise typer.Exit(train_on_ray(config, ray, resume=resume, dry_run=dry_run, **options))
 
+    from ..core.training.signals import ignore_stop_signals
     from .train import run  # only now: a misspelt key need not wait for torch
 
-    run(config, resume=resume, dry_run=dry_run)
+    try:
+        run(config, resume=resume, dry_run=dry_run)
+    finally:
+        ignore_stop_signals()  # until the process has ended, which takes torch a while
 
 
 app.command()(config_commands.config)

@@ -33,7 +33,7 @@ from ..core.training.heartbeat import TRY_AGAIN
 from ..core.training.optimizer import check_trained, freeze_without_rate, rate_advice
 from ..core.training.reports import EndReport, Observer, StartReport
 from ..core.training.schedule import End, Schedule, nothing_left, planned
-from ..core.training.signals import stop_signals
+from ..core.training.signals import ignored_stop_signals, stop_signals
 from ..core.training.trainer import Trainer, training_stream
 from ..core.training.trial import SIDE, Trial, try_step
 from ..core.training.world import World, join
@@ -143,6 +143,7 @@ def run(
             stack.callback(trainer.beside.close)
         end = trainer.train()
         missing = _missing_beside(trainer) if end is End.FINISHED else []
+        stack.enter_context(ignored_stop_signals())
         trainer.observe(EndReport(end.value))
     if missing:
         told = (

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from ...data.stream import STOP_SIGNALS
 
@@ -55,6 +56,24 @@ def stop_signals(
         listener.join()
         told.close()
         heard.close()
+
+
+@contextmanager
+def ignored_stop_signals() -> Iterator[None]:
+    """A context for the end of a run: a launcher that sees the first rank end signals the others, which end as well."""
+    before = ignore_stop_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals() -> dict[int, Any]:
+    """Ignore them from now on; returns the handlers of before. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
 
 
 _inherited: set[int] = set()  # the socket to which signals are written, which a forked process has, too

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from ddetr.core.training.signals import stop_signals
+from ddetr.core.training.signals import ignored_stop_signals, stop_signals
 
 
 def until(happened: Callable[[], object], seconds: float = 30) -> None:
@@ -76,3 +76,10 @@ def test_a_signal_to_a_forked_process_is_its_own() -> None:
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_after_a_run_signals_are_ignored_for_a_while() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ignored_stop_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
