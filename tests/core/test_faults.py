@@ -148,7 +148,7 @@ def test_a_slow_rank_is_named(ranks: Callable[..., Ranks]) -> None:
     done = threading.Event()
 
     def slow_down() -> None:
-        while not done.wait(0.05) and run.processes[1].poll() is None:
+        while not done.wait(0.01) and run.processes[1].poll() is None:  # less than a step takes
             run.processes[1].send_signal(signal.SIGSTOP)
             time.sleep(0.2)
             run.processes[1].send_signal(signal.SIGCONT)
