@@ -126,6 +126,7 @@ def _digest(command: Sequence[str]) -> str:
 
 def _join(client: "JobSubmissionClient", job: str) -> None:
     """Print what the job prints until it ends. Raises ChildProcessError unless it succeeds."""
+    import aiohttp
 
     shown = 0  # characters: the log comes from its beginning each time
 
@@ -140,8 +141,11 @@ def _join(client: "JobSubmissionClient", job: str) -> None:
                 for line in new.splitlines():
                     say(line)
 
-    while not (info := client.get_job_info(job)).status.is_terminal():
-        asyncio.run(follow())  # until it has ended, or the connection to the dashboard
+    while not (info := client.get_job_info(job)).status.is_terminal():  # raises when the job server is gone
+        with contextlib.suppress(
+            RuntimeError, aiohttp.ClientError
+        ):  # the connection ends when the dashboard starts anew
+            asyncio.run(follow())
         time.sleep(POLL_SECONDS)
     asyncio.run(follow())
     if info.status != "SUCCEEDED":

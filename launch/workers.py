@@ -24,7 +24,8 @@ from .versions import check_nodes
 
 RETRIES = 3  # of one shard, and of workers that die while they start
 POLL_SECONDS = 1.0
-WAITING_SECONDS = 30.0
+WAITING_SECONDS = 30.0  # before the first line that no worker comes; each line waits twice as long as the last one
+MOST_WAITING_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class ShardWorkers:
         queue = deque(number for number, shard in enumerate(index.shards) if len(shard.samples))
         lost = dict.fromkeys(queue, 0)
         self._start_for(len(queue))
-        finished, counted, waiting_since = 0, 0, time.monotonic()
+        finished, counted, waiting_since, patience = 0, 0, time.monotonic(), WAITING_SECONDS
         while queue or self.running:
             while queue and self.idle:
                 worker, shard = self.idle.pop(), queue.popleft()
@@ -189,9 +190,9 @@ class ShardWorkers:
                 yield result
             if self.running:
                 waiting_since = time.monotonic()
-            elif time.monotonic() - waiting_since > WAITING_SECONDS:
+            elif time.monotonic() - waiting_since > patience:
                 self._report(f"Ray: still waiting for a worker; free in the cluster: {ray.available_resources()}")
-                waiting_since = time.monotonic()
+                waiting_since, patience = time.monotonic(), min(2 * patience, MOST_WAITING_SECONDS)
             done = finished + self._images_under_way()
             advance(done - counted)
             counted = done
@@ -238,13 +239,18 @@ class ShardWorkers:
         try:
             node, worker.host, worker.process = _result(future)
             self._check([known for known in ray.nodes() if known["NodeID"] == node])
-            self.idle.append(worker)
+            if node in self._checked:
+                self.idle.append(worker)
+                return
+            why = f"node {worker.host} does not say which programs it has"
         except RayActorError as error:
-            self._failed_starts += 1
-            if self._failed_starts > RETRIES:
-                raise RuntimeError(f"Ray workers do not start: {error}") from error
-            self._report(f"Ray: a worker died while it started; another one starts ({error})")
-            self._start()
+            why = str(error)
+        self._kill(worker)
+        self._failed_starts += 1
+        if self._failed_starts > RETRIES:
+            raise RuntimeError(f"Ray workers do not start: {why}")
+        self._report(f"Ray: a worker did not start; another one does ({why})")
+        self._start()
 
     def _images_under_way(self) -> int:
         """Images of unfinished shards, as far as the workers have answered. Never waits for them."""

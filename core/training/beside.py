@@ -74,8 +74,7 @@ class Beside:
 
     def look(self) -> None:
         """Report what has come by now, and have the next checkpoint evaluated."""
-        self._add(*self._from_before)
-        self._from_before = []
+        self._make_up()
         self._dropped = [process for process in self._dropped if not process.is_gone]
         if self._process is not None:
             status = self._process.status  # before the answers, of which none comes later
@@ -101,7 +100,7 @@ class Beside:
         stop: whether the wait was asked to end. What still waits then is left out, and said.
         """
         began = told = time.monotonic()
-        self.look()
+        self._make_up()
         while (waited_for := self._awaited()) and not stop():
             if time.monotonic() - began > 60 * self._config.eval.wait_minutes:
                 break
@@ -133,6 +132,11 @@ class Beside:
     def _is_required(self, step: int) -> bool:
         required = self._config.eval.required
         return required == "all" or (required == "last" and step >= self._schedule.last_step)
+
+    def _make_up(self) -> None:
+        """Take over, once, what is left from before the resume."""
+        self._add(*self._from_before)
+        self._from_before = []
 
     def _add(self, *items: Waiting) -> None:
         self._backlog, left_out = self._backlog.with_(*items)
@@ -220,7 +224,8 @@ def _was_due(checkpoint: Path, config: Config) -> bool:
     every = config.train.evaluate_every_epochs
     try:
         position = position_of(checkpoint)
-    except (OSError, ValueError):  # damaged: of no use, and said by what reads it
+    except (OSError, ValueError) as error:
+        log.warning("not evaluated: %s", error)
         return False
     if every == 0:
         return False

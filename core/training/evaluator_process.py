@@ -110,10 +110,10 @@ class EvaluatorProcess:
             self._orders.close()
         if at_work:
             self._process.terminate()
-        for last in (self._process.kill, lambda: None):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may be stuck in the kernel: it ends when it can
                 self._process.wait(ENDING_SECONDS)
-                break
-            last()
-        with contextlib.suppress(OSError):
-            self._answers.close()
+        self._answers.close()

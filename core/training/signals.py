@@ -18,9 +18,8 @@ def stop_signals(
 ) -> Iterator[None]:
     """A context in which the signals of a scheduler, a launcher or Ctrl-C (STOP_SIGNALS) call `ask_to_stop`.
 
-    said: what the first one has printed.
-
     A thread calls it: the main one may be in a collective operation, which ends only when the others know of the stop.
+    said: what is printed at the first signal.
     """
     if threading.current_thread() is not threading.main_thread():  # signals reach the main one only; as under Ray Tune
         yield

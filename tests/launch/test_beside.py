@@ -36,7 +36,7 @@ class Process:
         """How it ended, and what was said on the way."""
         self.process.order(checkpoint)
         said: list[str] = []
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             for answer in self.process.answers():
                 if answer.kind != "said":

@@ -293,6 +293,18 @@ def test_weights_that_do_not_fit_into_the_object_store_go_to_the_disk(
     assert written(tmp_path / "there") == written(tmp_path / "here")
 
 
+@pytest.mark.slow
+def test_workers_share_a_gpu(
+    run_directory: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The GPU is one that Ray is told of; torch sees none here, and the workers take the CPU."""
+    with two_ray_nodes(num_gpus=1) as address:
+        evaluate(run_directory, ["train.device=auto", "eval.gpus=0.5"], ray_address=address, output=tmp_path)
+    assert "Ray: 2 worker(s) for " in (said := capsys.readouterr().out)
+    assert "each with 0.5 GPU" in said
+    assert written(tmp_path) == written(local)
+
+
 def test_each_of_several_sets_has_a_name() -> None:
     assert named_sets([]) == {"": None}
     assert named_sets(["a/val"]) == {"": "a/val"}

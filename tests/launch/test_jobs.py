@@ -84,7 +84,7 @@ def head() -> Iterator[str]:
     with open(f"{folder}/log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             assert process.poll() is None, Path(f"{folder}/log").read_text()
             assert time.monotonic() < deadline
